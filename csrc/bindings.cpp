@@ -1,0 +1,76 @@
+// p3d_kernels._C: the launchers of p3d.h for Python. Pointers and streams are ints; an error raises RuntimeError.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "p3d.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+p3d::DType dtype(const std::string& name) {
+    if (name == "bfloat16") return p3d::DType::bf16;
+    if (name == "float16") return p3d::DType::fp16;
+    throw py::value_error("dtype: expected bfloat16 or float16, got " + name);
+}
+
+p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
+    return {frames, height, width, in_channels, out_channels};
+}
+
+void check(const char* error) {
+    if (error) throw std::runtime_error(error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Hopper kernels (csrc/p3d.h); use p3d_kernels.ops.";
+
+    m.def(
+        "spatial_conv",
+        [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t affine, uintptr_t out_affine, uintptr_t partials,
+           int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
+           const std::string& dtype_name, bool flip, uintptr_t stream) {
+            p3d::SpatialConv p{};
+            p.shape = conv_shape(frames, height, width, in_channels, out_channels);
+            p.dtype = dtype(dtype_name);
+            p.flip = flip;
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.y = pointer<void>(y);
+            p.affine = pointer<const float>(affine);
+            p.out_affine = pointer<const float>(out_affine);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::spatial_conv(p));
+        },
+        py::arg("x"), py::arg("w"), py::arg("y"), py::arg("affine"), py::arg("out_affine"), py::arg("partials"),
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"),
+        py::arg("dtype"), py::arg("flip"), py::arg("stream"));
+
+    m.def(
+        "spatial_conv_why_not",
+        [](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
+            const char* reason =
+                p3d::spatial_conv_why_not(conv_shape(frames, height, width, in_channels, out_channels));
+            return reason ? std::optional<std::string>(reason) : std::nullopt;
+        },
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+
+    m.def(
+        "spatial_conv_partials",
+        [](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
+            return p3d::spatial_conv_partials(conv_shape(frames, height, width, in_channels, out_channels));
+        },
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+}

@@ -1,0 +1,97 @@
+// How spatial_conv.cu divides a shape: tile size, ring sizes, grid. Plain C++, a function of the shape and the number
+// of multiprocessors alone, so that runs are equal and the caller can size its buffers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+
+#include "p3d.h"
+
+namespace p3d {
+
+constexpr int kTaps = 9;
+constexpr int kChunk = 64;                         // channels of a halo tile, couts of a warpgroup
+constexpr int kWeightBytes = kChunk * kChunk * 2;  // one tap, one chunk, one warpgroup
+constexpr int kStaged = 64;                        // positions staged at a time on their way out
+constexpr int kStageBytes = kStaged * kChunk * 2;  // per consumer warpgroup
+constexpr int kMaxStages = 12, kMaxBuffers = 3;    // of weights, of halo tiles
+constexpr int kBarrierBytes = 2 * 8 * (kMaxStages + kMaxBuffers);
+constexpr int kSharedLimit = 227 * 1024;  // of a block on compute capability 9.0
+constexpr int kResidentSizes[] = {208, 160, 128, 64}, kStreamedSizes[] = {240, 216, 160, 120, 80, 48};
+
+struct SpatialPlan {
+    int positions;            // N of the matrix instruction
+    bool resident;            // all weights stay in shared memory
+    int buffers, stages;      // halo tiles, weight stages
+    int plane, halo, tiles;   // bytes of a plane, positions of a halo tile, tiles in all
+    int blocks, cout_blocks;  // the grid
+    int shared;               // bytes
+};
+
+// A message with its values; valid until the thread's next.
+template <typename... Values>
+inline const char* fail(const char* format, Values... values) {
+    thread_local char message[256];
+    std::snprintf(message, sizeof message, format, values...);
+    return message;
+}
+
+// Whether a tile of N positions a warpgroup fits in shared memory; the rest of it becomes halo tiles, then stages.
+inline bool fits(SpatialPlan& plan, const ConvShape& s, int n, bool resident) {
+    int tile = resident ? 2 * n : n;
+    int64_t halo = tile + 2 * (s.width + 2);
+    if (halo > 4096) return false;
+    plan.positions = n;
+    plan.resident = resident;
+    plan.halo = int(halo);
+    plan.plane = (plan.halo * 16 + 127) / 128 * 128 + 16;
+    int weights = resident ? kWeightBytes : 2 * kWeightBytes, least = resident ? kTaps : 4;
+    int room = kSharedLimit - 2 * kStageBytes - kBarrierBytes - least * weights;
+    plan.buffers = std::min(kMaxBuffers, room / (8 * plan.plane));
+    if (plan.buffers < 2) return false;
+    room -= plan.buffers * 8 * plan.plane;
+    plan.stages = resident ? kTaps : std::min(kMaxStages, least + room / weights);
+    plan.shared = kSharedLimit - room + (plan.stages - least) * weights;
+    int64_t outputs = s.frames * (s.height + 1) * (s.width + 1) - (s.width + 2);  // from the first pixel to the end
+    plan.tiles = int((outputs + tile - 1) / tile);
+    return true;
+}
+
+// The tile size that finishes first, or why there is none. A matrix instruction takes N / 2 cycles, or longer where it
+// waits for its operands: 2 KB of weights and 32 N bytes of x at 128 bytes a cycle.
+inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, int processors) {
+    using Long = long long;
+    if (std::min({s.frames, s.height, s.width}) < 1 || std::max({s.frames, s.height, s.width}) >= 1 << 30)
+        return fail("spatial_conv: frames, height, width: expected 1 to 2^30 - 1, got %lld, %lld, %lld", Long(s.frames),
+                    Long(s.height), Long(s.width));
+    if (double(s.frames) * double(s.height + 1) * double(s.width + 1) > 2147400000.0)
+        return fail("spatial_conv: expected F (H + 1) (W + 1) below 2^31, got F, H, W = %lld, %lld, %lld",
+                    Long(s.frames), Long(s.height), Long(s.width));
+    for (int64_t channels : {s.in_channels, s.out_channels})
+        if (channels < kChunk || channels % kChunk || channels > 65536)
+            return fail("spatial_conv: channels: expected multiples of 64 up to 65536, got %lld -> %lld",
+                        Long(s.in_channels), Long(s.out_channels));
+
+    bool resident = s.in_channels == kChunk && s.out_channels == kChunk;
+    int64_t best_cost = -1;
+    auto consider = [&](int n) {
+        SpatialPlan plan{};
+        if (!fits(plan, s, n, resident)) return;
+        plan.cout_blocks = resident ? 1 : int((s.out_channels + 127) / 128);
+        plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = s.in_channels / 16 * kTaps;
+        int64_t overhead = resident ? 500 : 1000 + 8 * n;  // what the other warpgroup does not hide
+        int64_t cost = turns * (2 * steps * std::max(n / 2, 16 + n / 4) + overhead);
+        if (best_cost < 0 || cost < best_cost) best_cost = cost, best = plan;
+    };
+    if (resident)
+        for (int n : kResidentSizes) consider(n);
+    else
+        for (int n : kStreamedSizes) consider(n);
+    if (best_cost < 0)
+        return fail("spatial_conv: width: expected rows that fit in shared memory, got %lld", Long(s.width));
+    return nullptr;
+}
+
+}  // namespace p3d

@@ -1,0 +1,212 @@
+// Pieces that kernels share: barriers, copies, the raster of padded frames, the BN-ReLU prologue, tile statistics.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace p3d {
+
+// ---- Barriers. An mbarrier's phase ends when its arrivals (and bytes) are in; `parity` names the phase waited for.
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "retry: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra retry;}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Named barriers 1..15 of the block, each for `threads` threads; 0 is __syncthreads.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Makes ordinary writes to shared memory visible to the matrix unit and the copy engine.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Copies.
+
+// Copies 16 bytes to shared memory, or zeros where !valid (the source is then not read).
+__device__ __forceinline__ void copy_16(uint32_t target, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` (0 or 1) of this thread's committed groups of copies are still running.
+__device__ __forceinline__ void copy_wait(int pending) {
+    if (pending == 0)
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    else
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
+// Copies the box at (i0, i1, i2), innermost first, to shared memory; the bytes count towards `barrier`.
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
+                                         int i2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2)
+        : "memory");
+}
+
+// Stores two 8x8 matrices transposed; lanes 0-7 and 8-15 give the addresses of their rows.
+__device__ __forceinline__ void store_transposed(uint32_t target, uint32_t first, uint32_t second) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(target), "r"(first), "r"(second)
+                 : "memory");
+}
+
+// ---- Pairs of 16-bit floats.
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+        return reinterpret_cast<uint32_t&>(v);
+    } else {
+        __half2 v = __floats2half2_rn(a, b);
+        return reinterpret_cast<uint32_t&>(v);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t v) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000)};
+    else
+        return __half22float2(reinterpret_cast<__half2&>(v));
+}
+
+// ---- Normalisation.
+
+__device__ __forceinline__ float relu(float v) {  // NaN stays NaN
+    float out;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(out) : "f"(v));
+    return out;
+}
+
+// One channel's (v - mean) * scale + bias: centred first, so that a mean of hundreds of deviations costs no digits.
+__device__ __forceinline__ float normalise(float v, float mean, float scale, float bias) {
+    return fmaf(v - mean, scale, bias);
+}
+
+// The affine of eight neighbouring channels, and BN-ReLU of eight packed values by it.
+struct Affine8 {
+    float mean[8], scale[8], bias[8];
+
+    __device__ __forceinline__ void load(const float* affine, int channel, int channels) {
+        load_row(mean, affine + channel);
+        load_row(scale, affine + channels + channel);
+        load_row(bias, affine + 2 * channels + channel);
+    }
+
+    static __device__ __forceinline__ void load_row(float (&row)[8], const float* source) {
+        auto a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
+        row[0] = a.x, row[1] = a.y, row[2] = a.z, row[3] = a.w;
+        row[4] = b.x, row[5] = b.y, row[6] = b.z, row[7] = b.w;
+    }
+
+    template <typename T>
+    __device__ __forceinline__ uint32_t bn_relu(uint32_t pair, int i) const {  // channels 2 i and 2 i + 1
+        float2 v = unpack<T>(pair);
+        return pack<T>(relu(normalise(v.x, mean[2 * i], scale[2 * i], bias[2 * i])),
+                       relu(normalise(v.y, mean[2 * i + 1], scale[2 * i + 1], bias[2 * i + 1])));
+    }
+
+    template <typename T>
+    __device__ __forceinline__ uint4 bn_relu(uint4 v) const {
+        return {bn_relu<T>(v.x, 0), bn_relu<T>(v.y, 1), bn_relu<T>(v.z, 2), bn_relu<T>(v.w, 3)};
+    }
+};
+
+// ---- Statistics.
+
+// Count, mean and sum of squares about the mean, joined by Chan, Golub and LeVeque's formula.
+struct Moments {
+    float n = 0, mean = 0, m2 = 0;
+
+    __device__ __forceinline__ void join(float other_n, float other_mean, float other_m2) {
+        float total = n + other_n, delta = other_mean - mean, share = other_n / fmaxf(total, 1.0f);
+        mean += delta * share;
+        m2 += other_m2 + delta * delta * (n * share);
+        n = total;
+    }
+};
+
+__device__ __forceinline__ float quad_sum(float v) {  // over four neighbouring lanes, which all receive it
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// ---- The raster: every frame with one zero row above it and one zero column to its left, as one line of positions.
+//
+// Row h of frame f starts with a zero at ((H + 1) * f + h + 1) * (W + 1). The zero column ends the row before it as
+// well, the zero row the frame before it, and past the end all is zero. So the neighbour (dh, dw) of any pixel lies dh
+// * (W + 1) + dw positions on, whatever H and W are, and a tile is a run of positions.
+
+struct FastDivide {  // n / divisor for n < 2^31 and divisor >= 2, as one multiplication
+    uint32_t multiplier, shift;
+
+    FastDivide() = default;
+    explicit FastDivide(uint32_t divisor) : shift(0) {
+        while (uint64_t(2) << shift < divisor) ++shift;  // 2^shift < divisor <= 2^(shift + 1)
+        multiplier = static_cast<uint32_t>(((uint64_t(1) << (32 + shift)) + divisor - 1) / divisor);
+    }
+    __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return __umulhi(n, multiplier) >> shift; }
+};
+
+struct Raster {
+    uint32_t length;  // F * (H + 1) * (W + 1) < 2^31
+    uint32_t pitch;   // W + 1
+    uint32_t rows;    // H + 1
+    FastDivide by_pitch, by_rows;
+
+    Raster() = default;
+    Raster(int64_t frames, int64_t height, int64_t width)
+        : length(frames * (height + 1) * (width + 1)),
+          pitch(width + 1),
+          rows(height + 1),
+          by_pitch(width + 1),
+          by_rows(height + 1) {}
+
+    // The index (f * H + h) * W + w of the pixel at a position, or -1 where the raster is zero.
+    __device__ __forceinline__ int pixel(uint32_t position) const {
+        uint32_t row = by_pitch(position), column = position - row * pitch;
+        uint32_t frame = by_rows(row), line = row - frame * rows;
+        bool real = column != 0 && line != 0 && position < length;
+        return real ? int((row - frame - 1) * (pitch - 1) + column - 1) : -1;
+    }
+};
+
+}  // namespace p3d

@@ -1,0 +1,242 @@
+"""How a fused op (several convolutions, each with its normalisation) meets autograd, torch.compile and inference.
+
+An op is a `Schedule` of three functions that launch kernels; this file gives it what autograd wants: saved tensors, the
+gradients in the parameters' own dtypes, running statistics that move once the forward has succeeded, and registered
+twins (p3d::<name>, p3d::<name>_bwd, p3d::<name>_infer) for tracing. Eager calls do not pass through the dispatcher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._norm import Norm, update_running
+from ._triton import bn_finalise, ndhwc
+from .conv import pack_weight, weight_grad
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What distinguishes two calls of a fused op beside their tensors."""
+
+    kind: str
+    wiring: str
+    stride: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The passes of a fused op. x is NDHWC; weights are packed; a record is float32 [5, C].
+
+    fwd(x, weights, norms, config)                       -> y, records, raws     one record a norm; raws: for bwd
+    bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w) -> dx, dws [Co, taps * Ci], sums [4, C]
+    infer(x, weights, records, config)                   -> y                    no norm in training
+    out_shape(x, weights, config)                        -> shape of y
+    raw_shapes(x, weights, config)                       -> shapes of raws
+    """
+
+    name: str
+    fwd: Callable
+    bwd: Callable
+    infer: Callable
+    out_shape: Callable
+    raw_shapes: Callable
+
+
+class _Function(torch.autograd.Function):
+    """(y, *records) = apply(schedule, config, norms, x, *weights, *affine), affine = weight, bias of each norm."""
+
+    @staticmethod
+    def forward(ctx, schedule, config, norms, x, *parameters):
+        weights = parameters[: -2 * len(norms)]
+        packed = [pack_weight(w, x.dtype) for w in weights]
+        x_in = ndhwc(x)
+        y, records, raws = schedule.fwd(x_in, packed, norms, config)
+        ctx.save_for_backward(x_in, y, *weights, *records, *raws)
+        ctx.schedule, ctx.config, ctx.norms, ctx.packed = schedule, config, norms, packed
+        ctx.mark_non_differentiable(*records)
+        return y, *records
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, y, *rest = ctx.saved_tensors
+        counts = len(ctx.packed), len(ctx.norms)
+        weights, records, raws = rest[: counts[0]], rest[counts[0] : sum(counts)], rest[sum(counts) :]
+        needs_x, *needs = ctx.needs_input_grad[3:]
+        with torch.autocast(x.device.type, enabled=False):
+            dx, dws, sums = ctx.schedule.bwd(
+                ndhwc(dy), x, y, ctx.packed, ctx.norms, records, raws, ctx.config, needs_x, needs[: counts[0]]
+            )
+        dws = [weight_grad(dw, w) if need else None for dw, w, need in zip(dws, weights, needs)]
+        return None, None, None, dx, *dws, *_affine_grads(sums, ctx.norms)
+
+
+def _affine_grads(sums: list[Tensor], norms: list[Norm]) -> list[Tensor | None]:
+    grads = []
+    for s, norm in zip(sums, norms):
+        for row, parameter in ((2, norm.weight), (3, norm.bias)):
+            grads.append(s[row].to(parameter.dtype) if parameter is not None and parameter.requires_grad else None)
+    return grads
+
+
+def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
+    """The records of norms that use their running statistics."""
+    return [bn_finalise(norm, norm.running_mean.numel(), None, x.device) for norm in norms]
+
+
+def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> Tensor:
+    """Run `schedule` on checked arguments and move the running statistics."""
+    affine = [p for norm in norms for p in (norm.weight, norm.bias)]
+    frozen = not any(norm.training for norm in norms)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *affine))
+    if torch.compiler.is_compiling():
+        call = _infer_op if frozen and not grad else _fwd_op
+        flat = _flatten(norms)
+        outputs = call(schedule.name, x, weights, *flat, config.kind, config.wiring, config.stride)
+        if call is _infer_op:
+            return outputs
+        y, *records = outputs[: 1 + len(norms)]
+    elif frozen and not grad:
+        packed = [pack_weight(w, x.dtype) for w in weights]
+        return schedule.infer(ndhwc(x), packed, records_of(norms, x), config)
+    else:
+        y, *records = _Function.apply(schedule, config, norms, x, *weights, *affine)
+    update_running(norms, [r[0] for r in records], [r[4] for r in records])
+    return y
+
+
+# --- registered twins, for torch.compile and export ----------------------------------------------------------------------
+
+SCHEDULES: dict[str, Schedule] = {}
+
+
+def _flatten(norms: list[Norm]) -> tuple[list[Tensor | None], list[Tensor | None], list[float], list[bool]]:
+    return (
+        [p for n in norms for p in (n.weight, n.bias)],
+        [None if n.training else p for n in norms for p in (n.running_mean, n.running_var)],
+        [n.eps for n in norms],
+        [n.training for n in norms],
+    )
+
+
+def _norms(affine, running, eps, training) -> list[Norm]:
+    return [
+        Norm(affine[2 * i], affine[2 * i + 1], running[2 * i], running[2 * i + 1], None, training[i], 0.0, eps[i])
+        for i in range(len(eps))
+    ]
+
+
+@torch.library.custom_op("p3d::fused", mutates_args=())
+def _fwd_op(
+    name: str,
+    x: Tensor,
+    weights: list[Tensor],
+    affine: list[Tensor | None],
+    running: list[Tensor | None],
+    eps: list[float],
+    training: list[bool],
+    kind: str,
+    wiring: str,
+    stride: int,
+) -> list[Tensor]:
+    schedule, norms = SCHEDULES[name], _norms(affine, running, eps, training)
+    packed = [pack_weight(w, x.dtype) for w in weights]
+    y, records, raws = schedule.fwd(ndhwc(x), packed, norms, Config(kind, wiring, stride))
+    return [y, *records, *raws]
+
+
+@_fwd_op.register_fake
+def _(name, x, weights, affine, running, eps, training, kind, wiring, stride):
+    schedule, config = SCHEDULES[name], Config(kind, wiring, stride)
+    y, *raws = (
+        x.new_empty(shape).to(memory_format=torch.channels_last_3d)
+        for shape in (schedule.out_shape(x, weights, config), *schedule.raw_shapes(x, weights, config))
+    )
+    channels = [w.size(0) for w in weights]
+    return [y, *(x.new_empty((5, c), dtype=torch.float32) for c in channels), *raws]
+
+
+@torch.library.custom_op("p3d::fused_bwd", mutates_args=())
+def _bwd_op(
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    affine: list[Tensor | None],
+    running: list[Tensor | None],
+    eps: list[float],
+    training: list[bool],
+    records: list[Tensor],
+    raws: list[Tensor],
+    kind: str,
+    wiring: str,
+    stride: int,
+) -> list[Tensor]:
+    schedule, norms, config = SCHEDULES[name], _norms(affine, running, eps, training), Config(kind, wiring, stride)
+    packed = [pack_weight(w, x.dtype) for w in weights]
+    dx, dws, sums = schedule.bwd(
+        ndhwc(dy), ndhwc(x), y, packed, norms, records, raws, config, True, [True] * len(weights)
+    )
+    return [dx, *(weight_grad(dw, w) for dw, w in zip(dws, weights)), *sums]
+
+
+@_bwd_op.register_fake
+def _(name, dy, x, y, weights, affine, running, eps, training, records, raws, kind, wiring, stride):
+    dws = [weight_grad(w.new_empty(w.shape), w) for w in weights]
+    sums = [x.new_empty((4, w.size(0)), dtype=torch.float32) for w in weights]
+    return [torch.empty_like(x, memory_format=torch.channels_last_3d), *dws, *sums]
+
+
+def _setup(ctx, inputs, output):
+    name, x, weights, affine, running, eps, training, *config = inputs
+    y, rest = output[0], output[1:]
+    ctx.save_for_backward(x, y, *weights, *rest)
+    ctx.affine, ctx.running = affine, running
+    ctx.static = name, eps, training, config
+
+
+def _backward(ctx, grads):
+    name, eps, training, config = ctx.static
+    x, y, *rest = ctx.saved_tensors
+    count = len(eps)
+    weights, records, raws = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    dx, *grads = _bwd_op(
+        name, grads[0], x, y, weights, ctx.affine, ctx.running, eps, training, records, raws, *config
+    )
+    affine = [
+        None if p is None else grads[count + i // 2][2 + i % 2].to(p.dtype) for i, p in enumerate(ctx.affine)
+    ]
+    return None, dx, grads[:count], affine, [None] * len(ctx.running), None, None, None, None, None
+
+
+_fwd_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("p3d::fused_infer", mutates_args=())
+def _infer_op(
+    name: str,
+    x: Tensor,
+    weights: list[Tensor],
+    affine: list[Tensor | None],
+    running: list[Tensor | None],
+    eps: list[float],
+    training: list[bool],
+    kind: str,
+    wiring: str,
+    stride: int,
+) -> Tensor:
+    packed = [pack_weight(w, x.dtype) for w in weights]
+    records = records_of(_norms(affine, running, eps, training), x)
+    return SCHEDULES[name].infer(ndhwc(x), packed, records, Config(kind, wiring, stride))
+
+
+@_infer_op.register_fake
+def _(name, x, weights, affine, running, eps, training, kind, wiring, stride):
+    shape = SCHEDULES[name].out_shape(x, weights, Config(kind, wiring, stride))
+    return x.new_empty(shape).to(memory_format=torch.channels_last_3d)

@@ -1,0 +1,351 @@
+"""Pieces that the Triton kernels of all ops share: how a tensor is read (prologue), summed (partials) and finalised.
+
+A tensor travels raw, with a BN *record*, float32 [5, C], rows (mean, scale, bias, invstd, unbiased variance):
+
+    u = (z - mean) * scale + bias              the centred form is exact at mean/std of 300
+
+so its consumer normalises as it reads and its producer leaves per-tile statistics as it writes. A gradient travels as
+g, the gradient of relu(u) or of u; its consumer forms, with c0 = sum(g)/P and c1 = invstd^2 sum(g (z - mean))/P,
+
+    dz = scale * (g * [u > 0] - c0 - (z - mean) * c1)
+
+Reductions run in a fixed order: results are equal bit for bit from run to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._norm import Norm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels below are then never launched: `_backends.why_not` says so first
+
+    class triton:  # noqa: N801
+        @staticmethod
+        def jit(function=None, **_):
+            return function or (lambda f: f)
+
+        @staticmethod
+        def cdiv(a, b):
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n):
+            return 1 << (n - 1).bit_length()
+
+    tl = None
+
+MAX_POSITIONS = 2**31 - 2**20  # positions are counted in int32, elements in int64
+
+_plans: dict[tuple, Plan] = {}
+
+
+class Plan:
+    """A launch with its grid, scalars and constants settled: only tensors vary from call to call.
+
+    Triton binds and specialises every argument of every launch anew, which on the host costs more than a small kernel
+    takes on the card. A plan does so once. Whoever keeps a plan (`plan_for`) keys it by all that Triton specialises on:
+    device, dtypes, sizes, and which tensors are None. Tensors are 16-byte aligned, or their parameters are declared
+    `do_not_specialize_on_alignment`.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple, **constants) -> None:
+        self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
+        self.runner, self.tail = None, ()
+
+    def __call__(self, *tensors) -> None:
+        """Launch on the device of the first tensor, in its current stream."""
+        if self.runner is not None and tensors[0].get_device() == torch.cuda.current_device():
+            self.runner(*tensors, *self.tail)
+        elif tensors[0].is_cuda:
+            with torch.cuda.device(tensors[0].device):
+                compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
+            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+            self.tail = (*self.scalars, *(self.constants[name] for name in names))
+            self.runner = compiled[self.grid]
+        else:  # the interpreter
+            self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
+
+
+def plan_for(key: tuple, build: Callable[[], Plan]) -> Plan:
+    """The plan kept under `key`, built at first need."""
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 8192:  # many shapes: start over rather than grow without bound
+            _plans.clear()
+        plan = _plans[key] = build()
+    return plan
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def block(n: int, least: int, most: int) -> int:
+    """The power of two that covers n, within [least, most]."""
+    return max(least, min(most, 1 << (n - 1).bit_length()))
+
+
+@dataclasses.dataclass
+class Operand:
+    """One or two raw tensors [N, C, T, H, W] (NDHWC memory) and what happens to an element as it is read.
+
+    read          value
+    raw           a
+    bn_relu       relu(u_a)
+    join_port     relu(u_a) + relu(u_b)                a, b: outputs of S and T
+    join_b        relu(relu(u_a) + u_b)
+    join_c        relu(0.5 relu(u_a) + 0.5 u_b)
+    masked        a * [b > 0]                          a: gradient of relu's output b
+    masked_scaled a * [b > 0] * scale_b
+    bn_bwd        scale_b (a [u_b > 0] - c0 - (b - mean_b) c1)      a: gradient of relu(u_b)
+    bn_bwd_open   scale_b (a           - c0 - (b - mean_b) c1)      a: gradient of u_b
+    """
+
+    read: str
+    a: Tensor
+    b: Tensor | None = None
+    record_a: Tensor | None = None  # [5, C]
+    record_b: Tensor | None = None  # [5, C]
+    sums: Tensor | None = None  # [4, C], rows (c0, c1, dweight, dbias)
+
+    def args(self) -> tuple:
+        """The kernel arguments that stand for this operand."""
+        return self.a, self.b, self.record_a, self.record_b, self.sums
+
+    @property
+    def channels(self) -> int:
+        return self.a.size(1)
+
+
+@triton.jit
+def relu(v):
+    return tl.where(v < 0, 0.0, v)  # keeps NaN, as torch does
+
+
+@triton.jit
+def affine(v, record, c, c_mask, C: tl.constexpr):
+    mean = tl.load(record + c, mask=c_mask, other=0.0)
+    scale = tl.load(record + C + c, mask=c_mask, other=0.0)
+    bias = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
+    return (v - mean[None, :]) * scale[None, :] + bias[None, :]
+
+
+@triton.jit
+def read_operand(a_ptr, b_ptr, record_a, record_b, sums, offsets, mask, c, c_mask, C: tl.constexpr, READ: tl.constexpr):
+    """The operand's tile [rows, channels] at `offsets`, in the storage dtype, zero where masked (see `Operand`)."""
+    a = tl.load(a_ptr + offsets, mask=mask, other=0.0)
+    if READ == "raw":
+        value = a
+    else:
+        v = a.to(tl.float32)
+        if READ == "bn_relu":
+            v = relu(affine(v, record_a, c, c_mask, C))
+        else:
+            b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            if READ == "join_port":
+                v = relu(affine(v, record_a, c, c_mask, C)) + relu(affine(b, record_b, c, c_mask, C))
+            elif READ == "join_b":
+                v = relu(relu(affine(v, record_a, c, c_mask, C)) + affine(b, record_b, c, c_mask, C))
+            elif READ == "join_c":
+                v = relu(0.5 * relu(affine(v, record_a, c, c_mask, C)) + 0.5 * affine(b, record_b, c, c_mask, C))
+            elif READ == "masked":
+                v = tl.where(b <= 0, 0.0, v)
+            elif READ == "masked_scaled":
+                scale = tl.load(record_b + C + c, mask=c_mask, other=0.0)
+                v = tl.where(b <= 0, 0.0, v) * scale[None, :]
+            else:
+                tl.static_assert(READ == "bn_bwd" or READ == "bn_bwd_open")
+                mean = tl.load(record_b + c, mask=c_mask, other=0.0)[None, :]
+                scale = tl.load(record_b + C + c, mask=c_mask, other=0.0)[None, :]
+                if READ == "bn_bwd":
+                    bias = tl.load(record_b + 2 * C + c, mask=c_mask, other=0.0)[None, :]
+                    v = tl.where((b - mean) * scale + bias <= 0, 0.0, v)
+                c0 = tl.load(sums + c, mask=c_mask, other=0.0)[None, :]
+                c1 = tl.load(sums + C + c, mask=c_mask, other=0.0)[None, :]
+                v = scale * (v - c0 - (b - mean) * c1)
+        value = tl.where(mask, v, 0.0).to(a.dtype)  # padding is zero after the affine, not before
+    return value
+
+
+@triton.jit
+def write_stats(part, v, valid, tile, n_valid, c, c_mask, C: tl.constexpr):
+    """Row `tile` of the partial statistics [R, 3, C] of v [rows, channels]: (n, mean, sum of squares about it)."""
+    n = n_valid.to(tl.float32)
+    mean = tl.sum(tl.where(valid, v, 0.0), 0) / n
+    d = tl.where(valid, v - mean[None, :], 0.0)
+    row = part + tile.to(tl.int64) * 3 * C + c
+    tl.store(row, tl.zeros_like(mean) + n, mask=c_mask)
+    tl.store(row + C, mean, mask=c_mask)
+    tl.store(row + 2 * C, tl.sum(d * d, 0), mask=c_mask)
+
+
+@triton.jit
+def write_sums(part, g, z_ptr, record, offsets, mask, tile, c, c_mask, C: tl.constexpr, OPEN: tl.constexpr):
+    """Row `tile` of the partial sums [R, 2, C] of the layer below: sum g and sum g (z - mean), g masked by its ReLU.
+
+    OPEN: z's normalisation has no ReLU of its own, so g is not masked.
+    """
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(record + c, mask=c_mask, other=0.0)[None, :]
+    g = tl.where(mask, g, 0.0)
+    if not OPEN:
+        g = tl.where(affine(z, record, c, c_mask, C) <= 0, 0.0, g)
+    row = part + tile.to(tl.int64) * 2 * C + c
+    tl.store(row, tl.sum(g, 0), mask=c_mask)
+    tl.store(row + C, tl.sum(tl.where(mask, g * (z - mean), 0.0), 0), mask=c_mask)
+
+
+_UNALIGNED = ["weight", "bias", "running_mean", "running_var"]  # parameters may be slices of a flat buffer
+
+
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=_UNALIGNED)
+def bn_finalise_kernel(
+    record,  # [5, C]
+    part,  # [R, 3, C], or unused
+    weight,  # [C] or None
+    bias,  # [C] or None
+    running_mean,  # [C], read when not TRAINING
+    running_var,  # [C]
+    R,
+    eps,
+    C: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    if TRAINING:  # Chan's combination of all tiles at once, about the mean of the first: no cancellation
+        rows = tl.arange(0, BLOCK_R)
+        about = tl.load(part + C + c, mask=c_mask, other=0.0).to(tl.float64)
+        n = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+        first = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+        second = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+        for r in range(0, R, BLOCK_R):
+            mask = ((r + rows) < R)[:, None] & c_mask[None, :]
+            row = part + (r + rows).to(tl.int64)[:, None] * (3 * C) + c[None, :]
+            n_r = tl.load(row, mask=mask, other=0.0).to(tl.float64)
+            d = tl.where(n_r > 0, tl.load(row + C, mask=mask, other=0.0) - about[None, :], 0.0)
+            n += n_r
+            first += n_r * d
+            second += n_r * d * d + tl.load(row + 2 * C, mask=mask, other=0.0)
+        count = tl.sum(n, 0)
+        shift = tl.sum(first, 0) / count
+        mean = about + shift
+        m2 = tl.maximum(tl.sum(second, 0) - count * shift * shift, 0.0)
+        var = m2 / count
+        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+    else:
+        mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
+        var = tl.load(running_var + c, mask=c_mask, other=1.0).to(tl.float64)
+        unbiased = var
+    invstd = 1.0 / tl.sqrt(var + eps)
+    scale = invstd
+    if weight is not None:
+        scale = invstd * tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
+    shift = tl.zeros_like(mean)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    tl.store(record + c, mean.to(tl.float32), mask=c_mask)
+    tl.store(record + C + c, scale.to(tl.float32), mask=c_mask)
+    tl.store(record + 2 * C + c, shift.to(tl.float32), mask=c_mask)
+    tl.store(record + 3 * C + c, invstd.to(tl.float32), mask=c_mask)
+    tl.store(record + 4 * C + c, unbiased.to(tl.float32), mask=c_mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def bn_bwd_finalise_kernel(
+    part,  # [R, 2, C]
+    record,  # [5, C]
+    sums,  # [4, C], rows (c0, c1, dweight, dbias)
+    R,
+    P,
+    C: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    rows = tl.arange(0, BLOCK_R)
+    g = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    for r in range(0, R, BLOCK_R):
+        mask = ((r + rows) < R)[:, None] & c_mask[None, :]
+        row = part + (r + rows).to(tl.int64)[:, None] * (2 * C) + c[None, :]
+        g += tl.load(row, mask=mask, other=0.0)
+        gz += tl.load(row + C, mask=mask, other=0.0)
+    sum_g = tl.sum(g, 0).to(tl.float32)
+    sum_gz = tl.sum(gz, 0).to(tl.float32)
+    invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
+    c0 = tl.zeros_like(sum_g)
+    c1 = tl.zeros_like(sum_g)
+    if TRAINING:
+        c0 = sum_g / P
+        c1 = invstd * invstd * (sum_gz / P)
+    tl.store(sums + c, c0, mask=c_mask)
+    tl.store(sums + C + c, c1, mask=c_mask)
+    tl.store(sums + 2 * C + c, invstd * sum_gz, mask=c_mask)
+    tl.store(sums + 3 * C + c, sum_g, mask=c_mask)
+
+
+def _finalise_tile(rows: int) -> dict:
+    block_r = block(rows, 16, 512)
+    return {"BLOCK_R": block_r, "BLOCK_C": 4, "num_warps": 8 if block_r > 128 else 4}
+
+
+def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.device) -> Tensor:
+    """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else from running statistics."""
+    record = torch.empty((5, channels), device=device, dtype=torch.float32)
+    rows = part.size(0) if norm.training else 0
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    plan = plan_for(
+        (bn_finalise_kernel, device, channels, rows, norm.eps, norm.training, dtypes),
+        lambda: Plan(
+            bn_finalise_kernel, (cdiv(channels, 4),), (rows, norm.eps),
+            C=channels, TRAINING=norm.training, **_finalise_tile(rows or 1),
+        ),  # fmt: skip
+    )
+    plan(record, part, *tensors)
+    return record
+
+
+def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool) -> Tensor:
+    """[4, C], rows (c0, c1, dweight, dbias), from the partial sums [R, 2, C]; c0 = c1 = 0 unless training."""
+    rows, _, channels = part.shape
+    sums = torch.empty((4, channels), device=part.device, dtype=torch.float32)
+    plan = plan_for(
+        (bn_bwd_finalise_kernel, part.device, channels, rows, positions, training),
+        lambda: Plan(
+            bn_bwd_finalise_kernel, (cdiv(channels, 4),), (rows, float(positions)),
+            C=channels, TRAINING=training, **_finalise_tile(rows),
+        ),  # fmt: skip
+    )
+    plan(part, record, sums)
+    return sums
+
+
+def ndhwc(x: Tensor) -> Tensor:
+    """x [N, C, T, H, W] in NDHWC memory of 16-byte alignment: itself when it lies so, else a copy."""
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    return x if x.data_ptr() & 15 == 0 else x.clone()
+
+
+def empty_ndhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor in NDHWC memory, of the dtype and device of `like`."""
+    return torch.empty(shape, device=like.device, dtype=like.dtype, memory_format=torch.channels_last_3d)
+
+
+def input_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How float32 products are formed: torch's own switch for convolutions decides; "tf32" or "ieee"."""
+    tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,588 @@
+"""The factorised convolutions: spatial 1x3x3, temporal 3x1x1 and pointwise 1x1x1.
+
+One pair of Triton kernels serves them all, forward and backward. A convolution is a matrix product over taps: output
+positions on the rows, output channels on the columns, input channels of each tap along the sum. The *prologue* is how
+the operand is read (`Operand`), the *epilogue* is what happens to a tile before it is stored (`Epilogue`): BN, ReLU,
+residual, statistics, or the sums that the layer below needs in its backward. No tensor has a pass of its own for these.
+
+    fwd    y[p, co]       = sum_{tap, ci} x[p * stride + tap, ci] w[co, tap, ci]
+    dgrad  dx[p, ci]      = sum_{tap, co} dy[(p - tap) / stride, co] w[co, tap, ci]     where stride divides p - tap
+    wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends, reference
+from .._checks import check_activation, check_positive, check_weight, compute_dtype
+from ._triton import (
+    MAX_POSITIONS,
+    Operand,
+    Plan,
+    affine,
+    block,
+    cdiv,
+    empty_ndhwc,
+    input_precision,
+    ndhwc,
+    plan_for,
+    read_operand,
+    relu,
+    tl,
+    triton,
+    write_stats,
+    write_sums,
+)
+
+# --- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tap_row(n, t, h, w, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, TRANSPOSED: tl.constexpr):
+    """(row, exists) of the input position that tap (kt, kh, kw) of output position (n, t, h, w) reads."""
+    if TRANSPOSED:
+        t = t + KT // 2 - kt
+        h = h + KH // 2 - kh
+        w = w + KW // 2 - kw
+        exists = (t >= 0) & (h >= 0) & (w >= 0) & (t % ST == 0) & (h % SH == 0) & (w % SH == 0)
+        t = t // ST
+        h = h // SH
+        w = w // SH
+    else:
+        t = t * ST + kt - KT // 2
+        h = h * SH + kh - KH // 2
+        w = w * SH + kw - KW // 2
+        exists = (t >= 0) & (h >= 0) & (w >= 0)
+    exists = exists & (t < T) & (h < H) & (w < W)
+    return ((n * T + t) * H + h) * W + w, exists
+
+
+@triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
+def conv_kernel(
+    a_ptr,  # operand: [N, T, H, W, CI]
+    b_ptr,
+    record_a,
+    record_b,
+    sums,
+    w_ptr,  # [CO, taps, CI], or [CI, taps, CO] when TRANSPOSED
+    y_ptr,  # [N, To, Ho, Wo, CO], or None: not stored
+    y_record,  # [5, CO] or None: normalises the result
+    o_ptr,  # like y, joined to it as JOIN says
+    o_mask,  # like y: o counts where this is positive
+    o_record,  # [5, CO] or None: normalises o
+    part,  # statistics [R, 3, CO] of y, or, with z, sums [R, 2, CO] of the layer below; or None
+    z_ptr,  # like y: raw output of the layer below
+    z_record,  # [5, CO]
+    P,
+    T,
+    H,
+    W,
+    To,
+    Ho,
+    Wo,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    READ: tl.constexpr,
+    JOIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+):
+    TAPS: tl.constexpr = KT * KH * KW
+    CHUNKS: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
+    CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    tile = tl.program_id(0) // CO_TILES
+    co = (tl.program_id(0) % CO_TILES) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    co_mask = co < CO
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    p_mask = p < P
+    w_o = p % Wo
+    h_o = p // Wo % Ho
+    t_o = p // (Wo * Ho) % To
+    n = p // (Wo * Ho * To)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for step in range(TAPS * CHUNKS):
+        tap = step // CHUNKS
+        ci = (step % CHUNKS) * BLOCK_CI + tl.arange(0, BLOCK_CI)
+        ci_mask = ci < CI
+        kt = tap // (KH * KW)
+        kh = tap // KW % KH
+        kw = tap % KW
+        if TAPS == 1 and ST == 1 and SH == 1:
+            row, exists = p, p_mask
+        else:
+            row, exists = tap_row(n, t_o, h_o, w_o, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, TRANSPOSED)
+            exists = exists & p_mask
+        offsets = row.to(tl.int64)[:, None] * CI + ci[None, :]
+        x = read_operand(
+            a_ptr, b_ptr, record_a, record_b, sums, offsets, exists[:, None] & ci_mask[None, :], ci, ci_mask, CI, READ
+        )
+        if TRANSPOSED:
+            w_offsets = ci[:, None] * (TAPS * CO) + tap * CO + co[None, :]
+        else:
+            w_offsets = co[None, :] * (TAPS * CI) + tap * CI + ci[:, None]
+        w = tl.load(w_ptr + w_offsets, mask=ci_mask[:, None] & co_mask[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    mask = p_mask[:, None] & co_mask[None, :]
+    offsets = p.to(tl.int64)[:, None] * CO + co[None, :]
+    if y_record is not None:
+        acc = affine(acc, y_record, co, co_mask, CO)
+    if JOIN == "relu":
+        acc = relu(acc)
+    elif JOIN != "none":
+        if JOIN == "add_strided":  # o lies on the strided grid of the operand
+            row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, T, H, W, 1, 1, 1, ST, SH, True)
+            o_offsets = row.to(tl.int64)[:, None] * CO + co[None, :]
+            o = tl.load(o_ptr + o_offsets, mask=mask & exists[:, None], other=0.0).to(tl.float32)
+        else:
+            o = tl.load(o_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if o_record is not None:
+            o = affine(o, o_record, co, co_mask, CO)
+        if o_mask is not None:
+            o = tl.where(tl.load(o_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, o)
+        if JOIN == "add" or JOIN == "add_strided":
+            acc = acc + o
+        elif JOIN == "add_relu":
+            acc = relu(acc + o)
+        elif JOIN == "relu_add":
+            acc = relu(acc) + o
+        else:
+            tl.static_assert(JOIN == "mean_relu")
+            acc = relu(0.5 * acc + 0.5 * o)
+    if y_ptr is not None:
+        y = acc.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y, mask=mask)
+        acc = y.to(tl.float32)  # statistics are of the values as stored
+    if part is not None:
+        if z_ptr is not None:
+            write_sums(part, acc, z_ptr, z_record, offsets, mask, tile, co, co_mask, CO, False)
+        else:
+            write_stats(part, acc, mask, tile, tl.minimum(P - tile * BLOCK_P, BLOCK_P), co, co_mask, CO)
+
+
+@triton.jit(do_not_specialize=["P", "chunk", "T", "H", "W", "To", "Ho", "Wo"])
+def conv_wgrad_kernel(
+    g_a,  # gradient operand: [N, To, Ho, Wo, CO]
+    g_b,
+    g_record_a,
+    g_record_b,
+    g_sums,
+    x_a,  # input operand: [N, T, H, W, CI]
+    x_b,
+    x_record_a,
+    x_record_b,
+    x_sums,
+    part,  # [splits, CO * taps * CI (+ CO with TOTALS: sums of the gradient operand over positions)]
+    P,
+    chunk,  # positions a split
+    T,
+    H,
+    W,
+    To,
+    Ho,
+    Wo,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SH: tl.constexpr,
+    TOTALS: tl.constexpr,
+    G_STRIDED: tl.constexpr,  # a 1x1x1 convolution's g lies on the grid of x, of which it reads every SH-th
+    READ_G: tl.constexpr,
+    READ_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = KT * KH * KW * CI
+    CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    split = tl.program_id(1)
+    co = (tl.program_id(0) % CO_TILES) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    co_mask = co < CO
+    k = (tl.program_id(0) // CO_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)  # column: (tap, ci)
+    k_mask = k < COLUMNS
+    ci = k % CI
+    tap = k // CI
+    kt = (tap // (KH * KW))[None, :]
+    kh = (tap // KW % KH)[None, :]
+    kw = (tap % KW)[None, :]
+
+    acc = tl.zeros((BLOCK_CO, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_CO,), tl.float32)
+    for start in range(split * chunk, tl.minimum(P, (split + 1) * chunk), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        p_mask = p < P
+        if KT * KH * KW == 1 and ST == 1 and SH == 1:
+            row, exists = p[:, None], p_mask[:, None]
+        else:
+            w_o = (p % Wo)[:, None]
+            h_o = (p // Wo % Ho)[:, None]
+            t_o = (p // (Wo * Ho) % To)[:, None]
+            n = (p // (Wo * Ho * To))[:, None]
+            row, exists = tap_row(n, t_o, h_o, w_o, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, False)
+            exists = exists & p_mask[:, None]
+        g_row = row if G_STRIDED else p[:, None]
+        g_offsets = g_row.to(tl.int64) * CO + co[None, :]
+        g_mask = p_mask[:, None] & co_mask[None, :]
+        g = read_operand(g_a, g_b, g_record_a, g_record_b, g_sums, g_offsets, g_mask, co, co_mask, CO, READ_G)
+        if TOTALS:
+            total += tl.sum(g.to(tl.float32), 0)
+        x_offsets = row.to(tl.int64) * CI + ci[None, :]
+        x = read_operand(
+            x_a, x_b, x_record_a, x_record_b, x_sums, x_offsets, exists & k_mask[None, :], ci, k_mask, CI, READ_X
+        )
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+    out = part + split.to(tl.int64) * (CO * COLUMNS + CO * TOTALS)
+    tl.store(out + co[:, None] * COLUMNS + k[None, :], acc, mask=co_mask[:, None] & k_mask[None, :])
+    if TOTALS and tl.program_id(0) < CO_TILES:
+        tl.store(out + CO * COLUMNS + co, total, mask=co_mask)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Taps and strides of a convolution with "same" padding."""
+
+    taps: tuple[int, int, int]
+    stride: tuple[int, int] = (1, 1)  # (time, space)
+
+    def out_shape(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        (st, sh) = self.stride
+        return (t - 1) // st + 1, (h - 1) // sh + 1, (w - 1) // sh + 1
+
+    @property
+    def constants(self) -> dict:
+        return dict(zip(("KT", "KH", "KW", "ST", "SH"), self.taps + self.stride))
+
+
+def spatial(stride: int = 1) -> Geometry:
+    return Geometry((1, 3, 3), (1, stride))
+
+
+def temporal(stride: int = 1) -> Geometry:
+    return Geometry((3, 1, 1), (stride, 1))
+
+
+def pointwise(stride: int = 1) -> Geometry:
+    return Geometry((1, 1, 1), (1, stride))
+
+
+@dataclasses.dataclass
+class Epilogue:
+    """What happens to a tile of y before it leaves the kernel; `Operand` is its mirror at the entry.
+
+    record      normalises y
+    join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
+                "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
+    o           joined tensor, normalised by o_record, counted where o_mask > 0
+    stats       partial statistics of y
+    below       raw output of the layer below and its record: partial sums for that layer's BN backward
+    store       whether y is written at all
+    """
+
+    record: Tensor | None = None
+    join: str = "none"
+    o: Tensor | None = None
+    o_record: Tensor | None = None
+    o_mask: Tensor | None = None
+    stats: bool = False
+    below: tuple[Tensor, Tensor] | None = None
+    store: bool = True
+
+    def key(self) -> tuple:
+        """What a compiled kernel depends on."""
+        o = self.o is not None, self.o_record is not None, self.o_mask is not None
+        return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
+
+
+def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w [Co, Ci, kT, kH, kW] as the kernels read it: [Co, taps, Ci] memory, in `dtype`."""
+    if w.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last_3d) and w.data_ptr() & 15 == 0:
+        return w.detach()
+    packed = torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=torch.channels_last_3d)
+    return packed.copy_(w.detach())
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _conv_tile(positions: int, ci: int, co: int, dtype: torch.dtype, pair: bool) -> dict:
+    wide = dtype == torch.float32
+    block_p = 128 if positions >= 128 * 64 else 64 if positions >= 64 * 16 else 32
+    block_ci = block(ci, 16, 32 if wide else 64)
+    block_co = block(co, 16, 64 if wide or block_p < 128 else 128)
+    warps = 8 if block_p * block_co >= 128 * (64 if pair else 128) else 4  # two tensors a tile: spread the registers
+    return {"BLOCK_P": block_p, "BLOCK_CO": block_co, "BLOCK_CI": block_ci, "num_warps": warps, "num_stages": 3}
+
+
+def conv(
+    x: Operand,
+    w: Tensor,  # packed
+    geometry: Geometry,
+    epilogue: Epilogue | None = None,
+    out_dims: tuple[int, int, int] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(y, part): fwd, or dgrad when `out_dims` (T, H, W of the convolution's input) is given.
+
+    part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
+    """
+    epilogue = epilogue or Epilogue()
+    shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
+    key = (conv_kernel, shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), input_precision(dtype, device))
+    plan = plan_for(key, lambda: _conv_plan(x, w, geometry, epilogue, out_dims))
+    y = empty_ndhwc(plan.y_shape, x.a) if epilogue.store else None
+    part = None
+    z, z_record = epilogue.below or (None, None)
+    if epilogue.stats or z is not None:
+        part = torch.empty((plan.rows, 3 if epilogue.stats else 2, plan.y_shape[1]), device=device, dtype=torch.float32)
+    plan(*x.args(), w, y, epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record, part, z, z_record)
+    return y, part
+
+
+def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, out_dims: tuple | None) -> Plan:
+    n, ci, *dims = x.a.shape
+    out = out_dims or geometry.out_shape(*dims)
+    co = w.size(0 if out_dims is None else 1)
+    positions = n * out[0] * out[1] * out[2]
+    tile = _conv_tile(positions, ci, co, x.a.dtype, x.b is not None)
+    rows = cdiv(positions, tile["BLOCK_P"])
+    plan = Plan(
+        conv_kernel,
+        (rows * cdiv(co, tile["BLOCK_CO"]),),
+        (positions, *dims, *out),
+        CI=ci,
+        CO=co,
+        **geometry.constants,
+        TRANSPOSED=out_dims is not None,
+        READ=x.read,
+        JOIN=epilogue.join,
+        PRECISION=input_precision(x.a.dtype, x.a.device),
+        **tile,
+    )
+    plan.rows, plan.y_shape = rows, (n, co, *out)
+    return plan
+
+
+def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(dw [Co, taps * Ci] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
+
+    g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the stride of the convolution too.
+    """
+    shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
+    key = (conv_wgrad_kernel, shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, input_precision(dtype, device))
+    plan = plan_for(key, lambda: _wgrad_plan(g, x, geometry, totals))
+    part = torch.empty(plan.part_shape, device=device, dtype=torch.float32)
+    plan(*g.args(), *x.args(), part)
+    dw = part.sum(0)
+    if not totals:
+        return dw, None
+    size = dw.numel() - g.channels
+    return dw[:size], dw[size:]
+
+
+def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Plan:
+    n, ci, *dims = x.a.shape
+    co, out = g.channels, geometry.out_shape(*dims)
+    columns = ci * geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
+    positions = n * out[0] * out[1] * out[2]
+    tile = _wgrad_tile(co, columns, g.a.dtype, g.b is not None)
+    tiles = cdiv(co, tile["BLOCK_CO"]) * cdiv(columns, tile["BLOCK_K"])
+    splits = max(1, min(2 * sm_count(g.a.device) // tiles, cdiv(positions, 4 * tile["BLOCK_P"])))
+    chunk = cdiv(cdiv(positions, splits), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    plan = Plan(
+        conv_wgrad_kernel,
+        (tiles, splits),
+        (positions, chunk, *dims, *out),
+        CI=ci,
+        CO=co,
+        **geometry.constants,
+        TOTALS=totals,
+        G_STRIDED=tuple(g.a.shape[2:]) != tuple(out),
+        READ_G=g.read,
+        READ_X=x.read,
+        PRECISION=input_precision(g.a.dtype, g.a.device),
+        **tile,
+    )
+    plan.part_shape = splits, co * (columns + totals)
+    return plan
+
+
+def _wgrad_tile(co: int, columns: int, dtype: torch.dtype, pair: bool) -> dict:
+    wide = dtype == torch.float32
+    block_co, block_k = block(co, 16, 64 if wide else 128), block(columns, 16, 64 if wide else 128)
+    warps = 8 if block_co * block_k >= 128 * (64 if pair else 128) else 4
+    return {
+        "BLOCK_P": 32 if wide else 64, "BLOCK_CO": block_co, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3,
+    }  # fmt: skip
+
+
+def weight_grad(dw: Tensor, w: Tensor) -> Tensor:
+    """dw [Co, taps * Ci] float32, as the kernel leaves it, with the shape and dtype of w [Co, Ci, kT, kH, kW]."""
+    co, ci, *taps = w.shape
+    return dw.view(co, *taps, ci).permute(0, 4, 1, 2, 3).to(w.dtype)
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def spatial_fwd(x: Operand, w: Tensor, epilogue: Epilogue | None = None) -> tuple[Tensor, Tensor | None]:
+    """1x3x3, stride 1: the CUDA kernel where it has one for this operand and epilogue, else `conv`."""
+    epilogue = epilogue or Epilogue()
+    plain = x.read in ("raw", "bn_relu") and epilogue.below is None
+    plain = plain and (epilogue.record is not None, epilogue.join) in ((False, "none"), (True, "relu"))
+    if plain and _backends.forced() != "triton" and _backends.why_not("cuda", x.a) is None:
+        from . import _cuda
+
+        if _cuda.why_not(tuple(x.a.shape), x.a.dtype, w.size(1), w.size(0)) is None:
+            taps = w.permute(0, 2, 3, 4, 1).view(w.size(0), 9, w.size(1))
+            affines = (None if r is None else r[:3] for r in (x.record_a, epilogue.record))
+            return _cuda.spatial_conv_fwd(x.a, taps, *affines, epilogue.stats)
+    return conv(x, w, spatial(), epilogue)
+
+
+def conv_fwd(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    packed = pack_weight(w, x.dtype)
+    if geometry == spatial():
+        return spatial_fwd(Operand("raw", ndhwc(x)), packed)[0]
+    return conv(Operand("raw", ndhwc(x)), packed, geometry)[0]
+
+
+def conv_bwd(
+    dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    g = Operand("raw", ndhwc(dy))
+    dx = dw = None
+    if need_x:
+        dx, _ = conv(g, pack_weight(w, x.dtype), geometry, out_dims=tuple(x.shape[2:]))
+    if need_w:
+        dw = weight_grad(conv_wgrad(g, Operand("raw", ndhwc(x)), geometry)[0], w)
+    return dx, dw
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, geometry):
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return conv_fwd(x, w, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *conv_bwd(dy, *ctx.saved_tensors, ctx.geometry, *ctx.needs_input_grad[:2]), None
+
+
+def _register(name: str, make: callable) -> callable:
+    """Register p3d::<name> and p3d::<name>_bwd, the traceable twins of `_Conv` with the geometry `make(stride)`."""
+
+    @torch.library.custom_op(f"p3d::{name}", mutates_args=())
+    def fwd(x: Tensor, w: Tensor, stride: int) -> Tensor:
+        return conv_fwd(x, w, make(stride))
+
+    @fwd.register_fake
+    def _(x, w, stride):
+        return empty_ndhwc((x.size(0), w.size(0), *make(stride).out_shape(*x.shape[2:])), x)
+
+    @torch.library.custom_op(f"p3d::{name}_bwd", mutates_args=())
+    def bwd(dy: Tensor, x: Tensor, w: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        return conv_bwd(dy, x, w, make(stride), True, True)
+
+    @bwd.register_fake
+    def _(dy, x, w, stride):
+        co, ci, *taps = w.shape
+        return empty_ndhwc(x.shape, x), w.new_empty((co, *taps, ci)).permute(0, 4, 1, 2, 3)
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.stride = inputs[2]
+
+    fwd.register_autograd(lambda ctx, dy: (*bwd(dy, *ctx.saved_tensors, ctx.stride), None), setup_context=setup)
+    return fwd
+
+
+_REGISTERED = {make.__name__: _register(f"{make.__name__}_conv", make) for make in (spatial, temporal, pointwise)}
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the kernels of this package cannot run on activations of this shape, or None."""
+    if x.numel() == 0:
+        return "the input is empty"
+    if x.numel() // x.size(1) > MAX_POSITIONS:
+        return f"more than {MAX_POSITIONS} positions"
+    return None
+
+
+def _run(make: callable, x: Tensor, w: Tensor, stride: int) -> Tensor:
+    name = f"{make.__name__}_conv"
+    check_activation("x", x)
+    check_positive("stride", stride)
+    dtype, weight_dtype = compute_dtype(x)
+    check_weight("w", w, (None, x.size(1), *make().taps), x, weight_dtype)
+    x = x.to(dtype)
+    if _backends.choose(name, x, lambda _: why_not(x), ("cuda", "triton", "aten")) == "aten":
+        return getattr(reference, name)(x, w, stride)
+    if torch.compiler.is_compiling():
+        return _REGISTERED[make.__name__](x, w, stride)
+    return _Conv.apply(x, w, make(stride))
+
+
+def spatial_conv(x: Tensor, w: Tensor, stride: int = 1) -> Tensor:
+    """S, the spatial convolution: y[n, co, t, h, w] = sum x[n, ci, t, h s + i - 1, w s + j - 1] w[co, ci, 0, i, j].
+
+    Equivalent to `F.conv3d(x, w, stride=(1, s, s), padding=(0, 1, 1))`.
+
+    Args:
+        x: [N, Ci, T, H, W], float32, float16 or bfloat16 (float64 on the aten path). Read in NDHWC memory
+            (`torch.channels_last_3d`); another layout is copied once.
+        w: [Co, Ci, 1, 3, 3], the dtype of x; any float dtype under `torch.autocast`.
+        stride: s, in space.
+
+    Returns:
+        [N, Co, T, ceil(H / s), ceil(W / s)] in NDHWC memory (conv3d's choice on the aten path).
+
+    Numerics: float32 accumulation; float32 inputs use TF32 where `torch.backends.cudnn.allow_tf32` is set. Forward,
+        dgrad and wgrad are this package's kernels and equal bit for bit from run to run.
+    Raises: TypeError or ValueError naming the argument, before any launch.
+    Source: Qiu, Yao, Mei, ICCV 2017, section 3.1 (S).
+    """
+    return _run(spatial, x, w, stride)
+
+
+def temporal_conv(x: Tensor, w: Tensor, stride: int = 1) -> Tensor:
+    """T, the temporal convolution: y[n, co, t, h, w] = sum x[n, ci, t s + i - 1, h, w] w[co, ci, i, 0, 0].
+
+    Equivalent to `F.conv3d(x, w, stride=(s, 1, 1), padding=(1, 0, 0))`. w [Co, Ci, 3, 1, 1]; stride is in time; all
+    else as in `spatial_conv`.
+    """
+    return _run(temporal, x, w, stride)
+
+
+def pointwise_conv(x: Tensor, w: Tensor, stride: int = 1) -> Tensor:
+    """1x1x1 convolution: y[n, co, t, h, w] = sum x[n, ci, t, h s, w s] w[co, ci, 0, 0, 0].
+
+    Equivalent to `F.conv3d(x, w, stride=(1, s, s))`. w [Co, Ci, 1, 1, 1]; stride is in space; all else as in
+    `spatial_conv`.
+    """
+    return _run(pointwise, x, w, stride)

@@ -1,0 +1,346 @@
+"""The pseudo-3-D convolution of one P3D block: S and T, each with BN and ReLU, joined by kind and wiring.
+
+Only the raw outputs z_s and z_t are stored. Their join is an `Operand`: whoever reads it normalises and joins on the
+way. Backward starts from the gradient of the join and needs no mask tensor (see `Operand`'s bn_bwd):
+
+    kind A    dz_t = bn_bwd(v, z_t),  da_s = T' dz_t,      dz_s = bn_bwd(da_s, z_s),  dx = S' dz_s
+    kind B    dz_t = bn_bwd(v, z_t),  dz_s = bn_bwd(v, z_s),                          dx = S' dz_s + T' dz_t
+    kind C    dz_t = bn_bwd(v, z_t),  da_s = T' dz_t + v,  dz_s = bn_bwd(da_s, z_s),  dx = S' dz_s
+    kind 2d                           dz_s = bn_bwd(v, z_s),                          dx = S' dz_s
+
+with v the gradient of the join, times the mask of its outer ReLU in the author's B and C (and 0.5 in C).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends, reference
+from .._checks import check_activation, check_choice, check_weight, compute_dtype
+from .._norm import Norm, check_norm
+from ..reference import KINDS, WIRINGS
+from ._fused import SCHEDULES, Config, Schedule, run
+from ._triton import (
+    Operand,
+    Plan,
+    affine,
+    block,
+    cdiv,
+    bn_bwd_finalise,
+    bn_finalise,
+    empty_ndhwc,
+    plan_for,
+    read_operand,
+    relu,
+    tl,
+    triton,
+    write_sums,
+)
+from .conv import Epilogue, conv, conv_wgrad, spatial, spatial_fwd, temporal, why_not
+
+_JOINS = {("B", "port"): "join_port", ("C", "port"): "join_port", ("B", "author"): "join_b", ("C", "author"): "join_c"}
+_INFER_JOINS = {"bn_relu": "relu", "join_port": "relu_add", "join_b": "add_relu", "join_c": "mean_relu"}
+
+
+def join_read(config: Config) -> str:
+    """How the join of S and T is read (`Operand.read`)."""
+    return _JOINS.get((config.kind, config.wiring), "bn_relu")
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["P"])
+def join_fwd_kernel(
+    a_ptr,
+    b_ptr,
+    record_a,
+    record_b,
+    y_ptr,
+    P,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    p = tl.program_id(0) // C_TILES * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    offsets = p.to(tl.int64)[:, None] * C + c[None, :]
+    y = read_operand(a_ptr, b_ptr, record_a, record_b, None, offsets, mask, c, c < C, C, READ)
+    tl.store(y_ptr + offsets, y, mask=mask)
+
+
+@triton.jit
+def join_bwd(
+    g,  # [rows, channels] float32: gradient of the join
+    v_ptr,  # v of the formulas above is stored here
+    a_ptr,
+    b_ptr,
+    record_a,
+    record_b,
+    part_a,  # [R, 2, C] sums for the normalisation of a, or None
+    part_b,  # the same for b
+    offsets,
+    mask,
+    tile,
+    c,
+    c_mask,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+):
+    if READ == "join_b" or READ == "join_c":
+        u_a = affine(tl.load(a_ptr + offsets, mask=mask, other=0.0).to(tl.float32), record_a, c, c_mask, C)
+        u_b = affine(tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32), record_b, c, c_mask, C)
+        g = tl.where(relu(u_a) + u_b <= 0, 0.0, g)
+        if READ == "join_c":
+            g = 0.5 * g
+    v = g.to(v_ptr.dtype.element_ty)
+    tl.store(v_ptr + offsets, v, mask=mask)
+    g = v.to(tl.float32)
+    if part_a is not None:
+        write_sums(part_a, g, a_ptr, record_a, offsets, mask, tile, c, c_mask, C, False)
+    if part_b is not None:
+        write_sums(part_b, g, b_ptr, record_b, offsets, mask, tile, c, c_mask, C, READ != "join_port")
+
+
+@triton.jit(do_not_specialize=["P"])
+def join_bwd_kernel(
+    dy_ptr,
+    v_ptr,
+    a_ptr,
+    b_ptr,
+    record_a,
+    record_b,
+    part_a,
+    part_b,
+    P,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // C_TILES
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    offsets = p.to(tl.int64)[:, None] * C + c[None, :]
+    g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    join_bwd(g, v_ptr, a_ptr, b_ptr, record_a, record_b, part_a, part_b, offsets, mask, tile, c, c < C, C, READ)
+
+
+# --- the schedule of S and T, also the heart of the bottleneck block ------------------------------------------------------
+
+
+def st_fwd(x: Operand, weights: list[Tensor], norms: list[Norm], config: Config) -> tuple[Operand, list[Tensor], list[Tensor]]:
+    """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order."""
+    (w_s, *w_t), (norm_s, *norm_t) = weights, norms
+    z_s, part = spatial_fwd(x, w_s, Epilogue(stats=norm_s.training))
+    record_s = bn_finalise(norm_s, z_s.size(1), part, z_s.device)
+    a_s = Operand("bn_relu", z_s, record_a=record_s)
+    if config.kind == "2d":
+        return a_s, [record_s], [z_s]
+    z_t, part = conv(x if config.kind == "B" else a_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
+    record_t = bn_finalise(norm_t[0], z_t.size(1), part, z_t.device)
+    return join_of([record_s, record_t], [z_s, z_t], config), [record_s, record_t], [z_s, z_t]
+
+
+def join_of(records: list[Tensor], raws: list[Tensor], config: Config) -> Operand:
+    """The join of S and T as an operand."""
+    if config.kind in ("A", "2d"):
+        return Operand("bn_relu", raws[-1], record_a=records[-1])
+    return Operand(join_read(config), raws[0], raws[1], records[0], records[1])
+
+
+def join_parts(join: Operand, kind: str, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the partial sums [rows, 2, C] that the gradient of the join leaves for the norms of its a and b."""
+
+    def part():
+        return torch.empty((rows, 2, join.channels), device=join.a.device, dtype=torch.float32)
+
+    # In kind C the gradient of relu(bn_s) is complete only after T's dgrad.
+    return part() if kind != "C" else None, part() if join.b is not None else None
+
+
+def st_bwd(
+    v: Tensor,
+    parts: tuple[Tensor | None, Tensor | None],
+    x: Operand,
+    weights: list[Tensor],
+    norms: list[Norm],
+    records: list[Tensor],
+    raws: list[Tensor],
+    config: Config,
+    below: tuple[Tensor, Tensor] | None,
+    needs_x: bool,
+    needs_w: list[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor]]:
+    """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`."""
+    positions = v.numel() // v.size(1)
+    dims = tuple(v.shape[2:])
+
+    def finalise(part, i):
+        return bn_bwd_finalise(part, records[i], positions, norms[i].training)
+
+    def pending(g, i, sums, read="bn_bwd"):
+        return Operand(read, g, raws[i], record_b=records[i], sums=sums)
+
+    part_s, part_t = (parts[0], None) if config.kind == "2d" else (parts[::-1] if config.kind == "A" else parts)
+    dws, sums = [None] * len(weights), [None] * len(weights)
+    a_s = Operand("bn_relu", raws[0], record_a=records[0])
+    g_s, o = v, None  # gradient of relu(bn_s(z_s)); what T adds to dx
+    if config.kind != "2d":
+        sums[1] = finalise(part_t, 1)
+        outer = join_read(config) in ("join_b", "join_c")
+        dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
+        if needs_w[1]:
+            dws[1], _ = conv_wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
+        if config.kind == "B":
+            o = conv(dz_t, weights[1], temporal(), out_dims=dims)[0] if needs_x else None
+        else:
+            join, o_c = ("add", v) if config.kind == "C" else ("none", None)
+            epilogue = Epilogue(join=join, o=o_c, below=(raws[0], records[0]))
+            g_s, part_s = conv(dz_t, weights[1], temporal(), epilogue, dims)
+    sums[0] = finalise(part_s, 0)
+    dz_s = pending(g_s, 0, sums[0])
+    if needs_w[0]:
+        dws[0], _ = conv_wgrad(dz_s, x, spatial())
+    dx = part = None
+    if needs_x:
+        epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
+        dx, part = conv(dz_s, weights[0], spatial(), epilogue, dims)
+    return dx, part, dws, sums
+
+
+def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
+    """The join, from activations to activations: BN and ReLU in the epilogues of S and T."""
+    a_s, _ = spatial_fwd(Operand("raw", x), weights[0], Epilogue(record=records[0], join="relu"))
+    if config.kind == "2d":
+        return a_s
+    source = Operand("raw", x if config.kind == "B" else a_s)
+    o = None if config.kind == "A" else a_s
+    epilogue = Epilogue(record=records[1], join=_INFER_JOINS[join_read(config)], o=o)
+    return conv(source, weights[1], temporal(), epilogue)[0]
+
+
+# --- the op --------------------------------------------------------------------------------------------------------------
+
+
+def _join_tile(positions: int, channels: int) -> dict:
+    block_c = block(channels, 16, 64)
+    return {"BLOCK_P": block(positions, 16, 8192 // block_c), "BLOCK_C": block_c}
+
+
+def _join_plan(kernel, join: Operand, kind: str) -> Plan:
+    shape, dtype, device = join.a.shape, join.a.dtype, join.a.device
+
+    def build():
+        channels, positions = shape[1], join.a.numel() // shape[1]
+        tile = _join_tile(positions, channels)
+        rows = cdiv(positions, tile["BLOCK_P"])
+        plan = Plan(kernel, (rows * cdiv(channels, tile["BLOCK_C"]),), (positions,), C=channels, READ=join.read, **tile)
+        plan.rows = rows
+        return plan
+
+    return plan_for((kernel, shape, dtype, device, join.read, kind), build)
+
+
+def _fwd(x, weights, norms, config):
+    join, records, raws = st_fwd(Operand("raw", x), weights, norms, config)
+    y = empty_ndhwc(join.a.shape, x)
+    _join_plan(join_fwd_kernel, join, config.kind)(*join.args()[:4], y)
+    return y, records, raws
+
+
+def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
+    join = join_of(records, raws, config)
+    plan = _join_plan(join_bwd_kernel, join, config.kind)
+    parts = join_parts(join, config.kind, plan.rows)
+    v = empty_ndhwc(y.shape, y)
+    plan(dy, v, *join.args()[:4], *parts)
+    dx, _, dws, sums = st_bwd(
+        v, parts, Operand("raw", x), weights, norms, records, raws, config, None, needs_x, needs_w
+    )
+    return dx, dws, sums
+
+
+def _shapes(x, weights, config):
+    return [(x.size(0), w.size(0), *x.shape[2:]) for w in weights]
+
+
+SCHEDULES["pseudo3d_conv"] = Schedule(
+    "pseudo3d_conv", _fwd, _bwd, st_infer, lambda x, weights, config: _shapes(x, weights, config)[-1], _shapes
+)
+
+
+def check_st(
+    x: Tensor,
+    channels: int,
+    w_s: Tensor,
+    norm_s: Norm,
+    w_t: Tensor | None,
+    norm_t: Norm | None,
+    kind: str,
+    wiring: str,
+    weight_dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[Norm]]:
+    """(weights, norms) of S and T, once they are found to fit an input of `channels` channels."""
+    check_choice("kind", kind, KINDS)
+    check_choice("wiring", wiring, WIRINGS)
+    check_weight("w_s", w_s, (None, channels, 1, 3, 3), x, weight_dtype)
+    check_norm("norm_s", norm_s, w_s.size(0), x)
+    if kind == "2d":
+        if w_t is not None or norm_t is not None:
+            raise ValueError("w_t, norm_t: expected None for kind '2d', which has no temporal convolution")
+        return [w_s], [norm_s]
+    middle = w_s.size(0)
+    check_weight("w_t", w_t, (None if kind == "A" else middle, channels if kind == "B" else middle, 3, 1, 1), x, weight_dtype)
+    check_norm("norm_t", norm_t, w_t.size(0), x)
+    return [w_s, w_t], [norm_s, norm_t]
+
+
+def pseudo3d_conv(
+    x: Tensor,
+    w_s: Tensor,
+    norm_s: Norm,
+    w_t: Tensor | None,
+    norm_t: Norm | None,
+    *,
+    kind: str,
+    wiring: str = "author",
+) -> Tensor:
+    """The spatial and temporal convolutions of a P3D block, each with BN and ReLU, fused. With s = relu(bn_s(S x)):
+
+    kind   wiring="author"                          wiring="port"
+    A      relu(bn_t(T s))                          the same
+    B      relu(s + bn_t(T x))                      s + relu(bn_t(T x))
+    C      relu(0.5 s + 0.5 bn_t(T s))              s + relu(bn_t(T s))
+    2d     s                                        the same
+
+    Equivalent to `reference.pseudo3d_conv`.
+
+    Args:
+        x: [N, Ci, T, H, W], float32, float16 or bfloat16, read in NDHWC memory (another layout is copied once).
+        w_s: [Cm, Ci, 1, 3, 3]; w_t: [Co, Cm, 3, 1, 1], in kind B [Co, Ci, 3, 1, 1]; Co = Cm in kinds B and C.
+        norm_s, norm_t: `Norm` of Cm and Co channels; running statistics move when the forward has succeeded.
+        kind: "A", "B", "C", or "2d" with w_t = norm_t = None.
+        wiring: "author" or "port": the released Caffe graphs or the common PyTorch port.
+
+    Returns:
+        [N, Co, T, H, W] in NDHWC memory (conv3d's choice on the aten path).
+
+    Numerics: float32 accumulation and statistics (mean and squares about it, never E[z^2] - E[z]^2); all passes are this
+        package's kernels and equal bit for bit from run to run.
+    Raises: TypeError or ValueError naming the argument, before any launch.
+    Source: Qiu, Yao, Mei, ICCV 2017, section 3.1; derivation of the backward in docs/derivations.md.
+    """
+    check_activation("x", x)
+    dtype, weight_dtype = compute_dtype(x)
+    weights, norms = check_st(x, x.size(1), w_s, norm_s, w_t, norm_t, kind, wiring, weight_dtype)
+    x = x.to(dtype)
+    if _backends.choose("pseudo3d_conv", x, lambda _: why_not(x)) == "aten":
+        return reference.pseudo3d_conv(x, w_s, norm_s, w_t, norm_t, kind=kind, wiring=wiring)
+    return run(SCHEDULES["pseudo3d_conv"], x, weights, norms, Config(kind, wiring))

@@ -1,0 +1,276 @@
+"""The Hopper spatial kernel against float64, shape by shape; run as a script it prints times against cuDNN."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from p3d_kernels import _backends
+from p3d_kernels.ops import _cuda
+from tolerance import check
+
+DTYPES = (torch.bfloat16, torch.float16)
+# N, T, H, W, Ci, Co: every tile size of the kernel, odd and thin frames, several chunks, half-filled blocks of couts.
+RESIDENT = [
+    (1, 1, 1, 1, 64, 64),
+    (1, 2, 1, 9, 64, 64),
+    (1, 2, 9, 1, 64, 64),
+    (2, 3, 7, 5, 64, 64),
+    (1, 2, 20, 120, 64, 64),
+    (33, 8, 11, 13, 64, 64),
+    (4, 4, 40, 57, 64, 64),
+    (5, 4, 40, 40, 64, 64),
+    (1, 3, 41, 190, 64, 64),
+]
+STREAMED = [
+    (1, 1, 1, 1, 64, 128),
+    (2, 3, 7, 5, 128, 64),
+    (1, 2, 9, 13, 192, 192),
+    (1, 2, 9, 1, 256, 128),
+    (1, 1, 40, 40, 320, 64),
+    (4, 1, 5, 5, 512, 512),
+    (16, 2, 10, 10, 256, 256),
+    (32, 2, 10, 10, 256, 256),
+    (5, 1, 7, 190, 128, 128),
+    (8, 2, 5, 190, 64, 128),
+    (33, 8, 20, 5, 128, 128),
+    (33, 8, 10, 9, 128, 128),
+    (3, 1, 40, 41, 256, 128),
+    (12, 4, 20, 20, 128, 128),
+]
+
+
+def _names(shape):
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernel(request):
+    if "gpu" in request.keywords:
+        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
+        if why:
+            pytest.skip(why)
+
+
+def _activation(n, c, t, h, w, dtype):
+    return torch.randn(n, c, t, h, w, device="cuda", dtype=dtype).to(memory_format=torch.channels_last_3d)
+
+
+def _weight(co, ci, dtype):
+    """An OIDHW weight and its packed form [Co, 9, Ci]."""
+    w = (torch.randn(co, ci, 1, 3, 3, device="cuda") / (9 * ci) ** 0.5).to(dtype)
+    return w, w.permute(0, 2, 3, 4, 1).reshape(co, 9, ci).contiguous()
+
+
+def _affine(c, mean=0.0):
+    return torch.stack([mean + torch.randn(c), 0.5 + torch.rand(c), 0.5 * torch.randn(c)]).cuda()
+
+
+def _bn_relu(z, affine):
+    """relu((z - mean) * scale + bias) in the dtype of z."""
+    mean, scale, bias = (row.to(z.dtype).view(1, -1, 1, 1, 1) for row in affine)
+    return torch.relu((z - mean) * scale + bias)
+
+
+def _combine(partials):
+    """Chan's formula in float64: n, mean and M2 of all rows [R, 3, C] together."""
+    n, mean, m2 = partials.double().unbind(1)
+    total = n.sum(0)
+    centre = (n * mean).sum(0) / total
+    return total, centre, (m2 + n * (mean - centre) ** 2).sum(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_plain(shape, dtype):
+    n, t, h, w, ci, co = shape
+    x, (weight, packed) = _activation(n, ci, t, h, w, dtype), _weight(co, ci, dtype)
+    y, partials = _cuda.spatial_conv_fwd(x, packed)
+    assert partials is None and y.is_contiguous(memory_format=torch.channels_last_3d)
+    padding = (0, 1, 1)
+    check(y, F.conv3d(x.double(), weight.double(), padding=padding), dtype, vendor=F.conv3d(x, weight, padding=padding))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_flip_is_the_input_gradient(shape, dtype):
+    n, t, h, w, ci, co = shape
+    dy, (weight, packed) = _activation(n, co, t, h, w, dtype), _weight(co, ci, dtype)
+    dx, _ = _cuda.spatial_conv_fwd(dy, packed, flip=True)
+    check(dx, F.conv_transpose3d(dy.double(), weight.double(), padding=(0, 1, 1)), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_prologue_and_statistics(shape, dtype, prologue):
+    n, t, h, w, ci, co = shape
+    x, (weight, packed) = _activation(n, ci, t, h, w, dtype), _weight(co, ci, dtype)
+    affine = _affine(ci) if prologue else None
+    y, partials = _cuda.spatial_conv_fwd(x, packed, affine=affine, stats=True)
+    u = _bn_relu(x.float(), affine).to(dtype) if prologue else x
+    check(y, F.conv3d(u.double(), weight.double(), padding=(0, 1, 1)), dtype)
+
+    assert partials.shape[1:] == (3, co)
+    count, mean, m2 = _combine(partials)
+    rows = y.double().transpose(0, 1).reshape(co, -1)
+    assert (count == rows.size(1)).all()
+    torch.testing.assert_close(mean, rows.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(m2, ((rows - rows.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6]], ids=_names)
+def test_inference_epilogue(shape, dtype, prologue):
+    n, t, h, w, ci, co = shape
+    x, (weight, packed) = _activation(n, ci, t, h, w, dtype), _weight(co, ci, dtype)
+    affine, out_affine = _affine(ci) if prologue else None, _affine(co)
+    y, _ = _cuda.spatial_conv_fwd(x, packed, affine=affine, out_affine=out_affine)
+    u = _bn_relu(x.float(), affine).to(dtype) if prologue else x
+    check(y, _bn_relu(F.conv3d(u.double(), weight.double(), padding=(0, 1, 1)), out_affine), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 4, 21, 13, 64, 64), (3, 4, 21, 13, 128, 128)], ids=_names)
+def test_statistics_of_a_mean_of_300_deviations(shape):
+    """The centre tap is the identity and x is constant but for its last bits."""
+    n, t, h, w, ci, co = shape
+    packed = torch.zeros(co, 9, ci, device="cuda", dtype=torch.bfloat16)
+    packed[:, 4] = torch.eye(co, ci)
+    x = (300 + 2 * torch.randint(0, 2, (n, ci, t, h, w), device="cuda")).bfloat16()
+    x = x.to(memory_format=torch.channels_last_3d)
+    y, partials = _cuda.spatial_conv_fwd(x, packed, stats=True)
+    assert torch.equal(y, x)
+    _, mean, m2 = _combine(partials)
+    rows = x.double().transpose(0, 1).reshape(co, -1)
+    torch.testing.assert_close(mean, rows.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2, ((rows - rows.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_prologue_of_a_mean_of_300_deviations(shape):
+    n, t, h, w, ci, co = shape
+    x = (_activation(n, ci, t, h, w, torch.bfloat16).float() + 300).bfloat16()
+    (weight, packed), affine = _weight(co, ci, torch.bfloat16), _affine(ci, mean=300.0)
+    y, _ = _cuda.spatial_conv_fwd(x, packed, affine=affine)
+    u = _bn_relu(x.double(), affine).bfloat16()
+    check(y, F.conv3d(u.double(), weight.double(), padding=(0, 1, 1)), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_nan_passes_through_both_relus_and_reaches_its_neighbours_only(shape):
+    n, t, h, w, ci, co = shape
+    x, (weight, packed) = _activation(n, ci, t, h, w, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    x[0, 1, 0, 2, 0] = torch.nan
+    y, _ = _cuda.spatial_conv_fwd(x, packed, affine=_affine(ci), out_affine=_affine(co))
+    assert torch.equal(y.isnan(), F.conv3d(x, torch.ones_like(weight), padding=(0, 1, 1)).isnan())
+
+
+@pytest.mark.gpu
+def test_runs_are_equal_and_a_graph_replays_them():
+    x, (_, packed) = _activation(4, 64, 4, 21, 13, torch.bfloat16), _weight(64, 64, torch.bfloat16)
+    affine = _affine(64)
+    first = _cuda.spatial_conv_fwd(x, packed, affine=affine, stats=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = _cuda.spatial_conv_fwd(x, packed, affine=affine, stats=True)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    frames = 2**31 // (40 * 40 * 64) + 5
+    x, (weight, packed) = _activation(frames, 64, 1, 40, 40, torch.bfloat16), _weight(64, 64, torch.bfloat16)
+    y, _ = _cuda.spatial_conv_fwd(x, packed)
+    for part in (slice(0, 2), slice(frames - 2, frames)):
+        check(y[part], F.conv3d(x[part].double(), weight.double(), padding=(0, 1, 1)), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_reasons():
+    def why(w=40, ci=64, co=64, dtype=torch.bfloat16, stride=1):
+        return _cuda.why_not((2, ci, 4, 40, w), dtype, ci, co, stride)
+
+    assert why() is None
+    assert "float32" in why(dtype=torch.float32)
+    assert "stride 2" in why(stride=2)
+    assert "60 -> 64" in why(ci=60)
+    assert "width" in why(w=2000)
+
+
+def test_layouts_are_checked_before_any_launch():
+    x, w = torch.zeros(1, 64, 1, 4, 4, dtype=torch.bfloat16), torch.zeros(64, 9, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="channels_last_3d"):
+        _cuda.spatial_conv_fwd(x, w)
+    x = x.to(memory_format=torch.channels_last_3d)
+    with pytest.raises(ValueError, match="w_packed"):
+        _cuda.spatial_conv_fwd(x, w.transpose(0, 1))
+    with pytest.raises(ValueError, match=r"affine: expected .*\[3, 64\]"):
+        _cuda.spatial_conv_fwd(x, w, affine=torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="stats"):
+        _cuda.spatial_conv_fwd(x, w, out_affine=torch.zeros(3, 64), stats=True)
+    with pytest.raises(ValueError, match="dtype"):
+        _cuda.spatial_conv_fwd(x.float(), w)
+
+
+def _microseconds(function, calls=20, repeats=11):
+    """Median time of a call, many in one CUDA graph: the host's launch rate does not count."""
+    for _ in range(3):
+        function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / calls)
+    return statistics.median(times[1:])
+
+
+def _row(batch, t, h, c):
+    x, (w, packed) = _activation(batch, c, t, h, h, torch.bfloat16), _weight(c, c, torch.bfloat16)
+    w = w.to(memory_format=torch.channels_last_3d)
+    affine, run = _affine(c), _cuda.spatial_conv_fwd
+    geometry = ([1, 1, 1], [0, 1, 1], [1, 1, 1], False, [0, 0, 0], 1)
+    calls = {
+        "cudnn": lambda: F.conv3d(x, w, padding=(0, 1, 1)),
+        "plain": lambda: run(x, packed),
+        "stats": lambda: run(x, packed, stats=True),
+        "pro": lambda: run(x, packed, affine=affine),
+        "pro+stats": lambda: run(x, packed, affine=affine, stats=True),
+        "out_affine": lambda: run(x, packed, out_affine=affine),
+        "dgrad": lambda: run(x, packed, flip=True),
+        "cudnn dgrad": lambda: torch.ops.aten.convolution_backward(x, x, w, None, *geometry, [True, False, False]),
+    }
+    times = {name: _microseconds(call) for name, call in calls.items()}
+    return times | {"TFLOP/s": 2 * 9 * c * x.numel() / times["plain"] / 1e6}
+
+
+def main():
+    """Microseconds a call at P3D-63's stages, clips of 16 x 160 x 160, bfloat16."""
+    torch.backends.cudnn.benchmark = True
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for batch in (32, 8, 1):
+        for t, h, c in ((8, 40, 64), (4, 20, 128), (2, 10, 256), (1, 5, 512)):
+            row = _row(batch, t, h, c)
+            print(f"{batch:3} x {t} x {h} x {h}, {c}:", "  ".join(f"{k} {v:.1f}" for k, v in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
