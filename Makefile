@@ -17,7 +17,7 @@ SCRIPTS = $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'
 export P3D_BUILD_CUDA ?= $(if $(shell command -v nvcc),1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tritons bench lint format build package gpu clean
+.PHONY: help demo test test-tritons bench lint format build extension package gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -29,12 +29,14 @@ help: ## this list
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check triton==$(TRITON)
 	touch $@
 
-demo: build ## a real video through P3D ResNet: plain PyTorch beside these kernels (ARGS='--video PATH')
+demo: extension ## a real video through P3D ResNet: plain PyTorch beside these kernels (ARGS='--video PATH')
 	$(PY) -m p3d_kernels demo $(ARGS)
 
-build: $(READY) ## the CUDA extension, in place, where nvcc is found; fails on register spills
-	$(PY) setup.py -q build_ext --inplace
+build: extension ## the CUDA extension, in place, where nvcc is found; fails on register spills
 	$(PY) scripts/check_spills.py
+
+extension: $(READY)
+	$(PY) setup.py -q build_ext --inplace
 
 test: build ## all tests that this machine can run, the GPU's too
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
@@ -53,8 +55,8 @@ test-tritons: build
 	  CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=build/triton-$$version $(PY) -m pytest -n $(JOBS) -k triton $(ARGS) || exit 1; \
 	done
 
-bench: build ## the benchmarks, each checked for right answers first
-	$(PY) -m pytest benchmarks $(ARGS)
+bench: extension ## the benchmarks, each answer checked before it is timed; toy sizes without a GPU
+	$(PY) -m pytest benchmarks $$($(PY) -c 'import torch; print("" if torch.cuda.is_available() else "--toy")') $(ARGS)
 
 lint: $(READY) ## ruff and clang-format, as pinned in pyproject.toml
 	$(PY) -m ruff check
@@ -69,7 +71,7 @@ format: $(READY) ## rewrite the sources as `make lint` wants them
 package: $(READY) ## an sdist and wheels, built without torch, installed and imported in a fresh environment
 	scripts/check_package.sh $(PY)
 
-gpu: $(READY) ## on a GPU machine: build, test and time in under ten minutes; logs in $$OUT (build/gpu)
+gpu: $(READY) ## on a GPU machine: build, test and time in under ten minutes; logs in build/gpu
 	PYTHON=$(PY) scripts/gpu.sh
 
 clean: ## remove what was built and measured here, not .venv

@@ -1,4 +1,4 @@
-"""The one table of cases: what the benchmarks time and the conformance tests check. Imports nothing but dataclasses.
+"""The one table of cases: what the benchmarks time and the conformance tests check. Light to import.
 
 The shapes are those of P3D ResNets on clips of 16 x 160 x 160 (Qiu, Yao, Mei, ICCV 2017): 8 x 40 x 40 after the stem,
 then half of each after the temporal pool and the stride of the next stage.
@@ -7,6 +7,7 @@ then half of each after the temporal pool and the stride of the next stage.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 
 WHOLE = ("infer", "train")
 CONV = ("fwd", "dgrad", "wgrad")
@@ -76,10 +77,10 @@ CASES: dict[str, Case] = {case.name: case for case in _table()}
 
 
 def select(names: str) -> list[Case]:
-    """The cases of a comma-separated list; `name*` stands for all that begin so. ValueError for an unknown name."""
+    """The cases of a comma-separated list of names and patterns (block_*_stage1). ValueError for an unknown one."""
     chosen: dict[str, Case] = {}
     for name in filter(None, (n.strip() for n in names.split(","))):
-        found = [c for c in CASES.values() if c.name == name or (name.endswith("*") and c.name.startswith(name[:-1]))]
+        found = [case for case in CASES.values() if fnmatch.fnmatchcase(case.name, name)]
         if not found:
             raise ValueError(f"cases: expected names among {', '.join(CASES)}, got {name!r}")
         chosen.update((c.name, c) for c in found)

@@ -97,8 +97,14 @@ class Problem:
             target = target.float() if target is not None and target.is_floating_point() else target
         elif implementation == OURS:
             model = rivals.ours(self.case, master).train(not infer)
-            model = model.to(dtype) if infer or self.single else model
-            model = p3d.freeze(model) if infer and hasattr(p3d, "freeze") else model
+            if self.single:
+                model = model.to(dtype)
+            elif infer and self.case.op in DEPTHS:
+                model = p3d.freeze(model, dtype)
+            elif infer and self.case.op == "bottleneck":  # a block inside a net is what `freeze` takes
+                model = p3d.freeze(torch.nn.Sequential(model).eval(), dtype)
+            elif infer and dtype != torch.float32:  # a part of a block: no `freeze` for it
+                autocast = dtype
         else:
             model = rivals.rival(implementation, master, infer, dtype, self.single)
         x = layout(x.float() if clip else x, how.channels_last)
@@ -130,6 +136,7 @@ def timed(
 ) -> Iterator[tuple[dict, Callable[[], object]]]:
     """Check and time one implementation: for each launch a row of summary.csv and what was timed."""
     setting, case = problem.setting, problem.case
+    least = 0.0 if setting.toy else 1.0
     _free(setting.device)
     step = problem.step(implementation)
     for launch in launches:
@@ -140,13 +147,13 @@ def timed(
             step()
             error = problem.check(implementation, step.answers())
             call = step
-            time = measure(call, setting.device, setting.repeats, before=step.clear)
+            time = measure(call, setting.device, setting.repeats, before=step.clear, least_ms=least)
             peak = time.peak_mib
         else:
             call, peak = captured(step, prepare=step.prepare, before=step.clear)
             call()
             error = problem.check(implementation, step.answers())
-            time = measure(call, setting.device, setting.repeats)
+            time = measure(call, setting.device, setting.repeats, least_ms=least)
         floor = floor_ms(case, problem.pass_, problem.batch, *setting.ceilings)
         row = {
             "case": case.name,
@@ -168,8 +175,8 @@ def timed(
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -177,7 +184,7 @@ def add_arguments(parser) -> None:
     """The choice of what to run, for this command and for pytest (`addoption`)."""
     add = parser.addoption if hasattr(parser, "addoption") else parser.add_argument
     env = os.environ.get
-    add("--cases", default=env("P3D_CASES", "p3d63"), help=f"comma-separated, * at the end: {', '.join(CASES)}")
+    add("--cases", default=env("P3D_CASES", "p3d63"), help=f"comma-separated, * and ? allowed: {', '.join(CASES)}")
     add("--passes", default=env("P3D_PASSES", ""), help="infer, train, fwd, dgrad, wgrad (default: all of a case)")
     add("--batch", default=env("P3D_BATCH", "32"), help="comma-separated batch sizes")
     add("--implementations", default=env("P3D_IMPLEMENTATIONS", ""), help=f"default: {','.join(IMPLEMENTATIONS)}")
@@ -229,6 +236,7 @@ def plan(args: argparse.Namespace) -> Plan:
         raise ValueError(f"nothing to run: cases {args.cases} have none of the passes {args.passes}")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.backends.cudnn.benchmark = True
+    gc.freeze()  # what PyTorch's import left is no garbage: each collection would take half a second
     setting = Setting(device, dtypes[name], args.toy, 3 if args.toy else args.repeats)
     results = Path(args.results) if args.results else None if args.toy else report.folder(setting.device)
     return Plan(todo, launches, setting, results)
@@ -261,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
                     problem, key = Problem(case, pass_, batch, chosen.setting), (case, pass_, batch)
                 for row, _ in timed(problem, implementation, chosen.launches):
                     found.append(row)
-            except (WrongAnswer, RuntimeError) as error:
+            except Exception as error:  # one that fails must not cost the rows of the others
                 failures.append(f"{case.name} {pass_} N={batch} {implementation}: {type(error).__name__}: {error}")
             except KeyboardInterrupt:
                 failures.append(f"interrupted at {case.name} {pass_} N={batch} {implementation}; the rest was not run")

@@ -4,14 +4,29 @@ Importing this package needs neither a GPU, nor Triton, nor the compiled extensi
 what is there and why the rest is missing.
 """
 
-from . import ops
+from . import models, nn, ops
 from ._backends import use_backend
 from ._norm import Norm
+from .accelerate import AccelerateReport, accelerate
+from .checkpoints import LoadReport, load_checkpoint
+from .freeze import freeze
+from .models import P3D, p3d63, p3d131, p3d199
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
+    "LoadReport",
     "Norm",
+    "P3D",
+    "accelerate",
+    "freeze",
+    "load_checkpoint",
+    "models",
+    "nn",
     "ops",
+    "p3d63",
+    "p3d131",
+    "p3d199",
     "use_backend",
 ]

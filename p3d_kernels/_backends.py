@@ -88,7 +88,7 @@ def why_not(backend: str, x: Tensor) -> str | None:
     if triton_missing():
         return f"triton: {triton_missing()}"
     if x.device.type == "cpu" and interpreting():
-        return None
+        return None if forced() == "triton" else "triton: its interpreter runs on request only (use_backend)"
     if x.device.type != "cuda":
         return f"triton: the tensor is on {x.device.type}"
     if _capability(x.device.index) < (8, 0):

@@ -34,10 +34,11 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
     before: Callable[[], object] | None = None,
+    least_ms: float = 1.0,
 ) -> Measurement:
     """Time `step` on `device`: CUDA events on a GPU, the wall clock on a CPU.
 
-    A step shorter than a millisecond is called several times between two readings. `before` drops what the last step
+    A step shorter than `least_ms` is called several times between two readings. `before` drops what the last step
     left (outputs, gradients), so that peak memory counts them: see `peak_mib`.
     """
     for _ in range(warmup):
@@ -47,7 +48,7 @@ def measure(
         before()
     peak = peak_mib(step, device)
     once = _clock([step], device)
-    inner = max(1, min(100, round(1.0 / max(once, 1e-3))))
+    inner = max(1, min(100, round(least_ms / max(once, 1e-3))))
     times = [_clock([step] * inner, device) / inner for _ in range(repeats)]
     quarter = statistics.quantiles(times, n=4) if repeats > 1 else [times[0]] * 3
     return Measurement(statistics.median(times), quarter[2] - quarter[0], peak, repeats)
@@ -79,11 +80,11 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
 
     On a CPU, where no allocator counts, it is the largest sum of the tensors that live at one time.
     """
-    gc.collect()
     if device.type != "cuda":
         with _LiveBytes() as live:
             step()
         return live.peak / MIB
+    gc.collect()
     _synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

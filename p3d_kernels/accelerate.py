@@ -98,6 +98,7 @@ def accelerate(model: nn.Module, report: AccelerateReport | None = None) -> nn.M
                 blocks += isinstance(made[child], Bottleneck)
     if not blocks and not any(isinstance(m, Bottleneck) for m in model.modules()):
         why = "; ".join(f"{name}: {reason}" for name, reason in report.left.items()) or "it has no P3D bottleneck block"
+        report.swapped.clear()
         raise ValueError(f"model: nothing could be swapped in {type(model).__name__} ({why})")
     for parent, name, twin in plan:
         parent.add_module(name, twin)

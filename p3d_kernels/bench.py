@@ -13,11 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import p3d_kernels
-
 from . import models
 from ._judge import Step, WrongAnswer, arranged, errors, exact_float32, judge, season
 from ._timing import Progress, measure, table
+from .freeze import freeze
 
 PLAIN, OURS = "plain PyTorch", "p3d_kernels"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +67,7 @@ def versus(
             else:
                 model = getattr(models, net)(classes, wiring=wiring, modality=modality, dropout=0.0).to(x.device)
                 model.load_state_dict(plain.state_dict())
-                model = frozen(model.eval()) if pass_ == "infer" else model.train()
+                model = freeze(model.eval(), dtype) if pass_ == "infer" else model.train()
             step = stepper(model)
             step()
             row = {"pass": pass_, "implementation": name}
@@ -89,12 +88,6 @@ def versus(
             step.clear()
             del model, step
     return rows
-
-
-def frozen(model: torch.nn.Module) -> torch.nn.Module:
-    """`p3d_kernels.freeze(model)`."""
-    freeze = getattr(p3d_kernels, "freeze", None)
-    return freeze(model) if freeze else model
 
 
 def render(rows: list[dict]) -> str:

@@ -104,8 +104,8 @@ def load_checkpoint(
     problems, copies = _match(found, target, report, strict, skip_fc, inflating=source == "resnet2d")
     if problems:
         raise ValueError(_explain(problems, found, target, source))
-    wiring = next((m.wiring for m in model.modules() if hasattr(m, "wiring")), None)
-    if source == "author" and wiring == "port":
+    wirings = {m.wiring for m in model.modules() if getattr(m, "kind", None) in ("B", "C") and hasattr(m, "wiring")}
+    if source == "author" and "port" in wirings:
         warnings.warn(
             'the author\'s weights are for wiring="author": in wiring="port" blocks B and C compute something else, '
             "and the input is another",

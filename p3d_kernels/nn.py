@@ -264,6 +264,10 @@ class Bottleneck(nn.Module):
         if why is not None:
             explain_unfused("Bottleneck", why, x)
             return self._frames(x) if self.kind == "2d" else self._one_by_one(x)
+        return ops.bottleneck(x, *self.arguments(), kind=self.kind, wiring=self.wiring, stride=self.stride)
+
+    def arguments(self) -> tuple:
+        """(weight, norm) of reduce, S, T, expand and downsample, flat, as `ops.bottleneck` takes them after x."""
         if self.kind == "2d":
             middle = _weight(self.conv_normal), Norm.of(self.bn_normal), None, None
         else:
@@ -271,15 +275,11 @@ class Bottleneck(nn.Module):
         down = None, None
         if self.downsample is not None:
             down = _weight(self.downsample[0]), Norm.of(self.downsample[1])
-        return ops.bottleneck(
-            x,
+        return (
             *(_weight(self.conv1), Norm.of(self.bn1)),
             *middle,
             *(_weight(self.conv4), Norm.of(self.bn4)),
             *down,
-            kind=self.kind,
-            wiring=self.wiring,
-            stride=self.stride,
         )
 
     def _one_by_one(self, x: Tensor) -> Tensor:

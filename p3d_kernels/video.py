@@ -48,19 +48,24 @@ def read_video(path: str | Path, frames: int | None = None, size: int | None = N
         raise FileNotFoundError(f"path: expected a video file, got {str(path)!r}, which is no file")
     found = []
     fit = (lambda frame: frame) if size is None else (lambda frame: _middle_square(frame, size))
-    wanted = frames
-    for frame, announced in decoder()(path):
-        found.append(fit(frame))
-        wanted = frames or announced
-        if len(found) == frames:
-            break
+    wanted, broken = frames, None
+    try:
+        for frame, announced in decoder()(path):
+            found.append(fit(frame))
+            wanted = frames or announced
+            if len(found) == frames:
+                break
+    except VideoError as error:
+        if not found:
+            raise
+        broken = error
     if not found:
         raise VideoError(f"{path}: expected a video, got a file without a single frame that can be decoded")
-    if len(found) < wanted:
+    if broken or len(found) < wanted:
         raise VideoError(
-            f"{path}: expected {wanted} frames ({'asked for' if frames else 'announced by its header'}), got "
+            f"{path}: expected {wanted or 'all'} frames ({'asked for' if frames else 'announced by its header'}), got "
             f"{len(found)}: the file is cut off, damaged or short; frames={len(found)} reads those that are there"
-        )
+        ) from broken
     return np.stack(found)
 
 

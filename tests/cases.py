@@ -47,8 +47,8 @@ class Case:
         flags = [self.layout] * (self.layout != "ndhwc") + [self.norm] * (self.norm != "batch")
         flags += [f"offset{self.offset:g}"] * bool(self.offset) + ["residual"] * self.residual + ["down"] * self.down
         flags += [f"{k}={v}".replace(" ", "") for k, v in self.options]
-        sizes = "x".join(map(str, self.shape)) + (f"-{self.mid}" if self.mid else "") + (f"-{self.co}" if self.co else "")
-        return ",".join([self.op, sizes, *flags])
+        sizes = ["x".join(map(str, self.shape)), *(str(c) for c in (self.mid, self.co) if c)]
+        return ",".join([self.op, "-".join(sizes), *flags])
 
     @property
     def fused(self) -> bool:

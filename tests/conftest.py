@@ -11,8 +11,7 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: before any kernel of ours
 
-from p3d_kernels import _backends  # noqa: E402
-from p3d_kernels import use_backend  # noqa: E402
+from p3d_kernels import _backends, use_backend  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -38,9 +37,9 @@ def device() -> torch.device:
 def backend(request):
     """Every backend in turn, forced for the whole test; skipped with the reason where it cannot run at all."""
     probe = torch.empty(1, device=DEVICE, dtype=torch.float16)
-    if why := _backends.why_not(request.param, probe):
-        pytest.skip(why)
     with use_backend(request.param):
+        if why := _backends.why_not(request.param, probe):
+            pytest.skip(why)
         yield request.param
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import warnings
 
 import pytest
@@ -140,7 +139,8 @@ def test_the_environment_variable():
     assert run(say, P3D_BACKEND="").stdout.strip() == "None"
     inner = "with p3d.use_backend('aten'): " + say
     assert run(inner, P3D_BACKEND="triton").stdout.strip() == "aten"
-    assert "P3D_BACKEND: expected one of ('cuda', 'triton', 'aten'), got 'cudnn'" in run(say, P3D_BACKEND="cudnn").stderr
+    refusal = run(say, P3D_BACKEND="cudnn").stderr
+    assert "P3D_BACKEND: expected one of ('cuda', 'triton', 'aten'), got 'cudnn'" in refusal
 
 
 def test_reasons_on_a_cpu(monkeypatch):
@@ -153,7 +153,7 @@ def test_reasons_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("missing", ["triton", "p3d_kernels._C"])
 def test_import_and_use_without(missing):
     """Neither Triton nor the extension is needed to import the package and to run its ops."""
-    code = f"""
+    code = """
 assert not torch.cuda.is_initialized()
 y = p3d.ops.spatial_conv(torch.ones(1, 2, 1, 3, 3), torch.ones(4, 2, 1, 3, 3))
 assert y.shape == (1, 4, 1, 3, 3)

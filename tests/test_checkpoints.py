@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from p3d_kernels import models, use_backend
+from p3d_kernels.accelerate import accelerate
 from p3d_kernels.checkpoints import LoadReport, load_checkpoint
 from p3d_kernels.models import P3D, PlainP3D
 
@@ -195,6 +197,9 @@ def test_author_flow_and_sports1m():
 def test_author_blobs_in_the_other_wiring_are_warned_of():
     with pytest.warns(UserWarning, match='wiring="author"'):
         load_checkpoint(P3D(TINY, wiring="port"), caffe_layout(TINY)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(accelerate(PlainP3D(TINY)), caffe_layout(TINY)[0])
 
 
 # --- 2-D ResNet ------------------------------------------------------------------------------------------------------

@@ -8,17 +8,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from videos import needs_decoder, write_video
 
 from p3d_kernels import bench, models, ops
 from p3d_kernels.__main__ import main
+from videos import needs_decoder, write_video
 
 pytestmark = needs_decoder
-TINY = ["--frames", "4", "--size", "64", "--batch", "4", "--repeats", "1", "--dtype", "float32"]
+TINY = ["--frames", "4", "--size", "48", "--batch", "4", "--repeats", "1", "--dtype", "float32"]
 
 
 @pytest.fixture(autouse=True)
-def _one_block_a_stage(monkeypatch):
+def _small(monkeypatch):
+    """One block a stage, and on a CPU plain PyTorch: Triton's interpreter takes minutes for a net."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("P3D_BACKEND", "aten")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setitem(models.DEPTHS, "p3d63", (1, 1, 1, 1))
     monkeypatch.setattr(models, "p3d63", lambda classes=400, **options: models.P3D((1, 1, 1, 1), classes, **options))
 
@@ -33,10 +37,10 @@ def test_demo(path, tmp_path, capsys, wiring):
     out = tmp_path / "out"
     assert main(["demo", "--video", str(path), "--out", str(out), "--wiring", wiring, *TINY]) == 0
     said, bar = capsys.readouterr()
-    assert "the answers agree" in said and "4 clips of 4 x 64 x 64" in said
+    assert "the answers agree" in said and "4 clips of 4 x 48 x 48" in said
     assert "6/7 train: p3d_kernels" in bar
     facts = json.loads((out / "demo.json").read_text())
-    assert facts["agree"] and facts["video"] == "noise.avi" and facts["clips"] == [4, 4, 64, 64, 3]
+    assert facts["agree"] and facts["video"] == "noise.avi" and facts["clips"] == [4, 4, 48, 48, 3]
     rows = {(row["pass"], row["implementation"]): row for row in facts["rows"]}
     assert list(rows) == [(p, i) for p in ("infer", "train") for i in (bench.PLAIN, bench.OURS)]
     for (pass_, _), row in rows.items():
@@ -64,11 +68,11 @@ def test_demo_without_matplotlib(path, tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_kernel_fails_and_is_not_timed(path, tmp_path, capsys, monkeypatch):
-    right = ops.stem
-    monkeypatch.setattr(ops, "stem", lambda x, *rest: right(x, *rest) * 1.01)
+    right = models.P3D.classify  # ours alone: a plain net has its own
+    monkeypatch.setattr(models.P3D, "classify", lambda net, features: right(net, features * 1.01))
     assert main(["demo", "--video", str(path), "--out", str(tmp_path), *TINY]) == 1
     said = capsys.readouterr().out
-    assert "DISAGREE" in said and "output is 1" in said.replace("gradients", "output")
+    assert "the answers DISAGREE" in said and "output is 1.00e-02 off" in said
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert all(("median_ms" in row) == (row["implementation"] == bench.PLAIN) for row in rows)
 

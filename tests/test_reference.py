@@ -152,13 +152,11 @@ def test_gradients_are_those_of_finite_differences(case):
 @pytest.mark.parametrize("kind, wiring", [(k, w) for k in reference.KINDS for w in reference.WIRINGS])
 def test_gradcheck(kind, wiring):
     """Every element, on the smallest block."""
-    w = {name: torch.randn(shape, dtype=torch.float64) for name, shape in {"s": (2, 2, 1, 3, 3), "t": (2, 2, 3, 1, 1)}.items()}
-    affine = torch.randn(4, 2, dtype=torch.float64)
-    x = torch.randn(1, 2, 2, 3, 2, dtype=torch.float64)
+    shapes = (1, 2, 2, 3, 2), (2, 2, 1, 3, 3), (2, 2, 3, 1, 1), (4, 2)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def f(x, w_s, w_t, affine):
         norms = Norm(affine[0], affine[1]), Norm(affine[2], affine[3])
         return reference.pseudo3d_conv(x, w_s, norms[0], w_t, norms[1], kind=kind, wiring=wiring)
 
-    leaves = [t.requires_grad_() for t in (x, w["s"], w["t"], affine)]
     assert torch.autograd.gradcheck(f, leaves)

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from videos import DECODERS, level, needs_decoder, write_video
 
 from p3d_kernels import video
 from p3d_kernels.video import VideoError, clips, read_video, sample_clip, spread_clips
+from videos import DECODERS, level, needs_decoder, write_video
 
 pytestmark = needs_decoder
 

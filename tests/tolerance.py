@@ -79,7 +79,8 @@ def check(
     key = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     error, scale = (y - ref).abs(), ref.abs()
     slack = CHAIN[kind] if chain and key in ("float16", "bfloat16") else 1
-    limit, worst_limit = (slack * limits[key] for limits in (NORM_LIMIT if kind == "output" else SUM_LIMIT, WORST_LIMIT))
+    limit = slack * (NORM_LIMIT if kind == "output" else SUM_LIMIT)[key]
+    worst_limit = slack * WORST_LIMIT[key]
     norm = error.norm().item()
     assert norm <= limit * ref.norm().item(), (
         f"{name} ({key}): relative error {norm / max(ref.norm().item(), 1e-300):.3e} of the whole tensor, "

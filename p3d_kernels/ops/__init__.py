@@ -1,10 +1,12 @@
 """The functional ops. Each has the signature and the meaning of its twin in `p3d_kernels.reference`."""
 
 from .._norm import Norm
-from ..reference import bn_relu, max_pool, stem
+from .bn_relu import bn_relu
 from .bottleneck import bottleneck
 from .conv import pointwise_conv, spatial_conv, temporal_conv
+from .max_pool import max_pool
 from .pseudo3d import pseudo3d_conv
+from .stem import stem
 
 __all__ = [
     "Norm",

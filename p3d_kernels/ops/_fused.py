@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._backends import forced
 from .._norm import Norm, update_running
-from ._triton import bn_finalise, ndhwc
+from ._tape import taped
+from ._triton import bn_finalise, input_precision, ndhwc
 from .conv import pack_weight, weight_grad
 
 
@@ -33,7 +35,7 @@ class Schedule:
     """The passes of a fused op. x is NDHWC; weights are packed; a record is float32 [5, C].
 
     fwd(x, weights, norms, config)                       -> y, records, raws     one record a norm; raws: for bwd
-    bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w) -> dx, dws [Co, taps * Ci], sums [4, C]
+    bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w) -> dx, dws, sums [4, C]
     infer(x, weights, records, config)                   -> y                    no norm in training
     out_shape(x, weights, config)                        -> shape of y
     raw_shapes(x, weights, config)                       -> shapes of raws
@@ -47,6 +49,21 @@ class Schedule:
     raw_shapes: Callable
 
 
+def _stats(norms: list[Norm]) -> list[Tensor | None]:
+    """What a forward reads of its norms."""
+    running = (None if n.training else t for n in norms for t in (n.running_mean, n.running_var))
+    return [t for n in norms for t in (n.weight, n.bias)] + list(running)
+
+
+def _key(schedule: Schedule, config: Config, x: Tensor, weights: list[Tensor], norms: list[Norm]) -> tuple:
+    """All that the launches of a pass depend on."""
+    shapes = tuple([w.shape for w in weights])
+    modes = tuple([(n.training, n.eps) for n in norms])
+    dtypes = tuple([None if t is None else t.dtype for t in _stats(norms)])
+    precision = input_precision(x.dtype, x.device)
+    return schedule.name, config, x.shape, x.dtype, x.device, shapes, modes, dtypes, precision, forced()
+
+
 class _Function(torch.autograd.Function):
     """(y, *records) = apply(schedule, config, norms, x, *weights, *affine), affine = weight, bias of each norm."""
 
@@ -54,10 +71,17 @@ class _Function(torch.autograd.Function):
     def forward(ctx, schedule, config, norms, x, *parameters):
         weights = parameters[: -2 * len(norms)]
         packed = [pack_weight(w, x.dtype) for w in weights]
-        x_in = ndhwc(x)
-        y, records, raws = schedule.fwd(x_in, packed, norms, config)
-        ctx.save_for_backward(x_in, y, *weights, *records, *raws)
-        ctx.schedule, ctx.config, ctx.norms, ctx.packed = schedule, config, norms, packed
+        x_in, count = ndhwc(x), len(norms)
+        key = _key(schedule, config, x_in, packed, norms)
+
+        def pass_():
+            y, records, raws = schedule.fwd(x_in, packed, norms, config)
+            return [y, *records, *raws]
+
+        y, *rest = taped(("fwd", *key), pass_, [x_in, *packed, *_stats(norms)])
+        ctx.save_for_backward(x_in, y, *weights, *rest)
+        ctx.schedule, ctx.config, ctx.norms, ctx.packed, ctx.key = schedule, config, norms, packed, key
+        records = rest[:count]
         ctx.mark_non_differentiable(*records)
         return y, *records
 
@@ -65,15 +89,20 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, y, *rest = ctx.saved_tensors
-        counts = len(ctx.packed), len(ctx.norms)
-        weights, records, raws = rest[: counts[0]], rest[counts[0] : sum(counts)], rest[sum(counts) :]
+        schedule, config, norms, packed = ctx.schedule, ctx.config, ctx.norms, ctx.packed
+        count, dy = len(packed), ndhwc(dy)
+        weights, records, raws = rest[:count], rest[count : 2 * count], rest[2 * count :]
         needs_x, *needs = ctx.needs_input_grad[3:]
-        with torch.autocast(x.device.type, enabled=False):
-            dx, dws, sums = ctx.schedule.bwd(
-                ndhwc(dy), x, y, ctx.packed, ctx.norms, records, raws, ctx.config, needs_x, needs[: counts[0]]
-            )
-        dws = [weight_grad(dw, w) if need else None for dw, w, need in zip(dws, weights, needs)]
-        return None, None, None, dx, *dws, *_affine_grads(sums, ctx.norms)
+        needs_w = needs[:count]
+
+        def pass_():
+            dx, dws, sums = schedule.bwd(dy, x, y, packed, norms, records, raws, config, needs_x, needs_w)
+            return [dx, *dws, *sums]
+
+        key = "bwd", needs_x, *needs_w, *ctx.key
+        dx, *grads = taped(key, pass_, [dy, x, y, *packed, *records, *raws])
+        dws = [weight_grad(dw, w) if need else None for dw, w, need in zip(grads, weights, needs_w)]
+        return None, None, None, dx, *dws, *_affine_grads(grads[count:], norms)
 
 
 def _affine_grads(sums: list[Tensor], norms: list[Norm]) -> list[Tensor | None]:
@@ -89,6 +118,12 @@ def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
     return [bn_finalise(norm, norm.running_mean.numel(), None, x.device) for norm in norms]
 
 
+def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
+    """schedule.infer on NDHWC x, packed weights and their records."""
+    key = "infer", *_key(schedule, config, x, packed, [])
+    return taped(key, lambda: [schedule.infer(x, packed, records, config)], [x, *packed, *records])[0]
+
+
 def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> Tensor:
     """Run `schedule` on checked arguments and move the running statistics."""
     affine = [p for norm in norms for p in (norm.weight, norm.bias)]
@@ -102,8 +137,7 @@ def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm],
             return outputs
         y, *records = outputs[: 1 + len(norms)]
     elif frozen and not grad:
-        packed = [pack_weight(w, x.dtype) for w in weights]
-        return schedule.infer(ndhwc(x), packed, records_of(norms, x), config)
+        return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
     else:
         y, *records = _Function.apply(schedule, config, norms, x, *weights, *affine)
     update_running(norms, [r[0] for r in records], [r[4] for r in records])

@@ -15,12 +15,12 @@ Reductions run in a fixed order: results are equal bit for bit from run to run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .._norm import Norm
+from ._tape import Plan, alloc, cdiv, plan_for
 
 try:
     import triton
@@ -43,50 +43,6 @@ except ImportError:  # the kernels below are then never launched: `_backends.why
     tl = None
 
 MAX_POSITIONS = 2**31 - 2**20  # positions are counted in int32, elements in int64
-
-_plans: dict[tuple, Plan] = {}
-
-
-class Plan:
-    """A launch with its grid, scalars and constants settled: only tensors vary from call to call.
-
-    Triton binds and specialises every argument of every launch anew, which on the host costs more than a small kernel
-    takes on the card. A plan does so once. Whoever keeps a plan (`plan_for`) keys it by all that Triton specialises on:
-    device, dtypes, sizes, and which tensors are None. Tensors are 16-byte aligned, or their parameters are declared
-    `do_not_specialize_on_alignment`.
-    """
-
-    def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple, **constants) -> None:
-        self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
-        self.runner, self.tail = None, ()
-
-    def __call__(self, *tensors) -> None:
-        """Launch on the device of the first tensor, in its current stream."""
-        if self.runner is not None and tensors[0].get_device() == torch.cuda.current_device():
-            self.runner(*tensors, *self.tail)
-        elif tensors[0].is_cuda:
-            with torch.cuda.device(tensors[0].device):
-                compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
-            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
-            self.tail = (*self.scalars, *(self.constants[name] for name in names))
-            self.runner = compiled[self.grid]
-        else:  # the interpreter
-            self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
-
-
-def plan_for(key: tuple, build: Callable[[], Plan]) -> Plan:
-    """The plan kept under `key`, built at first need."""
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 8192:  # many shapes: start over rather than grow without bound
-            _plans.clear()
-        plan = _plans[key] = build()
-    return plan
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
 
 def block(n: int, least: int, most: int) -> int:
     """The power of two that covers n, within [least, most]."""
@@ -302,14 +258,48 @@ def _finalise_tile(rows: int) -> dict:
     return {"BLOCK_R": block_r, "BLOCK_C": 4, "num_warps": 8 if block_r > 128 else 4}
 
 
+@triton.jit(do_not_specialize=["N", "splits"])
+def sum_splits_kernel(
+    part,  # [splits, N], N = CO * TAPS * CI, or more with TAPS = 1
+    out,  # [N], [CO, TAPS, CI] turned to [CO, CI, TAPS]
+    N,
+    splits,
+    TAPS: tl.constexpr,
+    CI: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for r in range(0, splits, BLOCK_R):
+        mask = (r + rows < splits)[:, None] & (n < N)[None, :]
+        acc += tl.load(part + (r + rows).to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+    to = n // (TAPS * CI) * (TAPS * CI) + n % CI * TAPS + n // CI % TAPS
+    tl.store(out + to, tl.sum(acc, 0), mask=n < N)
+
+
+def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
+    """Sum of part [splits, Co * taps * Ci] over splits, in fixed order, as [Co * Ci * taps]."""
+    splits, n = part.shape
+    out = alloc((n,), part.device)
+    plan = plan_for(
+        ("sum_splits", part.device, splits, n, taps, ci),
+        lambda: Plan(sum_splits_kernel, (cdiv(n, 64),), (n, splits), TAPS=taps, CI=ci, BLOCK_R=16, BLOCK_N=64),
+    )
+    plan(part, out)
+    return out
+
+
 def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.device) -> Tensor:
     """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else from running statistics."""
-    record = torch.empty((5, channels), device=device, dtype=torch.float32)
+    record = alloc((5, channels), device)
     rows = part.size(0) if norm.training else 0
-    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    tensors = norm.weight, norm.bias, *running
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     plan = plan_for(
-        (bn_finalise_kernel, device, channels, rows, norm.eps, norm.training, dtypes),
+        ("bn_finalise", device, channels, rows, norm.eps, norm.training, dtypes),
         lambda: Plan(
             bn_finalise_kernel, (cdiv(channels, 4),), (rows, norm.eps),
             C=channels, TRAINING=norm.training, **_finalise_tile(rows or 1),
@@ -322,9 +312,9 @@ def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.de
 def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool) -> Tensor:
     """[4, C], rows (c0, c1, dweight, dbias), from the partial sums [R, 2, C]; c0 = c1 = 0 unless training."""
     rows, _, channels = part.shape
-    sums = torch.empty((4, channels), device=part.device, dtype=torch.float32)
+    sums = alloc((4, channels), part.device)
     plan = plan_for(
-        (bn_bwd_finalise_kernel, part.device, channels, rows, positions, training),
+        ("bn_bwd_finalise", part.device, channels, rows, positions, training),
         lambda: Plan(
             bn_bwd_finalise_kernel, (cdiv(channels, 4),), (rows, float(positions)),
             C=channels, TRAINING=training, **_finalise_tile(rows),
@@ -342,7 +332,7 @@ def ndhwc(x: Tensor) -> Tensor:
 
 def empty_ndhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised tensor in NDHWC memory, of the dtype and device of `like`."""
-    return torch.empty(shape, device=like.device, dtype=like.dtype, memory_format=torch.channels_last_3d)
+    return alloc(shape, like.device, like.dtype)
 
 
 def input_precision(dtype: torch.dtype, device: torch.device) -> str:

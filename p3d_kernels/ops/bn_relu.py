@@ -307,7 +307,7 @@ def bn_relu(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
         residual: the shape, dtype and device of x, or None.
 
     Returns:
-        [N, C, T, H, W] of x's dtype in NDHWC memory (channels_last_3d).
+        [N, C, T, H, W] of x's dtype in NDHWC memory (channels_last_3d; PyTorch's choice on the aten path).
 
     Numerics: statistics, normalisation and sum in float32 (combined in float64), rounded once at the end. Sums run in
     a fixed order: forward and backward are equal bit for bit from run to run. Autocast changes nothing: the op runs in

@@ -28,6 +28,7 @@ from ._fused import SCHEDULES, Config, Schedule, run
 from ._triton import (
     Operand,
     Plan,
+    alloc,
     block,
     bn_bwd_finalise,
     bn_finalise,
@@ -271,9 +272,9 @@ def gram_q_kernel(
 
 def expand_stats(x: Operand, w: Tensor) -> Tensor:
     """Partial statistics [R, 3, Co] of W a for the operand a, W [Co, Ci] packed."""
-    key = expand_stats_kernel, x.a.shape, x.a.dtype, x.a.device, x.read, w.shape, _precision(x.a)
+    key = "expand_stats", x.a.shape, x.a.dtype, x.a.device, x.read, w.shape, _precision(x.a)
     plan = plan_for(key, lambda: _stats_plan(x, w))
-    part = torch.empty(plan.part_shape, device=x.a.device, dtype=torch.float32)
+    part = alloc(plan.part_shape, x.a.device)
     plan(*x.args()[:4], w, part)
     return part
 
@@ -299,7 +300,8 @@ def _stats_plan(x: Operand, w: Tensor) -> Plan:
 def _stats_tile(ci: int, co: int, dtype: torch.dtype) -> dict:
     wide = dtype == torch.float32
     block_ci = block(ci, 16, 32 if wide else 64)
-    return {"BLOCK_P": 64, "BLOCK_CO": block(co, 16, 64 if wide else 128), "BLOCK_CI": block_ci, "num_warps": 8}
+    block_p, block_co = (32, 128) if ci <= 128 and not wide else (64, 64)
+    return {"BLOCK_P": block_p, "BLOCK_CO": block(co, 16, block_co), "BLOCK_CI": block_ci, "num_warps": 4}
 
 
 def gram_bwd(
@@ -322,17 +324,16 @@ def gram_bwd(
     geometry = pointwise(stride)
     m, sum_g = conv_wgrad(Operand("masked", dy, y), x, geometry, totals=True)  # [Co * Ci], [Co]
     gram, sum_a = conv_wgrad(x, x, geometry, totals=True) if norm.training else (None, None)
-    sums = torch.empty((4, co), device=dy.device, dtype=torch.float32)
-    dw = torch.empty_like(m)
+    sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, kind
-    wgrad, q_plan, dgrad = plan_for((gram_bwd, *key), lambda: _gram_plans(dy, x, stride, kind))
+    wgrad, q_plan, dgrad = plan_for(("gram_bwd", *key), lambda: _gram_plans(dy, x, stride, kind))
     wgrad(m, sum_g, gram, sum_a, w, record, dw, sums)
     if not needs_x:
         return None, (None, None), dw, sums
     q = q_scale = c = None
     if norm.training:
-        q = torch.empty((ci, ci), device=dy.device, dtype=dy.dtype)
-        q_scale, c = torch.empty((2, block(ci, 4, ci + 4)), device=dy.device, dtype=torch.float32)
+        q = alloc((ci, ci), dy.device, dy.dtype)
+        q_scale, c = alloc((ci,), dy.device), alloc((ci,), dy.device)
         q_plan(w, sums, q, q_scale, c)
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
@@ -365,10 +366,10 @@ def _gram_plans(dy: Tensor, x: Operand, stride: int, kind: str | None) -> tuple[
 
 
 def _gram_tile(positions: int, ci: int, dtype: torch.dtype) -> dict:
-    block_p = 128 if positions >= 128 * 64 else 32
-    block_k = 32 if dtype == torch.float32 else 64
-    warps = 8 if block_p == 128 else 4
-    return {"BLOCK_P": block_p, "BLOCK_CI": block(ci, 16, 64), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
+    wide = dtype == torch.float32
+    block_p = 64 if positions >= 64 * 64 else 32
+    block_ci, block_k = block(ci, 16, 64 if wide or block_p == 32 else 128), 32 if wide else 64
+    return {"BLOCK_P": block_p, "BLOCK_CI": block_ci, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
 
 
 def _split(items: list, config: Config) -> tuple[list, list, list, list]:

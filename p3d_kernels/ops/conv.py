@@ -27,6 +27,7 @@ from ._triton import (
     Operand,
     Plan,
     affine,
+    alloc,
     block,
     cdiv,
     empty_ndhwc,
@@ -35,6 +36,7 @@ from ._triton import (
     plan_for,
     read_operand,
     relu,
+    sum_splits,
     tl,
     triton,
     write_stats,
@@ -328,13 +330,25 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _conv_tile(positions: int, ci: int, co: int, dtype: torch.dtype, pair: bool) -> dict:
-    wide = dtype == torch.float32
-    block_p = 128 if positions >= 128 * 64 else 64 if positions >= 64 * 16 else 32
-    block_ci = block(ci, 16, 32 if wide else 64)
-    block_co = block(co, 16, 64 if wide or block_p < 128 else 128)
-    warps = 8 if block_p * block_co >= 128 * (64 if pair else 128) else 4  # two tensors a tile: spread the registers
-    return {"BLOCK_P": block_p, "BLOCK_CO": block_co, "BLOCK_CI": block_ci, "num_warps": warps, "num_stages": 3}
+def _conv_tile(positions: int, ci: int, co: int, taps: int, dtype: torch.dtype, x: Operand) -> dict:
+    """Tiles that were fastest on an H200 at the block shapes of P3D ResNet, 16-bit."""
+    if dtype == torch.float32:
+        tile = block(min(positions, 64), 32, 64), block(co, 16, 64), block(ci, 16, 32), 4, 3
+    elif positions < 64 * 64:
+        tile = 32 if positions < 64 * 16 else 64, block(co, 16, 64), block(ci, 16, 64), 4, 4
+    elif taps == 1 and co > ci:  # expand, and dgrad of reduce: bound by the wide tensors
+        single = x.b is None
+        if ci <= 64:
+            tile = 64, block(co, 16, 64 if single else 128), block(ci, 16, 64), 4 if single or co <= 64 else 8, 3
+        elif ci <= 128:
+            tile = 64, block(co, 16, 64), 128, 4, 3  # all channels in one step
+        else:
+            tile = 64, block(co, 16, 128), 64, 4, 3
+    elif taps == 1 and x.b is None:
+        tile = 128, block(co, 16, 64), block(ci, 16, 64), 4, 3
+    else:
+        tile = 64, block(co, 16, 128), block(ci, 16, 64), 4, 3
+    return dict(zip(("BLOCK_P", "BLOCK_CO", "BLOCK_CI", "num_warps", "num_stages"), tile))
 
 
 def conv(
@@ -350,13 +364,14 @@ def conv(
     """
     epilogue = epilogue or Epilogue()
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
-    key = (conv_kernel, shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), input_precision(dtype, device))
+    precision = input_precision(dtype, device)
+    key = "conv", shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), precision
     plan = plan_for(key, lambda: _conv_plan(x, w, geometry, epilogue, out_dims))
     y = empty_ndhwc(plan.y_shape, x.a) if epilogue.store else None
     part = None
     z, z_record = epilogue.below or (None, None)
     if epilogue.stats or z is not None:
-        part = torch.empty((plan.rows, 3 if epilogue.stats else 2, plan.y_shape[1]), device=device, dtype=torch.float32)
+        part = alloc((plan.rows, 3 if epilogue.stats else 2, plan.y_shape[1]), device)
     plan(*x.args(), w, y, epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record, part, z, z_record)
     return y, part
 
@@ -366,7 +381,8 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     out = out_dims or geometry.out_shape(*dims)
     co = w.size(0 if out_dims is None else 1)
     positions = n * out[0] * out[1] * out[2]
-    tile = _conv_tile(positions, ci, co, x.a.dtype, x.b is not None)
+    taps = geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
+    tile = _conv_tile(positions, ci, co, taps, x.a.dtype, x)
     rows = cdiv(positions, tile["BLOCK_P"])
     plan = Plan(
         conv_kernel,
@@ -386,16 +402,17 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
 
 
 def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(dw [Co, taps * Ci] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
+    """(dw [Co * Ci * taps] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the stride of the convolution too.
     """
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
-    key = (conv_wgrad_kernel, shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, input_precision(dtype, device))
+    precision = input_precision(dtype, device)
+    key = "conv_wgrad", shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, precision
     plan = plan_for(key, lambda: _wgrad_plan(g, x, geometry, totals))
-    part = torch.empty(plan.part_shape, device=device, dtype=torch.float32)
+    part = alloc(plan.part_shape, device)
     plan(*g.args(), *x.args(), part)
-    dw = part.sum(0)
+    dw = sum_splits(part, plan.taps, shape[1])
     if not totals:
         return dw, None
     size = dw.numel() - g.channels
@@ -407,7 +424,7 @@ def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Pla
     co, out = g.channels, geometry.out_shape(*dims)
     columns = ci * geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
     positions = n * out[0] * out[1] * out[2]
-    tile = _wgrad_tile(co, columns, g.a.dtype, g.b is not None)
+    tile = _wgrad_tile(co, columns, columns // ci, g.a.dtype, g, x)
     tiles = cdiv(co, tile["BLOCK_CO"]) * cdiv(columns, tile["BLOCK_K"])
     splits = max(1, min(2 * sm_count(g.a.device) // tiles, cdiv(positions, 4 * tile["BLOCK_P"])))
     chunk = cdiv(cdiv(positions, splits), tile["BLOCK_P"]) * tile["BLOCK_P"]
@@ -425,23 +442,24 @@ def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Pla
         PRECISION=input_precision(g.a.dtype, g.a.device),
         **tile,
     )
-    plan.part_shape = splits, co * (columns + totals)
+    plan.part_shape, plan.taps = (splits, co * (columns + totals)), columns // ci
     return plan
 
 
-def _wgrad_tile(co: int, columns: int, dtype: torch.dtype, pair: bool) -> dict:
-    wide = dtype == torch.float32
-    block_co, block_k = block(co, 16, 64 if wide else 128), block(columns, 16, 64 if wide else 128)
-    warps = 8 if block_co * block_k >= 128 * (64 if pair else 128) else 4
-    return {
-        "BLOCK_P": 32 if wide else 64, "BLOCK_CO": block_co, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3,
-    }  # fmt: skip
+def _wgrad_tile(co: int, columns: int, taps: int, dtype: torch.dtype, g: Operand, x: Operand) -> dict:
+    """Tiles that were fastest on an H200 at the block shapes of P3D ResNet, 16-bit."""
+    if dtype == torch.float32:
+        tile = 32, block(co, 16, 64), block(columns, 16, 64), 4, 2
+    elif taps == 1 and columns > co and g.b is not None:  # reduce
+        tile = 64, block(co, 16, 64), block(columns, 16, 128), 4, 3
+    else:
+        tile = 64, block(co, 16, 128), block(columns, 16, 128), 4 if x.b is None else 8, 2
+    return dict(zip(("BLOCK_P", "BLOCK_CO", "BLOCK_K", "num_warps", "num_stages"), tile))
 
 
 def weight_grad(dw: Tensor, w: Tensor) -> Tensor:
-    """dw [Co, taps * Ci] float32, as the kernel leaves it, with the shape and dtype of w [Co, Ci, kT, kH, kW]."""
-    co, ci, *taps = w.shape
-    return dw.view(co, *taps, ci).permute(0, 4, 1, 2, 3).to(w.dtype)
+    """dw [Co * Ci * taps] float32, as the kernels leave it, with the shape and dtype of w [Co, Ci, kT, kH, kW]."""
+    return dw.view(w.shape).to(w.dtype)
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------------
@@ -462,6 +480,22 @@ def spatial_fwd(x: Operand, w: Tensor, epilogue: Epilogue | None = None) -> tupl
     return conv(x, w, spatial(), epilogue)
 
 
+def spatial_dgrad(
+    dz: Operand, w: Tensor, epilogue: Epilogue | None = None, dims: tuple[int, int, int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The input gradient of `spatial_fwd`: the CUDA kernel where it has one for this, else `conv` transposed."""
+    epilogue = epilogue or Epilogue()
+    plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
+    plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
+    if plain and _backends.forced() != "triton" and _backends.why_not("cuda", dz.a) is None:
+        from . import _cuda
+
+        if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
+            taps = w.permute(0, 2, 3, 4, 1).view(w.size(0), 9, w.size(1))
+            return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps, epilogue.o, epilogue.below)
+    return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))
+
+
 def conv_fwd(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
     packed = pack_weight(w, x.dtype)
     if geometry == spatial():
@@ -475,7 +509,8 @@ def conv_bwd(
     g = Operand("raw", ndhwc(dy))
     dx = dw = None
     if need_x:
-        dx, _ = conv(g, pack_weight(w, x.dtype), geometry, out_dims=tuple(x.shape[2:]))
+        packed, dims = pack_weight(w, x.dtype), tuple(x.shape[2:])
+        dx, _ = spatial_dgrad(g, packed) if geometry == spatial() else conv(g, packed, geometry, out_dims=dims)
     if need_w:
         dw = weight_grad(conv_wgrad(g, Operand("raw", ndhwc(x)), geometry)[0], w)
     return dx, dw
@@ -511,8 +546,7 @@ def _register(name: str, make: callable) -> callable:
 
     @bwd.register_fake
     def _(dy, x, w, stride):
-        co, ci, *taps = w.shape
-        return empty_ndhwc(x.shape, x), w.new_empty((co, *taps, ci)).permute(0, 4, 1, 2, 3)
+        return empty_ndhwc(x.shape, x), w.new_empty(w.shape)
 
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2])

@@ -24,22 +24,21 @@ NO_TAP = 255  # the byte of a window whose ReLU is off: no position takes its gr
 UNROLLED_TAPS = 32
 
 
-# --- kernels -----------------------------------------------------------------------------------------------------------
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _take(tap, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C: tl.constexpr, KH: tl.constexpr,
+def _take(row, kw, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C: tl.constexpr, KH: tl.constexpr,
           KW: tl.constexpr):  # fmt: skip
     """One tap of every window of the tile: keep it where it is larger, or NaN, as torch does."""
-    kt = tap // (KH * KW)
-    kh = tap // KW % KH
-    kw = tap % KW
+    kt = row // KH
+    kh = row % KH
     t, h, w = t0 + kt, h0 + kh, w0 + kw
     inside = (t >= 0) & (t < T) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     at = x + ((kt * H + kh).to(tl.int64) * W + kw) * C + offsets
     v = tl.load(at, mask=inside[:, None] & ok, other=outside).to(tl.float32) * sign
     take = (v > best) | (v != v)
-    return tl.where(take, v, best), tl.where(take, tap, index)
+    return tl.where(take, v, best), tl.where(take, row * KW + kw, index)
 
 
 @triton.jit
@@ -94,12 +93,15 @@ def max_pool_fwd_kernel(
     lowest = tl.where(sign == 0, 0.0, float("-inf"))
     outside = tl.broadcast_to(lowest * sign, (BLOCK_P, BLOCK_C)).to(x.dtype.element_ty)
     best = tl.broadcast_to(lowest, (BLOCK_P, BLOCK_C))
-    if UNROLL:
-        for tap in tl.static_range(KT * KH * KW):
-            best, index = _take(tap, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C, KH, KW)
-    else:
-        for tap in range(KT * KH * KW):
-            best, index = _take(tap, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C, KH, KW)
+    # A loop over the rows of the window that stays a loop: unrolled, ptxas puts off all choices of `index` to the end
+    # and hoards their predicates in registers, bit by bit.
+    for row in range(KT * KH):
+        if KW <= 8:
+            for kw in tl.static_range(KW):
+                best, index = _take(row, kw, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C, KH, KW)
+        else:
+            for kw in range(KW):
+                best, index = _take(row, kw, x, offsets, ok, t0, h0, w0, best, index, sign, outside, T, H, W, C, KH, KW)
 
     out = (p.to(tl.int64) * C)[:, None] + c[None, :]
     if NORM:
@@ -192,7 +194,7 @@ def max_pool_bwd_kernel(
     tl.store(dx + (p.to(tl.int64) * C)[:, None] + c[None, :], total.to(dx.dtype.element_ty), mask=ok)
 
 
-# --- launchers ---------------------------------------------------------------------------------------------------------
+# --- launchers -------------------------------------------------------------------------------------------------------
 
 
 def out_sizes(sizes, kernel, stride, padding, ceil_mode) -> list[int]:
@@ -220,10 +222,8 @@ def _geometry(kernel, stride, padding) -> dict:
 def pool_fwd(x, kernel, stride, padding, ceil_mode, record=None, save_tap=False, save_winner=False):
     """(y, tap or None, winner or None) of x in NDHWC memory; with `record`, of relu(bn(x))."""
     geometry = kernel, stride, padding
-    plan = plan_for(
-        (max_pool_fwd_kernel, x.shape, x.dtype, x.device, geometry, ceil_mode, record is not None, save_tap, save_winner),
-        lambda: _fwd_plan(x, geometry, ceil_mode),
-    )
+    key = x.shape, x.dtype, x.device, geometry, ceil_mode, record is None, save_tap, save_winner
+    plan = plan_for((max_pool_fwd_kernel, *key), lambda: _fwd_plan(x, geometry, ceil_mode))
     y = empty_ndhwc(plan.shape, x)
     winner = torch.empty_like(y) if save_winner else None
     tap = torch.empty_like(y, dtype=torch.uint8) if save_tap else None
@@ -236,8 +236,9 @@ def _fwd_plan(x: Tensor, geometry: tuple, ceil_mode: bool) -> Plan:
     out = out_sizes(sizes, *geometry, ceil_mode)
     positions, tile = n * math.prod(out), _tile(channels)
     plan = Plan(
-        max_pool_fwd_kernel, (cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])), (positions, *sizes, *out),
-        C=channels, **_geometry(*geometry), UNROLL=math.prod(geometry[0]) <= UNROLLED_TAPS, **tile,
+        max_pool_fwd_kernel, (cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])),
+        (positions, *sizes, *out), C=channels, **_geometry(*geometry),
+        UNROLL=math.prod(geometry[0]) <= UNROLLED_TAPS, **tile,
     )  # fmt: skip
     plan.shape = n, channels, *out
     return plan
@@ -260,13 +261,13 @@ def _bwd_plan(g: Tensor, sizes: tuple, geometry: tuple) -> Plan:
     positions, tile = n * math.prod(sizes), _tile(channels)
     windows = [cdiv(k, s) for k, s in zip(*geometry[:2])]  # that cover a position, at most
     return Plan(
-        max_pool_bwd_kernel, (cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])), (positions, *sizes, *out),
-        C=channels, **_geometry(*geometry), **dict(zip(("NT", "NH", "NW"), windows)),
+        max_pool_bwd_kernel, (cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])),
+        (positions, *sizes, *out), C=channels, **_geometry(*geometry), **dict(zip(("NT", "NH", "NW"), windows)),
         UNROLL=math.prod(windows) <= UNROLLED_TAPS, **tile,
     )  # fmt: skip
 
 
-# --- autograd and registration -----------------------------------------------------------------------------------------
+# --- autograd and registration ---------------------------------------------------------------------------------------
 
 
 class _MaxPool(torch.autograd.Function):
@@ -325,7 +326,7 @@ def _backward(ctx, g, _):
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-# --- public ------------------------------------------------------------------------------------------------------------
+# --- public ----------------------------------------------------------------------------------------------------------
 
 
 def _triple(name: str, value) -> tuple[int, int, int]:
@@ -365,7 +366,8 @@ def max_pool(x: Tensor, kernel: tuple, stride: tuple, padding: tuple = (0, 0, 0)
 
     Raises:
         TypeError: x is not a floating-point tensor; kernel, stride or padding is not an int or three.
-        ValueError: x is not 5-D; not three sizes; a size is not positive; padding above kernel / 2; an output axis would be empty.
+        ValueError: x is not 5-D; not three sizes; a size is not positive; padding above kernel / 2; an output axis
+            would be empty.
     """
     check_activation("x", x)
     kernel, stride, padding = _triple("kernel", kernel), _triple("stride", stride), _triple("padding", padding)
@@ -376,7 +378,8 @@ def max_pool(x: Tensor, kernel: tuple, stride: tuple, padding: tuple = (0, 0, 0)
         raise ValueError(f"padding: expected 0 to half of kernel {kernel}, got {padding}")
     if min(out := out_sizes(x.shape[2:], kernel, stride, padding, ceil_mode)) < 1:
         raise ValueError(f"x: expected (T, H, W) that window {kernel} fits, got {tuple(x.shape[2:])} (output {out})")
-    if x.numel() == 0 or _backends.choose("max_pool", x, lambda b: why_not(b, x, kernel), ("triton", "aten")) == "aten":
+    offers = ("triton", "aten")
+    if x.numel() == 0 or _backends.choose("max_pool", x, lambda b: why_not(b, x, kernel), offers) == "aten":
         return reference.max_pool(x, kernel, stride, padding, ceil_mode)
     if torch.compiler.is_compiling():
         return torch.ops.p3d.max_pool(x, kernel, stride, padding, ceil_mode)[0]

@@ -25,6 +25,7 @@ from ._triton import (
     Operand,
     Plan,
     affine,
+    alloc,
     block,
     cdiv,
     bn_bwd_finalise,
@@ -37,7 +38,7 @@ from ._triton import (
     triton,
     write_sums,
 )
-from .conv import Epilogue, conv, conv_wgrad, spatial, spatial_fwd, temporal, why_not
+from .conv import Epilogue, conv, conv_wgrad, spatial, spatial_dgrad, spatial_fwd, temporal, why_not
 
 _JOINS = {("B", "port"): "join_port", ("C", "port"): "join_port", ("B", "author"): "join_b", ("C", "author"): "join_c"}
 _INFER_JOINS = {"bn_relu": "relu", "join_port": "relu_add", "join_b": "add_relu", "join_c": "mean_relu"}
@@ -159,7 +160,7 @@ def join_parts(join: Operand, kind: str, rows: int) -> tuple[Tensor | None, Tens
     """Room for the partial sums [rows, 2, C] that the gradient of the join leaves for the norms of its a and b."""
 
     def part():
-        return torch.empty((rows, 2, join.channels), device=join.a.device, dtype=torch.float32)
+        return alloc((rows, 2, join.channels), join.a.device)
 
     # In kind C the gradient of relu(bn_s) is complete only after T's dgrad.
     return part() if kind != "C" else None, part() if join.b is not None else None
@@ -211,7 +212,7 @@ def st_bwd(
     dx = part = None
     if needs_x:
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
-        dx, part = conv(dz_s, weights[0], spatial(), epilogue, dims)
+        dx, part = spatial_dgrad(dz_s, weights[0], epilogue, dims)
     return dx, part, dws, sums
 
 
@@ -245,7 +246,7 @@ def _join_plan(kernel, join: Operand, kind: str) -> Plan:
         plan.rows = rows
         return plan
 
-    return plan_for((kernel, shape, dtype, device, join.read, kind), build)
+    return plan_for((kernel.__name__, shape, dtype, device, join.read, kind), build)
 
 
 def _fwd(x, weights, norms, config):

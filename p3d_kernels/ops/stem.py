@@ -42,7 +42,7 @@ from ._triton import (
 from .conv import sm_count
 from .max_pool import out_sizes, pool_fwd, pool_gradient
 
-# --- kernels -----------------------------------------------------------------------------------------------------------
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -81,11 +81,10 @@ def stem_pack_kernel(
     BLOCK_C: tl.constexpr,
 ):
     COLS: tl.constexpr = 2 * G + 6
-    k = tl.program_id(0)
-    j = tl.arange(0, G * BLOCK_C)
+    kh = tl.program_id(0)
+    r = tl.arange(0, KB)[:, None]
+    j = tl.arange(0, G * BLOCK_C)[None, :]
     co = tl.program_id(1) * BLOCK_C + j % BLOCK_C
-    kh = k // KB
-    r = k % KB
     if LAST:
         c = r % CI
         column = r // CI
@@ -95,8 +94,8 @@ def stem_pack_kernel(
     kw = column - 1 - 2 * (j // BLOCK_C)
     mask = (kh < 7) & (c < CI) & (kw >= 0) & (kw < 7) & (co < Co)
     value = tl.load(w + ((co * CI + c) * 7 + kh) * 7 + kw, mask=mask, other=0.0)
-    row = packed + (tl.program_id(1) * 8 * KB + k) * (G * BLOCK_C)
-    tl.store(row + j, value.to(packed.dtype.element_ty))
+    row = (tl.program_id(1) * 8 + kh) * KB + r
+    tl.store(packed + row * (G * BLOCK_C) + j, value.to(packed.dtype.element_ty))
 
 
 @triton.jit
@@ -333,73 +332,94 @@ def stem_wgrad_reduce_kernel(
 
 
 @triton.jit
-def stem_dgrad_kernel(
+def stem_dz_kernel(
     g,  # [N, Tp, Hp, Wp, Co]
     tap_of,  # uint8, like g
     z,  # [N, T, Ho, Wo, Co]
     record,  # [5, Co]
     sums,  # [4, Co]
-    w,  # [Co, Ci, 7, 7]
-    dx,  # [N, T, H, W, Ci]
-    P,  # N T ceil(H / 2) ceil(W / 2)
+    dz,  # like z
+    P,  # N T Ho Wo
     T,
-    H,
-    W,
     Ho,
     Wo,
     Tp,
     Hp,
     Wp,
     Co: tl.constexpr,
-    CI: tl.constexpr,
     PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < Co
+    ok = (p < P)[:, None] & c_mask[None, :]
+    mean = tl.load(record + c, mask=c_mask, other=0.0)
+    scale = tl.load(record + Co + c, mask=c_mask, other=0.0)
+    c0 = tl.load(sums + c, mask=c_mask, other=0.0)
+    c1 = tl.load(sums + Co + c, mask=c_mask, other=0.0)
+    value = _read_dz(g, tap_of, z, mean, c0, c1, p // Wo // Ho // T, p // Wo // Ho % T, p // Wo % Ho, p % Wo, ok, c,
+                     T, Ho, Wo, Tp, Hp, Wp, Co, PAD, 2, 2)  # fmt: skip
+    at = dz + (p.to(tl.int64) * Co)[:, None] + c[None, :]
+    tl.store(at, (value * scale[None, :]).to(dz.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def stem_dgrad_kernel(
+    dz,  # [N, T, Ho, Wo, Co]
+    w,  # [Co, Ci, 7, 7]
+    dx,  # [N, T, H, W, Ci]
+    P,  # N T ceil(H / 2) ceil(W / 2)
+    H,
+    W,
+    Ho,
+    Wo,
+    Co: tl.constexpr,
+    CI: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Pixels of one parity see the same taps: dx[h] = sum over kh = h + 3 (mod 2) of w[kh] dz[(h + 3 - kh) / 2].
+    # Pixels of one parity see the same taps: dx[h] = sum over kh = h + 1 (mod 2) of w[kh] dz[(h + 3 - kh) / 2].
     dh = tl.program_id(1) // 2
     dw = tl.program_id(1) % 2
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     half_h, half_w = (H + 1) // 2, (W + 1) // 2
     w_in = p % half_w * 2 + dw
     h_in = p // half_w % half_h * 2 + dh
-    frame = p // half_w // half_h
-    n = frame // T
-    t = frame % T
-    ok = (p < P) & (h_in < H) & (w_in < W)
+    frame = (p // half_w // half_h).to(tl.int64)
     ci = tl.arange(0, 16)
-    dtype: tl.constexpr = z.dtype.element_ty
+    ok = (p < P) & (h_in < H) & (w_in < W)
     acc = tl.zeros((BLOCK_P, 16), tl.float32)
-    for block in range(0, Co, BLOCK_C):
-        c = block + tl.arange(0, BLOCK_C)
-        c_mask = c < Co
-        mean = tl.load(record + c, mask=c_mask, other=0.0)
-        scale = tl.load(record + Co + c, mask=c_mask, other=0.0)
-        c0 = tl.load(sums + c, mask=c_mask, other=0.0)
-        c1 = tl.load(sums + Co + c, mask=c_mask, other=0.0)
+    for first in range(0, Co, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
         for tap in range(16):
             kh = tap // 4 * 2 + 1 - dh
             kw = tap % 4 * 2 + 1 - dw
             ho = (h_in + 3 - kh) // 2
             wo = (w_in + 3 - kw) // 2
             seen = ok & (kh < 7) & (kw < 7) & (h_in + 3 >= kh) & (ho < Ho) & (w_in + 3 >= kw) & (wo < Wo)
-            dz = _read_dz(g, tap_of, z, mean, c0, c1, n, t, ho, wo, seen[:, None] & c_mask[None, :], c,
-                          T, Ho, Wo, Tp, Hp, Wp, Co, PAD, 2, 2)  # fmt: skip
+            at = (((frame * Ho + ho) * Wo + wo) * Co)[:, None] + c[None, :]
+            gradient = tl.load(dz + at, mask=seen[:, None] & (c < Co)[None, :], other=0.0)
             at = w + ((c[:, None] * CI + ci[None, :]) * 7 + kh) * 7 + kw
-            taps = tl.load(at, mask=c_mask[:, None] & (ci < CI)[None, :] & (kh < 7) & (kw < 7), other=0.0)
-            acc = tl.dot((dz * scale[None, :]).to(dtype), taps.to(dtype), acc, input_precision=PRECISION)
-    row = ((frame.to(tl.int64) * H + h_in) * W + w_in) * CI
+            taps = tl.load(at, mask=(c < Co)[:, None] & (ci < CI)[None, :] & (kh < 7) & (kw < 7), other=0.0)
+            acc = tl.dot(gradient, taps.to(gradient.dtype), acc, input_precision=PRECISION)
+    row = ((frame * H + h_in) * W + w_in) * CI
     tl.store(dx + row[:, None] + ci[None, :], acc.to(dx.dtype.element_ty), mask=ok[:, None] & (ci < CI)[None, :])
 
 
-# --- launchers ---------------------------------------------------------------------------------------------------------
+# --- launchers -------------------------------------------------------------------------------------------------------
 
 
 def _packing(ci: int, co: int) -> dict:
     """How patches are packed: outputs a row, slots a patch row (a power of two, at least 16), channels a program."""
     group = 2 if 10 * ci <= 32 else 1
     return {"CI": ci, "G": group, "KB": block((2 * group + 6) * ci, 16, 64), "BLOCK_C": block(co, 16, 64)}
+
+
+def _pad(wiring: str) -> int:
+    return reference.stem_pool(wiring)["padding"][1]
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -415,12 +435,12 @@ def _pack(w: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
     """w [Co, Ci, 1, 7, 7] laid out for `stem_conv_kernel`: [Co blocks, 8 * KB, G * BLOCK_C]."""
     co, ci = w.shape[:2]
     how = _packing(ci, co)
-    blocks, slots = cdiv(co, how["BLOCK_C"]), 8 * how["KB"]
+    blocks = cdiv(co, how["BLOCK_C"])
     w = w.detach().contiguous()
-    packed = w.new_empty((blocks, slots, how["G"] * how["BLOCK_C"]), dtype=dtype)
+    packed = w.new_empty((blocks, 8 * how["KB"], how["G"] * how["BLOCK_C"]), dtype=dtype)
     plan = plan_for(
         (stem_pack_kernel, w.shape, w.dtype, w.data_ptr() & 15 == 0, w.device, dtype, last),
-        lambda: Plan(stem_pack_kernel, (slots, blocks), (co,), **how, LAST=last, num_warps=1),
+        lambda: Plan(stem_pack_kernel, (8, blocks), (co,), **how, LAST=last, num_warps=8),
     )
     plan(w, packed)
     return packed
@@ -499,12 +519,14 @@ def _bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
         reduce(part, record, dw)
     if need_dx:
         w = w.contiguous()
-        dx = empty_ndhwc(x.shape, x)
-        plan = plan_for(
-            (stem_dgrad_kernel, x.shape, x.dtype, x.device, co, z.dtype, w.dtype, w.data_ptr() & 15 == 0, wiring, precision),
-            lambda: _dgrad_plan(x, g, z, wiring, precision),
+        key = w.dtype, w.data_ptr() & 15 == 0, wiring, precision
+        normalise, dgrad = plan_for(
+            (stem_dgrad_kernel, x.shape, x.dtype, x.device, co, z.dtype, *key),
+            lambda: _dgrad_plans(x, g, z, wiring, precision),
         )
-        plan(g, tap, z, record, sums, w, dx)
+        dz, dx = torch.empty_like(z), empty_ndhwc(x.shape, x)
+        normalise(g, tap, z, record, sums, dz)
+        dgrad(dz, w, dx)
     return dx, dw, sums[2], sums[3]
 
 
@@ -517,27 +539,35 @@ def _wgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -
     tiles = n * t * cdiv(ho, 2 * tile["BLOCK_H"]) * cdiv(wo, 2 * tile["BLOCK_W"])
     programs = min(tiles, sm_count(x.device))
     wgrad = Plan(
-        stem_wgrad_kernel, (programs, cdiv(co, how["BLOCK_C"])), (n, t, h, w, ho, wo, *g.shape[2:], *x.stride()), Co=co,
-        **packing, PAD=reference.stem_pool(wiring)["padding"][1], PRECISION=precision, **tile, BLOCK_C=how["BLOCK_C"],
+        stem_wgrad_kernel, (programs, cdiv(co, how["BLOCK_C"])), (n, t, h, w, ho, wo, *g.shape[2:], *x.stride()),
+        Co=co, **packing, PAD=_pad(wiring), PRECISION=precision, **tile, BLOCK_C=how["BLOCK_C"],
     )  # fmt: skip
     wgrad.part_shape = programs, how["G"], 8 * how["KB"], co
     reduce = Plan(
-        stem_wgrad_reduce_kernel, (cdiv(co * ci * 49, 32),), (programs, co), **packing, BLOCK_R=64, BLOCK_E=32, num_warps=4
-    )
+        stem_wgrad_reduce_kernel, (cdiv(co * ci * 49, 64),), (programs, co), **packing, BLOCK_R=64, BLOCK_E=64,
+        num_warps=4,
+    )  # fmt: skip
     return wgrad, reduce
 
 
-def _dgrad_plan(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> Plan:
+def _dgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> tuple[Plan, Plan]:
     n, ci, t, h, w = x.shape
-    positions = n * t * cdiv(h, 2) * cdiv(w, 2)
-    return Plan(
-        stem_dgrad_kernel, (cdiv(positions, 64), 4), (positions, t, h, w, *z.shape[3:], *g.shape[2:]), Co=z.size(1), CI=ci,
-        PAD=reference.stem_pool(wiring)["padding"][1], PRECISION=precision, BLOCK_P=64, BLOCK_C=block(z.size(1), 16, 64),
-        num_warps=4, num_stages=1,
+    co, ho, wo = z.size(1), *z.shape[3:]
+    block_c = block(co, 16, 64)
+    positions = n * t * ho * wo
+    normalise = Plan(
+        stem_dz_kernel, (cdiv(positions, 32), cdiv(co, block_c)), (positions, t, ho, wo, *g.shape[2:]), Co=co,
+        PAD=_pad(wiring), BLOCK_P=32, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
+    pixels = n * t * cdiv(h, 2) * cdiv(w, 2)
+    dgrad = Plan(
+        stem_dgrad_kernel, (cdiv(pixels, 128), 4), (pixels, h, w, ho, wo), Co=co, CI=ci, PRECISION=precision,
+        BLOCK_P=128, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return normalise, dgrad
 
 
-# --- autograd and registration -----------------------------------------------------------------------------------------
+# --- autograd and registration ---------------------------------------------------------------------------------------
 
 
 class _Stem(torch.autograd.Function):
@@ -620,7 +650,7 @@ def _backward(ctx, g, *_):
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-# --- public ------------------------------------------------------------------------------------------------------------
+# --- public ----------------------------------------------------------------------------------------------------------
 
 
 def _shapes(x: Tensor, co: int, wiring: str) -> tuple[tuple, tuple]:
@@ -643,7 +673,7 @@ def why_not(backend: str, x: Tensor, w: Tensor) -> str | None:
 
 
 def pack_stem_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w [Co, Ci, 1, 7, 7] packed once for `stem_infer`, in `dtype`, for clips in planes and for clips in NDHWC memory."""
+    """w [Co, Ci, 1, 7, 7] packed once for `stem_infer`, in `dtype`: for clips in planes and for NDHWC memory."""
     return torch.stack([_pack(w, dtype, False), _pack(w, dtype, True)])
 
 
