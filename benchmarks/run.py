@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import p3d_kernels as p3d
-from p3d_kernels._judge import LIMITS, Step, WrongAnswer, errors, exact_float32, judge, layout, season
+from p3d_kernels._judge import LIMITS, Step, errors, exact_float32, judge, layout, season
 from p3d_kernels._timing import Progress, captured, measure, table
 
 from . import report, rivals

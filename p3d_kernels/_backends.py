@@ -141,7 +141,7 @@ def choose(op: str, x: Tensor, reason: Callable[[str], str | None], offers: tupl
 
     name = forced()
     if name is not None:
-        # `cuda` as a wish means "cuda where there is a kernel for it, else triton": few ops have a kernel of both kinds.
+        # "cuda" means cuda where the op has a kernel for it, else triton
         candidates = ("cuda", "triton") if name == "cuda" and "cuda" not in offers else (name,)
         for backend in candidates:
             why = objection(backend)

@@ -20,7 +20,9 @@ def check_activation(name: str, x: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected {channels} channels, got {x.size(1)} (shape {tuple(x.shape)})")
 
 
-def check_weight(name: str, w: Tensor, shape: tuple[int | None, ...], x: Tensor, dtype: torch.dtype | None = None) -> None:
+def check_weight(
+    name: str, w: Tensor, shape: tuple[int | None, ...], x: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """w must have `shape` (None: any), live on the device of x, and have its dtype (any float under autocast).
 
     Args:

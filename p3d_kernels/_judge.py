@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The largest relative error that passes, whatever plain PyTorch does, by dtype: of one convolution, and of what has BN
-# and several convolutions. Beyond it an answer may be twice as far from the reference as plain PyTorch at that dtype.
+# The largest relative error that passes, whatever plain PyTorch does, by dtype: of one convolution; of what has BN and
+# several convolutions; of the gradient of one parameter there, which moves by more when a maximum or the sign under a
+# ReLU is decided another way. Beyond it an answer may be twice (the last: three times) as far off as plain PyTorch.
 LIMITS = {
-    torch.float64: (1e-12, 1e-9),
-    torch.float32: (1e-5, 1e-4),
-    torch.float16: (5e-4, 5e-3),
-    torch.bfloat16: (4e-3, 2e-2),
+    torch.float64: (1e-12, 1e-9, 1e-6),
+    torch.float32: (1e-5, 1e-4, 1e-2),
+    torch.float16: (5e-4, 5e-3, 5e-2),
+    torch.bfloat16: (4e-3, 2e-2, 2e-1),
 }
 SANE = 0.5  # nothing may be further off than this, plain PyTorch included: unrelated answers are off by 1 and more
 
@@ -192,18 +193,15 @@ def judge(
 
     Args:
         what: named in the message.
-        found, plain: `errors` of the answers, and of plain PyTorch's at the same dtype. An answer passes within
-            `LIMITS`, or at most twice as far off as plain PyTorch's. The gradient of one parameter may be three
-            times as far off, and ten limits: a maximum that two implementations find in another place moves it.
+        found, plain: `errors` of the answers, and of plain PyTorch's at the same dtype; see `LIMITS`.
         single: the answers are those of one convolution.
     """
-    limit = LIMITS[dtype][0 if single else 1]
+    one, several, parameter = LIMITS[dtype]
     for name, error in found.items():
-        whole = name in ("output", "gradients")
-        if whole or single:
-            allowed = min(max(limit, 2 * plain[name]), SANE)
+        if single or name in ("output", "gradients"):
+            allowed = min(max(one if single else several, 2 * plain[name]), SANE)
         else:
-            allowed = max(10 * limit, 3 * plain[name])
+            allowed = max(parameter, 3 * plain[name])
         if not error <= allowed:
             raise WrongAnswer(
                 f"{what}: {name} is {error:.2e} off the reference, allowed {allowed:.2e} "

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -82,7 +81,9 @@ def check_norm(name: str, norm: Norm, channels: int, x: Tensor) -> None:
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{name}: expected running statistics when training=False, got None")
     if norm.training and channels and x.numel() // max(x.size(1), 1) == 1:
-        raise ValueError(f"{name}: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`freeze`: a P3D net for inference, with batch normalisation folded into the kernels' epilogues and weights packed once."""
+"""`freeze`: a P3D net for inference, batch normalisation in the kernels' epilogues, weights packed once."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Engine:
     """A copy of `model` for inference: every block from activations to activations, without a pass for BN or ReLU.
 
     BN of the running statistics is a scale and shift in the epilogue of each convolution, in float32, so weights keep
-    their own rounding. Weights are copied and packed once: later changes of `model` do not reach the engine. Freeze again
-    after training.
+    their own rounding. Weights are copied and packed once: later changes of `model` do not reach the engine. Freeze
+    again after training.
 
     Args:
         model: a `P3D`, or a net whose blocks `accelerate` has swapped, in eval mode. It stays as it is.

@@ -195,7 +195,7 @@ def refusals():
             ("dtype", lambda t: t.double(), TypeError),
             ("device", lambda t: t.to("meta"), ValueError),
         ],
-        "kernel": [("short", lambda _: (3, 3), TypeError), ("zero", lambda _: (0, 3, 3), ValueError)],
+        "kernel": [("short", lambda _: (3, 3), ValueError), ("zero", lambda _: (0, 3, 3), ValueError)],
     }
     residual = next(case for case in CASES if case.op == "bn_relu" and case.residual)
     down = next(case for case in CASES if case.op == "bottleneck" and case.down)

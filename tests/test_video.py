@@ -71,7 +71,8 @@ def test_not_a_video(decoder, tmp_path, content):
         read_video(path)
 
 
-def test_cut_off_file(decoder, path):
+def test_cut_off_file(decoder, tmp_path):
+    path = write_video(tmp_path / "noise.avi", noise=True)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     with pytest.raises(VideoError, match=r"expected 20 frames \(announced.*, got (\d+).* cut off"):
         read_video(path)

@@ -28,9 +28,11 @@ def write_video(path: Path, frames: int = 20, size: tuple[int, int] = (48, 64), 
             blocks = generator.integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
             picture[:] = blocks.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]]
         pictures.append(picture)
-    if "av" in DECODERS:
+    try:
         import av
-
+    except ImportError:
+        av = None
+    if av:
         with av.open(str(path), "w", format="avi") as container:
             stream = container.add_stream("mjpeg", rate=25)
             stream.height, stream.width = size

@@ -144,7 +144,7 @@ def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm],
     return y
 
 
-# --- registered twins, for torch.compile and export ----------------------------------------------------------------------
+# --- registered twins, for torch.compile and export ------------------------------------------------------------------
 
 SCHEDULES: dict[str, Schedule] = {}
 
@@ -240,12 +240,8 @@ def _backward(ctx, grads):
     x, y, *rest = ctx.saved_tensors
     count = len(eps)
     weights, records, raws = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    dx, *grads = _bwd_op(
-        name, grads[0], x, y, weights, ctx.affine, ctx.running, eps, training, records, raws, *config
-    )
-    affine = [
-        None if p is None else grads[count + i // 2][2 + i % 2].to(p.dtype) for i, p in enumerate(ctx.affine)
-    ]
+    dx, *grads = _bwd_op(name, grads[0], x, y, weights, ctx.affine, ctx.running, eps, training, records, raws, *config)
+    affine = [None if p is None else grads[count + i // 2][2 + i % 2].to(p.dtype) for i, p in enumerate(ctx.affine)]
     return None, dx, grads[:count], affine, [None] * len(ctx.running), None, None, None, None, None
 
 

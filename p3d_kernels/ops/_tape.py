@@ -9,8 +9,11 @@ must therefore go through `alloc` and plans alone.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ _LIMIT = 8192  # plans or tapes kept: with more shapes than that, start over rat
 
 class _Recording(threading.local):
     recorder: _Recorder | None = None
+    ahead = False  # plans compile and do not launch
 
 
 _recording = _Recording()
@@ -45,6 +49,10 @@ class Plan:
 
     def __call__(self, *tensors) -> None:
         """Launch on the device of the first tensor, in its current stream."""
+        if _recording.ahead:
+            if self.launch is None:
+                self.kernel.warmup(*tensors, *self.scalars, grid=self.grid, **self.constants)
+            return
         if _recording.recorder is not None:
             _recording.recorder.step(self, tensors)
         device = tensors[0].device
@@ -87,6 +95,8 @@ class NativePlan:
         self.launch = launch
 
     def __call__(self, *tensors) -> None:
+        if _recording.ahead:
+            return
         if _recording.recorder is not None:
             _recording.recorder.step(self, tensors)
         device = tensors[0].device
@@ -151,7 +161,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class Tape:
-    """One recorded pass: `run(inputs)` gives the outputs that the recorded function gave, for inputs of the same shapes.
+    """One recorded pass: `run(inputs)` gives what the recorded function gave, for inputs of the same shapes.
 
     Inputs may be None and must be dense, in the memory order they had at recording. Outputs are whole buffers.
     """
@@ -208,7 +218,9 @@ class Tape:
                 flat = whole.as_strided((whole.numel(),), (1,))
             else:
                 flat, offset = workspace, offset + self.offsets[buffer - self.inputs]
-            return flat.view(torch.uint8)[offset:].view(dtype) if flat.dtype != dtype else flat[offset // dtype.itemsize :]
+            return (
+                flat.view(torch.uint8)[offset:].view(dtype) if flat.dtype != dtype else flat[offset // dtype.itemsize :]
+            )
 
         for plan, slots in self.steps:
             plan(*[tensor(slot) for slot in slots])
@@ -244,6 +256,19 @@ def _pack(recorder: _Recorder, kept: set[int]) -> tuple[list[int | None], int]:
     return offsets, size
 
 
+@contextlib.contextmanager
+def _compiling_ahead() -> Iterator[None]:
+    """Inside, a pass compiles its kernels in parallel and launches none: the first call waits for the slowest only."""
+    import triton
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+        _recording.ahead = True
+        try:
+            yield
+        finally:
+            _recording.ahead = False
+
+
 _tapes: dict[tuple, Tape] = {}
 
 
@@ -260,9 +285,10 @@ def taped(key: tuple, pass_: Callable[..., list[Tensor | None]], inputs: list[Te
         return tape.run(inputs)
     if len(_tapes) >= _LIMIT:
         _tapes.clear()
+    if next(t for t in inputs if t is not None).is_cuda:
+        with _compiling_ahead():
+            pass_()
     tape = Tape(pass_, inputs)
     outputs, tape.first = tape.first, None
     _tapes[key] = tape
     return outputs
-
-

@@ -44,6 +44,7 @@ except ImportError:  # the kernels below are then never launched: `_backends.why
 
 MAX_POSITIONS = 2**31 - 2**20  # positions are counted in int32, elements in int64
 
+
 def block(n: int, least: int, most: int) -> int:
     """The power of two that covers n, within [least, most]."""
     return max(least, min(most, 1 << (n - 1).bit_length()))
@@ -254,8 +255,8 @@ def bn_bwd_finalise_kernel(
 
 
 def _finalise_tile(rows: int) -> dict:
-    block_r = block(rows, 16, 512)
-    return {"BLOCK_R": block_r, "BLOCK_C": 4, "num_warps": 8 if block_r > 128 else 4}
+    block_r = block(rows, 16, 2048)
+    return {"BLOCK_R": block_r, "BLOCK_C": 4, "num_warps": 16 if block_r > 512 else 8 if block_r > 128 else 4}
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -292,7 +293,7 @@ def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
 
 
 def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.device) -> Tensor:
-    """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else from running statistics."""
+    """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else the running ones."""
     record = alloc((5, channels), device)
     rows = part.size(0) if norm.training else 0
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
@@ -301,8 +302,12 @@ def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.de
     plan = plan_for(
         ("bn_finalise", device, channels, rows, norm.eps, norm.training, dtypes),
         lambda: Plan(
-            bn_finalise_kernel, (cdiv(channels, 4),), (rows, norm.eps),
-            C=channels, TRAINING=norm.training, **_finalise_tile(rows or 1),
+            bn_finalise_kernel,
+            (cdiv(channels, 4),),
+            (rows, norm.eps),
+            C=channels,
+            TRAINING=norm.training,
+            **_finalise_tile(rows or 1),
         ),  # fmt: skip
     )
     plan(record, part, *tensors)
@@ -316,8 +321,12 @@ def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool
     plan = plan_for(
         ("bn_bwd_finalise", part.device, channels, rows, positions, training),
         lambda: Plan(
-            bn_bwd_finalise_kernel, (cdiv(channels, 4),), (rows, float(positions)),
-            C=channels, TRAINING=training, **_finalise_tile(rows),
+            bn_bwd_finalise_kernel,
+            (cdiv(channels, 4),),
+            (rows, float(positions)),
+            C=channels,
+            TRAINING=training,
+            **_finalise_tile(rows),
         ),  # fmt: skip
     )
     plan(part, record, sums)

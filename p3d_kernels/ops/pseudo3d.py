@@ -27,9 +27,9 @@ from ._triton import (
     affine,
     alloc,
     block,
-    cdiv,
     bn_bwd_finalise,
     bn_finalise,
+    cdiv,
     empty_ndhwc,
     plan_for,
     read_operand,
@@ -49,7 +49,7 @@ def join_read(config: Config) -> str:
     return _JOINS.get((config.kind, config.wiring), "bn_relu")
 
 
-# --- kernels -----------------------------------------------------------------------------------------------------------
+# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -133,10 +133,12 @@ def join_bwd_kernel(
     join_bwd(g, v_ptr, a_ptr, b_ptr, record_a, record_b, part_a, part_b, offsets, mask, tile, c, c < C, C, READ)
 
 
-# --- the schedule of S and T, also the heart of the bottleneck block ------------------------------------------------------
+# --- the schedule of S and T, also the heart of the bottleneck block -------------------------------------------------
 
 
-def st_fwd(x: Operand, weights: list[Tensor], norms: list[Norm], config: Config) -> tuple[Operand, list[Tensor], list[Tensor]]:
+def st_fwd(
+    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config
+) -> tuple[Operand, list[Tensor], list[Tensor]]:
     """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order."""
     (w_s, *w_t), (norm_s, *norm_t) = weights, norms
     z_s, part = spatial_fwd(x, w_s, Epilogue(stats=norm_s.training))
@@ -227,7 +229,7 @@ def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Co
     return conv(source, weights[1], temporal(), epilogue)[0]
 
 
-# --- the op --------------------------------------------------------------------------------------------------------------
+# --- the op ----------------------------------------------------------------------------------------------------------
 
 
 def _join_tile(positions: int, channels: int) -> dict:
@@ -298,7 +300,9 @@ def check_st(
             raise ValueError("w_t, norm_t: expected None for kind '2d', which has no temporal convolution")
         return [w_s], [norm_s]
     middle = w_s.size(0)
-    check_weight("w_t", w_t, (None if kind == "A" else middle, channels if kind == "B" else middle, 3, 1, 1), x, weight_dtype)
+    check_weight(
+        "w_t", w_t, (None if kind == "A" else middle, channels if kind == "B" else middle, 3, 1, 1), x, weight_dtype
+    )
     check_norm("norm_t", norm_t, w_t.size(0), x)
     return [w_s, w_t], [norm_s, norm_t]
 
@@ -333,8 +337,8 @@ def pseudo3d_conv(
     Returns:
         [N, Co, T, H, W] in NDHWC memory (conv3d's choice on the aten path).
 
-    Numerics: float32 accumulation and statistics (mean and squares about it, never E[z^2] - E[z]^2); all passes are this
-        package's kernels and equal bit for bit from run to run.
+    Numerics: float32 accumulation and statistics (mean and squares about it, never E[z^2] - E[z]^2); all passes are
+        this package's kernels and equal bit for bit from run to run.
     Raises: TypeError or ValueError naming the argument, before any launch.
     Source: Qiu, Yao, Mei, ICCV 2017, section 3.1; derivation of the backward in docs/derivations.md.
     """

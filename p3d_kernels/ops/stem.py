@@ -497,13 +497,7 @@ def _bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
     co, positions = z.size(1), g.numel() // z.size(1)
     precision = input_precision(z.dtype, x.device)
     part = torch.empty((cdiv(positions, 128), 2, co), device=x.device, dtype=torch.float32)
-    plan = plan_for(
-        (stem_sums_kernel, g.shape, g.dtype, g.device),
-        lambda: Plan(
-            stem_sums_kernel, (part.size(0), cdiv(co, block(co, 16, 64))), (positions,), Co=co, BLOCK_P=128,
-            BLOCK_C=block(co, 16, 64), num_warps=4,
-        ),  # fmt: skip
-    )
+    plan = plan_for((stem_sums_kernel, g.shape, g.dtype, g.device), lambda: _sums_plan(positions, co))
     plan(g, winner, record, part)
     sums = bn_bwd_finalise(part, record, z.numel() // co, training)
 
@@ -528,6 +522,12 @@ def _bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
         normalise(g, tap, z, record, sums, dz)
         dgrad(dz, w, dx)
     return dx, dw, sums[2], sums[3]
+
+
+def _sums_plan(positions: int, co: int) -> Plan:
+    tile = {"BLOCK_P": 128, "BLOCK_C": block(co, 16, 64), "num_warps": 4}
+    grid = cdiv(positions, tile["BLOCK_P"]), cdiv(co, tile["BLOCK_C"])
+    return Plan(stem_sums_kernel, grid, (positions,), Co=co, **tile)
 
 
 def _wgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> tuple[Plan, Plan]:

@@ -1,0 +1,135 @@
+"""Tapes: a replay gives what the recorded pass gives, on other data, and never on a tensor it missed."""
+
+import pytest
+import torch
+
+from p3d_kernels.ops import _tape
+from p3d_kernels.ops._tape import Tape, alloc, taped
+
+CPU = torch.device("cpu")
+
+
+class Add:
+    """Stands for a plan: the third tensor becomes the sum of the others. """
+
+    launches = 0
+
+    def __call__(self, a, b, out):
+        if _tape._recording.recorder is not None:
+            _tape._recording.recorder.step(self, (a, b, out))
+        Add.launches += 1
+        n = 4
+        out.flatten()[:n] = (0 if a is None else a.flatten()[:n]) + b.flatten()[:n]
+
+
+def chain(a, b, c):
+    """((a + b) + c) + b, by way of two temporaries, and a + b as a second output."""
+
+    def pass_():
+        add = Add()
+        first, second, third, last = (alloc((4,), CPU) for _ in range(4))
+        add(a, b, first)
+        add(first, c, second)
+        add(second, b, third)
+        add(None, third, last)
+        return [last, first, None]
+
+    return pass_
+
+
+def inputs():
+    return [torch.randn(4) for _ in range(3)]
+
+
+def test_replay_on_other_data():
+    Add.launches = 0
+    a, b, c = inputs()
+    tape = Tape(chain(a, b, c), [a, b, c])
+    assert torch.equal(tape.first[0], a + b + c + b)
+    for _ in range(2):
+        a, b, c = inputs()
+        last, first, none = tape.run([a, b, c])
+        assert none is None
+        assert torch.equal(first, a + b)
+        assert torch.equal(last, a + b + c + b)
+    assert Add.launches == 12
+
+
+def test_outputs_of_two_replays_do_not_share_memory():
+    a, b, c = inputs()
+    tape = Tape(chain(a, b, c), [a, b, c])
+    one = tape.run([a, b, c])[0].clone()
+    kept = tape.run([a, b, c])[0]
+    tape.run(inputs())
+    assert torch.equal(kept, one)
+
+
+def test_temporaries_share_room_when_their_uses_do_not_overlap():
+    a = torch.randn(4)
+
+    def pass_():
+        add, source = Add(), a
+        for _ in range(6):
+            out = alloc((4,), CPU)
+            add(source, a, out)
+            source = out
+        return [source]
+
+    tape = Tape(pass_, [a])
+    assert torch.allclose(tape.run([a])[0], 7 * a)
+    assert tape.size == 2 * 512  # five temporaries, two alive at a time, 512 bytes each
+
+
+def test_views_of_inputs_and_buffers_keep_their_offset():
+    a = torch.randn(12)
+
+    def pass_():
+        add, out = Add(), alloc((8,), CPU)
+        add(a[4:8], a[8:], out[4:])
+        add(out[4:], a[:4], out[:4])
+        return [out]
+
+    tape = Tape(pass_, [a])
+    b = torch.randn(12)
+    out = tape.run([b])[0]
+    assert torch.equal(out[4:], b[4:8] + b[8:])
+    assert torch.equal(out[:4], b[4:8] + b[8:] + b[:4])
+
+
+def test_an_input_that_was_not_named_is_refused():
+    a, b, c = inputs()
+    with pytest.raises(RuntimeError, match="neither an input nor allocated"):
+        Tape(chain(a, b, c), [a, b])
+    assert _tape._recording.recorder is None
+
+
+def test_an_output_must_be_a_buffer_of_the_pass():
+    a = torch.randn(4)
+    with pytest.raises(RuntimeError, match="buffers of its own"):
+        Tape(lambda: [a], [a])
+
+
+def test_taped_records_once_a_key(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    calls = []
+
+    def pass_of(a, b, c):
+        def pass_():
+            calls.append(1)
+            return chain(a, b, c)()
+
+        return pass_
+
+    for _ in range(3):
+        a, b, c = inputs()
+        assert torch.equal(taped(("key",), pass_of(a, b, c), [a, b, c])[0], a + b + c + b)
+    assert len(calls) == 1
+
+
+def test_many_shapes_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    monkeypatch.setattr(_tape, "_LIMIT", 3)
+    for i in range(7):
+        a, b, c = inputs()
+        taped((i,), chain(a, b, c), [a, b, c])
+    assert len(_tape._tapes) <= 3
