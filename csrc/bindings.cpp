@@ -40,11 +40,10 @@ PYBIND11_MODULE(_C, m) {
         "spatial_conv",
         [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t affine, uintptr_t out_affine, uintptr_t partials,
            int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
-           const std::string& dtype_name, bool flip, uintptr_t stream) {
+           const std::string& dtype_name, uintptr_t stream) {
             p3d::SpatialConv p{};
             p.shape = conv_shape(frames, height, width, in_channels, out_channels);
             p.dtype = dtype(dtype_name);
-            p.flip = flip;
             p.x = pointer<const void>(x);
             p.w = pointer<const void>(w);
             p.y = pointer<void>(y);
@@ -56,21 +55,76 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("x"), py::arg("w"), py::arg("y"), py::arg("affine"), py::arg("out_affine"), py::arg("partials"),
         py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"),
-        py::arg("dtype"), py::arg("flip"), py::arg("stream"));
+        py::arg("dtype"), py::arg("stream"));
 
     m.def(
-        "spatial_conv_why_not",
-        [](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
-            const char* reason =
-                p3d::spatial_conv_why_not(conv_shape(frames, height, width, in_channels, out_channels));
-            return reason ? std::optional<std::string>(reason) : std::nullopt;
+        "spatial_dgrad",
+        [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t w, uintptr_t o, uintptr_t below,
+           uintptr_t below_affine, uintptr_t dx, uintptr_t partials, int64_t frames, int64_t height, int64_t width,
+           int64_t in_channels, int64_t out_channels, const std::string& dtype_name, uintptr_t stream) {
+            p3d::SpatialDgrad p{};
+            p.shape = conv_shape(frames, height, width, in_channels, out_channels);
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.z = pointer<const void>(z);
+            p.affine = pointer<const float>(affine);
+            p.sums = pointer<const float>(sums);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.below = pointer<const void>(below);
+            p.below_affine = pointer<const float>(below_affine);
+            p.dx = pointer<void>(dx);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::spatial_dgrad(p));
         },
-        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+        py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("w"), py::arg("o"), py::arg("below"),
+        py::arg("below_affine"), py::arg("dx"), py::arg("partials"), py::arg("frames"), py::arg("height"),
+        py::arg("width"), py::arg("in_channels"), py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
-        "spatial_conv_partials",
-        [](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
-            return p3d::spatial_conv_partials(conv_shape(frames, height, width, in_channels, out_channels));
+        "spatial_wgrad",
+        [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t a, uintptr_t a_affine,
+           uintptr_t partials, int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::SpatialWgrad p{};
+            p.shape = conv_shape(frames, height, width, in_channels, out_channels);
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.z = pointer<const void>(z);
+            p.affine = pointer<const float>(affine);
+            p.sums = pointer<const float>(sums);
+            p.a = pointer<const void>(a);
+            p.a_affine = pointer<const float>(a_affine);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::spatial_wgrad(p));
         },
-        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+        py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("a"), py::arg("a_affine"),
+        py::arg("partials"), py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
+
+    auto reason = [&](const char* name, const char* (*why_not)(const p3d::ConvShape&)) {
+        m.def(
+            name,
+            [why_not](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
+                const char* why = why_not(conv_shape(frames, height, width, in_channels, out_channels));
+                return why ? std::optional<std::string>(why) : std::nullopt;
+            },
+            py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+    };
+    reason("spatial_conv_why_not", p3d::spatial_conv_why_not);
+    reason("spatial_wgrad_why_not", p3d::spatial_wgrad_why_not);
+
+    auto rows = [&](const char* name, int (*partials)(const p3d::ConvShape&)) {
+        m.def(
+            name,
+            [partials](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
+                return partials(conv_shape(frames, height, width, in_channels, out_channels));
+            },
+            py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
+    };
+    rows("spatial_conv_partials", p3d::spatial_conv_partials);
+    rows("spatial_dgrad_partials", p3d::spatial_dgrad_partials);
+    rows("spatial_wgrad_partials", p3d::spatial_wgrad_partials);
 }

@@ -27,13 +27,11 @@ struct ConvShape {
 // epi   nothing; or relu((sum - mean) * scale + bias) before rounding, if `out_affine` is given; or the statistics of
 //       the rounded y, if `partials` is given: a row (n, mean, M2) for each of R parts of the positions,
 //       M2 = sum (y - mean)^2; n may be 0
-// flip  w is [Ci,9,Co] and enters transposed with its taps reversed: the input gradient of the convolution by w
 struct SpatialConv {
     ConvShape shape;
-    DType dtype;  // of x, w and y; sums are float32
-    bool flip;
+    DType dtype;              // of x, w and y; sums are float32
     const void* x;            // [F, H, W, Ci]  16-byte aligned
-    const void* w;            // [Co, 9, Ci], or [Ci, 9, Co] with flip  16-byte aligned
+    const void* w;            // [Co, 9, Ci]  16-byte aligned
     void* y;                  // [F, H, W, Co]  16-byte aligned
     const float* affine;      // [3, Ci] rows mean, scale, bias, 16-byte aligned; or nullptr
     const float* out_affine;  // [3, Co] rows mean, scale, bias; or nullptr
@@ -43,10 +41,60 @@ struct SpatialConv {
 
 const char* spatial_conv(const SpatialConv& p);
 
-// Why spatial_conv cannot run this shape on the current device; nullptr if it can.
+// The input gradient of the convolution above, with Ci the channels of g and Co those of dx (its couts and channels):
+// dx[f,h,w,co] = sum over dh, dw, ci of dz[f,h+1-dh,w+1-dw,ci] * w[ci,3*dh+dw,co] + o; outside a frame dz is zero.
+//
+// dz    g itself, or with `z`, where g is the gradient of relu(u), u = (z - mean) * scale + bias, that of z,
+//       scale * ([u > 0] g - c0 - (z - mean) * c1) rounded to the dtype
+// epi   with `below`, whose normalisation `below_affine` gives: R rows (sum g, sum g (below - mean)) over parts of the
+//       positions, g being the rounded dx where relu of the normalised `below` passes it, else 0
+struct SpatialDgrad {
+    ConvShape shape;
+    DType dtype;                // of g, z, w, o, below and dx; sums are float32
+    const void* g;              // [F, H, W, Ci]  16-byte aligned, as all pointers are
+    const void* z;              // [F, H, W, Ci]; or nullptr
+    const float* affine;        // [3, Ci] rows mean, scale, bias, with z
+    const float* sums;          // [2, Ci] rows c0, c1, with z
+    const void* w;              // [Ci, 9, Co]
+    const void* o;              // [F, H, W, Co]; or nullptr
+    const void* below;          // [F, H, W, Co]; or nullptr
+    const float* below_affine;  // [3, Co] rows mean, scale, bias, with below
+    void* dx;                   // [F, H, W, Co]
+    float* partials;            // [R, 2, Co], R = spatial_dgrad_partials(shape), with below
+    CUstream_st* stream;
+};
+
+const char* spatial_dgrad(const SpatialDgrad& p);
+
+// Its weight gradient: dw[co,3*dh+dw,ci] = sum over f, h, w of dz[f,h,w,co] * a[f,h+dh-1,w+dw-1,ci] = sum over R rows
+// of `partials`, each of a part of the positions; outside a frame a is zero.
+//
+// dz    as in SpatialDgrad, with Co channels
+// a     the convolution's input, or relu((a - mean) * scale + bias) rounded to the dtype, if `a_affine` is given
+struct SpatialWgrad {
+    ConvShape shape;
+    DType dtype;            // of g, z and a
+    const void* g;          // [F, H, W, Co]  16-byte aligned, as all pointers are
+    const void* z;          // [F, H, W, Co]; or nullptr
+    const float* affine;    // [3, Co] rows mean, scale, bias, with z
+    const float* sums;      // [2, Co] rows c0, c1, with z
+    const void* a;          // [F, H, W, Ci]
+    const float* a_affine;  // [3, Ci] rows mean, scale, bias; or nullptr
+    float* partials;        // [R, Co, 9, Ci], R = spatial_wgrad_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* spatial_wgrad(const SpatialWgrad& p);
+
+// Why spatial_conv and spatial_dgrad cannot run this shape on the current device; nullptr if it can.
 const char* spatial_conv_why_not(const ConvShape& shape);
 
-// R, the rows of SpatialConv::partials on the current device; 0 if the shape cannot run.
+// R, the rows of their partials on the current device; 0 if the shape cannot run.
 int spatial_conv_partials(const ConvShape& shape);
+int spatial_dgrad_partials(const ConvShape& shape);
+
+// The same of spatial_wgrad.
+const char* spatial_wgrad_why_not(const ConvShape& shape);
+int spatial_wgrad_partials(const ConvShape& shape);
 
 }  // namespace p3d

@@ -1,5 +1,5 @@
-// How spatial_conv.cu divides a shape: tile size, ring sizes, grid. Plain C++, a function of the shape and the number
-// of multiprocessors alone, so that runs are equal and the caller can size its buffers.
+// How spatial_kernel.cuh divides a shape: tile size, ring sizes, grid. Plain C++, a function of the shape and the
+// number of multiprocessors alone, so that runs are equal and the caller can size its buffers.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,13 @@ constexpr int kStageBytes = kStaged * kChunk * 2;  // per consumer warpgroup
 constexpr int kMaxStages = 12, kMaxBuffers = 3;    // of weights, of halo tiles
 constexpr int kBarrierBytes = 2 * 8 * (kMaxStages + kMaxBuffers);
 constexpr int kSharedLimit = 227 * 1024;  // of a block on compute capability 9.0
-constexpr int kResidentSizes[] = {208, 160, 128, 64}, kStreamedSizes[] = {240, 216, 160, 120, 80, 48};
+
+// Which pass a kernel is of. The input gradient is a convolution too: its weights enter transposed, taps reversed.
+enum class Pass { forward, gradient };
+
+// N of the kernels there are. The gradient's blocks have 512 threads, for which ptxas takes no wider product than 200.
+constexpr int kResidentSizes[2][4] = {{208, 160, 128, 64}, {200, 160, 136, 64}};
+constexpr int kStreamedSizes[2][6] = {{240, 216, 160, 120, 80, 48}, {192, 160, 144, 120, 80, 48}};
 
 struct SpatialPlan {
     int positions;            // N of the matrix instruction
@@ -35,6 +41,22 @@ inline const char* fail(const char* format, Values... values) {
     thread_local char message[256];
     std::snprintf(message, sizeof message, format, values...);
     return message;
+}
+
+// Why no kernel takes these sizes, whatever its tile; nullptr if they are in order.
+inline const char* sizes_why_not(const char* op, const ConvShape& s) {
+    using Long = long long;
+    if (std::min({s.frames, s.height, s.width}) < 1 || std::max({s.frames, s.height, s.width}) >= 1 << 30)
+        return fail("%s: frames, height, width: expected 1 to 2^30 - 1, got %lld, %lld, %lld", op, Long(s.frames),
+                    Long(s.height), Long(s.width));
+    if (double(s.frames) * double(s.height + 1) * double(s.width + 1) > 2147400000.0)
+        return fail("%s: expected F (H + 1) (W + 1) below 2^31, got F, H, W = %lld, %lld, %lld", op, Long(s.frames),
+                    Long(s.height), Long(s.width));
+    for (int64_t channels : {s.in_channels, s.out_channels})
+        if (channels < kChunk || channels % kChunk || channels > 65536)
+            return fail("%s: channels: expected multiples of 64 up to 65536, got %lld -> %lld", op, Long(s.in_channels),
+                        Long(s.out_channels));
+    return nullptr;
 }
 
 // Whether a tile of N positions a warpgroup fits in shared memory; the rest of it becomes halo tiles, then stages.
@@ -60,18 +82,8 @@ inline bool fits(SpatialPlan& plan, const ConvShape& s, int n, bool resident) {
 
 // The tile size that finishes first, or why there is none. A matrix instruction takes N / 2 cycles, or longer where it
 // waits for its operands: 2 KB of weights and 32 N bytes of x at 128 bytes a cycle.
-inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, int processors) {
-    using Long = long long;
-    if (std::min({s.frames, s.height, s.width}) < 1 || std::max({s.frames, s.height, s.width}) >= 1 << 30)
-        return fail("spatial_conv: frames, height, width: expected 1 to 2^30 - 1, got %lld, %lld, %lld", Long(s.frames),
-                    Long(s.height), Long(s.width));
-    if (double(s.frames) * double(s.height + 1) * double(s.width + 1) > 2147400000.0)
-        return fail("spatial_conv: expected F (H + 1) (W + 1) below 2^31, got F, H, W = %lld, %lld, %lld",
-                    Long(s.frames), Long(s.height), Long(s.width));
-    for (int64_t channels : {s.in_channels, s.out_channels})
-        if (channels < kChunk || channels % kChunk || channels > 65536)
-            return fail("spatial_conv: channels: expected multiples of 64 up to 65536, got %lld -> %lld",
-                        Long(s.in_channels), Long(s.out_channels));
+inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass, int processors) {
+    if (const char* reason = sizes_why_not("spatial_conv", s)) return reason;
 
     bool resident = s.in_channels == kChunk && s.out_channels == kChunk;
     int64_t best_cost = -1;
@@ -86,11 +98,11 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, int proce
         if (best_cost < 0 || cost < best_cost) best_cost = cost, best = plan;
     };
     if (resident)
-        for (int n : kResidentSizes) consider(n);
+        for (int n : kResidentSizes[int(pass)]) consider(n);
     else
-        for (int n : kStreamedSizes) consider(n);
+        for (int n : kStreamedSizes[int(pass)]) consider(n);
     if (best_cost < 0)
-        return fail("spatial_conv: width: expected rows that fit in shared memory, got %lld", Long(s.width));
+        return fail("spatial_conv: width: expected rows that fit in shared memory, got %lld", (long long)s.width);
     return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// Pieces that kernels share: barriers, copies, the raster of padded frames, the BN-ReLU prologue, tile statistics.
+// Pieces that kernels share: barriers, copies, the raster of padded frames, BN-ReLU and its gradient, tile statistics.
 #pragma once
 
 #include <cuda.h>
@@ -71,6 +71,42 @@ __device__ __forceinline__ void copy_wait(int pending) {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 
+// Has the line of 128 bytes at `source` brought to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* source) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(source) : "memory");
+}
+
+// Loads of what nobody writes meanwhile and this multiprocessor will not read again.
+__device__ __forceinline__ void load_once(uint4& v, const void* source) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(source));
+}
+__device__ __forceinline__ void load_once(uint2& v, const void* source) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(source));
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t source) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(source)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void load_shared(uint2& v, uint32_t source) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(source) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t target, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t target, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Copies the box at (i0, i1, i2), innermost first, to shared memory; the bytes count towards `barrier`.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
                                          int i2) {
@@ -84,6 +120,21 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map
 // Stores two 8x8 matrices transposed; lanes 0-7 and 8-15 give the addresses of their rows.
 __device__ __forceinline__ void store_transposed(uint32_t target, uint32_t first, uint32_t second) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(target), "r"(first), "r"(second)
+                 : "memory");
+}
+
+// The reverse: loads two 8x8 matrices transposed.
+__device__ __forceinline__ void load_transposed(uint32_t source, uint32_t& first, uint32_t& second) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second)
+                 : "r"(source)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t source, uint32_t (&v)[4]) {  // four, addressed by all lanes
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(source)
                  : "memory");
 }
 
@@ -147,6 +198,39 @@ struct Affine8 {
     template <typename T>
     __device__ __forceinline__ uint4 bn_relu(uint4 v) const {
         return {bn_relu<T>(v.x, 0), bn_relu<T>(v.y, 1), bn_relu<T>(v.z, 2), bn_relu<T>(v.w, 3)};
+    }
+};
+
+// The gradient of four neighbouring channels of z from g, that of relu(u), u = (z - mean) * scale + bias:
+// scale * ([u > 0] g - c0 - (z - mean) * c1), where `sums` has the rows c0 and c1.
+struct Gradient4 {
+    float mean[4], scale[4], bias[4], constant[4], slope[4];
+
+    __device__ __forceinline__ void load(const float* affine, const float* sums, int channel, int channels) {
+        load_row(mean, affine + channel);
+        load_row(scale, affine + channels + channel);
+        load_row(bias, affine + 2 * channels + channel);
+        load_row(constant, sums + channel);
+        load_row(slope, sums + channels + channel);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) constant[i] *= -scale[i], slope[i] *= -scale[i];
+    }
+
+    static __device__ __forceinline__ void load_row(float (&row)[4], const float* source) {
+        auto v = *reinterpret_cast<const float4*>(source);
+        row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
+    }
+
+    __device__ __forceinline__ float bn_bwd(float g, float z, int i) const {
+        float centred = z - mean[i];
+        float open = fmaf(centred, scale[i], bias[i]) <= 0 ? constant[i] : fmaf(g, scale[i], constant[i]);
+        return fmaf(centred, slope[i], open);
+    }
+
+    template <typename T>
+    __device__ __forceinline__ uint2 bn_bwd(uint2 g, uint2 z) const {
+        float2 a = unpack<T>(g.x), b = unpack<T>(g.y), c = unpack<T>(z.x), d = unpack<T>(z.y);
+        return {pack<T>(bn_bwd(a.x, c.x, 0), bn_bwd(a.y, c.y, 1)), pack<T>(bn_bwd(b.x, d.x, 2), bn_bwd(b.y, d.y, 3))};
     }
 };
 

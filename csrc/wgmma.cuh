@@ -2,7 +2,8 @@
 //
 // A descriptor says where an operand lies; `lbo` and `sbo` are its leading and stride byte offsets.
 //   plain     8 rows of 16 bytes are one core matrix of 128 contiguous bytes; sbo leads to the next 8 rows, lbo to the
-//             next 8 steps of k.
+//             next 8 steps of k. Of an M- or N-major operand the core matrix is 8 steps of k of 16 bytes of rows or
+//             columns; sbo leads to the next 16 bytes of those, lbo to the next 8 steps of k.
 //   swizzled  rows of 128 bytes whose 16-byte pieces are permuted by the row's number mod 8, as TMA writes them; sbo
 //             leads to the next 8 rows. A row is a row of A, or a step of k if A is M-major (kTransA = 1).
 #pragma once
@@ -126,9 +127,29 @@ P3D_WGMMA(64, 8, 32, 33, 34)
 P3D_WGMMA(80, 10, 40, 41, 42)
 P3D_WGMMA(120, 15, 60, 61, 62)
 P3D_WGMMA(128, 16, 64, 65, 66)
+P3D_WGMMA(136, 17, 68, 69, 70)
+P3D_WGMMA(144, 18, 72, 73, 74)
 P3D_WGMMA(160, 20, 80, 81, 82)
+P3D_WGMMA(192, 24, 96, 97, 98)
+P3D_WGMMA(200, 25, 100, 101, 102)
 P3D_WGMMA(208, 26, 104, 105, 106)
 P3D_WGMMA(216, 27, 108, 109, 110)
 P3D_WGMMA(240, 30, 120, 121, 122)
+
+// The same with A in registers and an N-major B, N = 64. Register a[i] holds row 16 * warp + 8 * (i % 2) + lane / 4,
+// columns 8 * (i / 2) + 2 * (lane % 4) + {0, 1}.
+#define P3D_WGMMA_A_ASM(TYPE)                                                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                 \
+                 : P3D_OPS_8                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <typename T>
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        P3D_WGMMA_A_ASM("bf16");
+    else
+        P3D_WGMMA_A_ASM("f16");
+}
 
 }  // namespace p3d

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from p3d_kernels import _backends
 from p3d_kernels.ops import _cuda
+from p3d_kernels.ops._triton import sum_splits
 from tolerance import check
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,6 +39,7 @@ STREAMED = [
     (8, 2, 5, 190, 64, 128),
     (33, 8, 20, 5, 128, 128),
     (33, 8, 10, 9, 128, 128),
+    (33, 8, 18, 3, 128, 128),
     (3, 1, 40, 41, 256, 128),
     (12, 4, 20, 20, 128, 128),
 ]
@@ -75,6 +77,44 @@ def _bn_relu(z, affine):
     return torch.relu((z - mean) * scale + bias)
 
 
+def _open(z, affine):
+    """Where relu passes (z - mean) * scale + bias: the sign that float32 with one rounding gives, found in float64."""
+    mean, scale, bias = (row.view(1, -1, 1, 1, 1) for row in affine)
+    return ~((z.float() - mean).double() * scale.double() + bias.double() <= 0)
+
+
+def _bn_bwd(g, z, affine, sums):
+    """The gradient of z from g, that of relu(u), in the dtype of g."""
+    mean, scale, c0, c1 = (row.double().view(1, -1, 1, 1, 1) for row in (affine[0], affine[1], *sums))
+    return (scale * (torch.where(_open(z, affine), g.double(), 0) - c0 - (z.double() - mean) * c1)).to(g.dtype)
+
+
+def _gradient(shape, dtype):
+    """g, z, affine and sums [2, Co] of a convolution's output."""
+    n, t, h, w, _, co = shape
+    g, z = (_activation(n, co, t, h, w, dtype) for _ in range(2))
+    return g, z, _affine(co), 0.3 * torch.randn(2, co, device="cuda")
+
+
+def _wgrad_in_float64(dz, a):
+    """dw [Co, 9, Ci] of a 1x3x3 convolution of a, and the sums of the terms' magnitudes."""
+    h, w = a.shape[3:]
+    rows = dz.double().transpose(0, 1).flatten(1)
+    padded = F.pad(a.double(), (1, 1, 1, 1))
+    taps = [padded[..., i : i + h, j : j + w].transpose(0, 1).flatten(1).T for i in range(3) for j in range(3)]
+    return torch.stack([rows @ tap for tap in taps], 1), torch.stack([rows.abs() @ tap.abs() for tap in taps], 1)
+
+
+def _check_wgrad(part, dz, a, rounded):
+    """`rounded`: dz and a were rounded by the kernel, now and then to the other neighbour than in float64."""
+    expected, magnitude = _wgrad_in_float64(dz, a)
+    bound = 1e-5 * magnitude + 1e-30
+    if rounded:
+        bound += 2 * torch.finfo(dz.dtype).eps * dz.abs().max().double() * a.abs().max().double()
+    error = (part.double().sum(0).view_as(expected) - expected).abs()
+    assert (error <= bound).all(), f"error {error.max():.3g} where {bound.flatten()[error.argmax()]:.3g} is allowed"
+
+
 def _combine(partials):
     """Chan's formula in float64: n, mean and M2 of all rows [R, 3, C] together."""
     n, mean, m2 = partials.double().unbind(1)
@@ -97,16 +137,6 @@ def test_plain(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
-def test_flip_is_the_input_gradient(shape, dtype):
-    n, t, h, w, ci, co = shape
-    dy, (weight, packed) = _activation(n, co, t, h, w, dtype), _weight(co, ci, dtype)
-    dx, _ = _cuda.spatial_conv_fwd(dy, packed, flip=True)
-    check(dx, F.conv_transpose3d(dy.double(), weight.double(), padding=(0, 1, 1)), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
 def test_prologue_and_statistics(shape, dtype, prologue):
@@ -123,6 +153,166 @@ def test_prologue_and_statistics(shape, dtype, prologue):
     assert (count == rows.size(1)).all()
     torch.testing.assert_close(mean, rows.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(m2, ((rows - rows.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_plain_dgrad(shape, dtype):
+    n, t, h, w, ci, co = shape
+    dy, (weight, packed) = _activation(n, co, t, h, w, dtype), _weight(co, ci, dtype)
+    dx, part = _cuda.spatial_conv_dgrad(dy, None, None, None, packed)
+    assert part is None and dx.is_contiguous(memory_format=torch.channels_last_3d)
+    check(dx, F.conv_transpose3d(dy.double(), weight.double(), padding=(0, 1, 1)), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_dgrad_with_bn_backward_and_the_sums_below(shape, dtype, add):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), (weight, packed) = _gradient(shape, dtype), _weight(co, ci, dtype)
+    o = _activation(n, ci, t, h, w, dtype) if add else None
+    below, below_affine = _activation(n, ci, t, h, w, dtype), _affine(ci)
+    dx, part = _cuda.spatial_conv_dgrad(g, z, affine, sums, packed, o, (below, below_affine))
+    reference = F.conv_transpose3d(_bn_bwd(g, z, affine, sums).double(), weight.double(), padding=(0, 1, 1))
+    check(dx, reference + o.double() if add else reference, dtype)
+
+    assert part.shape[1:] == (2, ci)
+    masked = torch.where(_open(below, below_affine), dx.double(), 0)
+    centred = (below.float() - below_affine[0].view(1, -1, 1, 1, 1)).double()
+    for row, terms in zip(part.double().sum(0), (masked, masked * centred)):
+        error = (row - terms.sum((0, 2, 3, 4))).abs()
+        assert (error <= 3e-6 * terms.abs().sum((0, 2, 3, 4))).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("sums_below", [False, True])
+@pytest.mark.parametrize("shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6]], ids=_names)
+def test_dgrad_options_are_independent(shape, sums_below, add, prologue):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), (weight, packed) = _gradient(shape, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    o = _activation(n, ci, t, h, w, torch.bfloat16) if add else None
+    below = (_activation(n, ci, t, h, w, torch.bfloat16), _affine(ci)) if sums_below else None
+    prologue_args = (z, affine, sums) if prologue else (None, None, None)
+    dx, part = _cuda.spatial_conv_dgrad(g, *prologue_args, packed, o, below)
+    assert (part is not None) == sums_below
+    dz = _bn_bwd(g, z, affine, sums) if prologue else g
+    reference = F.conv_transpose3d(dz.double(), weight.double(), padding=(0, 1, 1))
+    check(dx, reference + o.double() if add else reference, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_dgrad_masks_a_nan_of_g_and_passes_it_where_the_relu_is_open(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), (weight, packed) = _gradient(shape, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    spot = (0, 1, 0, 2, 0)
+    g[spot] = torch.nan
+    for value, seen in ((-100.0, False), (100.0, True), (torch.nan, True)):
+        z[spot] = value
+        dx, _ = _cuda.spatial_conv_dgrad(g, z, affine, sums, packed)
+        spread = torch.zeros_like(g)
+        spread[spot] = torch.nan if seen else 0
+        reference = F.conv_transpose3d(spread, torch.ones_like(weight), padding=(0, 1, 1))
+        assert torch.equal(dx.isnan(), reference.isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_dgrad_at_a_mean_of_300_deviations(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, _, sums), (weight, packed) = _gradient(shape, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    z, below = ((v.float() + 300).bfloat16() for v in (z, _activation(n, ci, t, h, w, torch.bfloat16)))
+    affine, below_affine = _affine(co, mean=300.0), _affine(ci, mean=300.0)
+    dx, part = _cuda.spatial_conv_dgrad(g, z, affine, sums, packed, None, (below, below_affine))
+    dz = _bn_bwd(g, z, affine, sums)
+    check(dx, F.conv_transpose3d(dz.double(), weight.double(), padding=(0, 1, 1)), torch.bfloat16)
+    terms = torch.where(_open(below, below_affine), dx.double(), 0)
+    terms = terms * (below.double() - below_affine[0].double().view(1, -1, 1, 1, 1))
+    error = (part[:, 1].double().sum(0) - terms.sum((0, 2, 3, 4))).abs()
+    assert (error <= 3e-6 * terms.abs().sum((0, 2, 3, 4))).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 4, 21, 13, 64, 64), (4, 4, 21, 13, 128, 192)], ids=_names)
+def test_dgrad_runs_are_equal(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), (_, packed) = _gradient(shape, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    o, below = (_activation(n, ci, t, h, w, torch.bfloat16) for _ in range(2))
+    args = g, z, affine, sums, packed, o, (below, _affine(ci))
+    first, again = _cuda.spatial_conv_dgrad(*args), _cuda.spatial_conv_dgrad(*args)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_plain_wgrad(shape, dtype):
+    n, t, h, w, ci, co = shape
+    dz, a = _activation(n, co, t, h, w, dtype), _activation(n, ci, t, h, w, dtype)
+    part = _cuda.spatial_wgrad(dz, None, None, None, a)
+    assert part.dtype == torch.float32 and part.shape[1:] == (co * 9 * ci,)
+    _check_wgrad(part, dz, a, rounded=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+def test_wgrad_with_both_prologues(shape, dtype):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), a, a_affine = _gradient(shape, dtype), _activation(n, ci, t, h, w, dtype), _affine(ci)
+    part = _cuda.spatial_wgrad(g, z, affine, sums, a, a_affine)
+    _check_wgrad(part, _bn_bwd(g, z, affine, sums), _bn_relu(a.float(), a_affine).to(dtype), rounded=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prologues", [(False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6]], ids=_names)
+def test_wgrad_prologues_are_independent(shape, prologues):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
+    a_affine = _affine(ci) if prologues[1] else None
+    part = _cuda.spatial_wgrad(g, *((z, affine, sums) if prologues[0] else (None, None, None)), a, a_affine)
+    dz = _bn_bwd(g, z, affine, sums) if prologues[0] else g
+    _check_wgrad(part, dz, _bn_relu(a.float(), a_affine).bfloat16() if prologues[1] else a, rounded=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_wgrad_at_a_mean_of_300_deviations(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, _, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
+    (z, a), affine, a_affine = ((v.float() + 300).bfloat16() for v in (z, a)), _affine(co, 300.0), _affine(ci, 300.0)
+    part = _cuda.spatial_wgrad(g, z, affine, sums, a, a_affine)
+    _check_wgrad(part, _bn_bwd(g, z, affine, sums), _bn_relu(a.double(), a_affine).bfloat16(), rounded=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [RESIDENT[3], STREAMED[2]], ids=_names)
+def test_wgrad_passes_a_nan_to_its_channels_only(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
+    g[0, 1, 0, 2, 1] = torch.nan
+    for value, seen in ((-100.0, False), (100.0, True)):
+        z[0, 1, 0, 2, 1] = value
+        dw = _cuda.spatial_wgrad(g, z, affine, sums, a, _affine(ci)).sum(0).view(co, 9, ci)
+        assert dw[1].isnan().all() == seen and dw.isnan().any() == seen
+    a[0, 3, 0, 2, 1] = torch.nan
+    dw = _cuda.spatial_wgrad(g.nan_to_num(), z, affine, sums, a, _affine(ci)).sum(0).view(co, 9, ci)
+    assert dw[:, :, 3].isnan().all() and dw.isnan().sum() == 9 * co
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 4, 21, 13, 64, 64), (4, 4, 21, 13, 128, 192)], ids=_names)
+def test_wgrad_runs_are_equal(shape):
+    n, t, h, w, ci, co = shape
+    (g, z, affine, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
+    args = g, z, affine, sums, a, _affine(ci)
+    assert torch.equal(_cuda.spatial_wgrad(*args), _cuda.spatial_wgrad(*args))
 
 
 @pytest.mark.gpu
@@ -224,6 +414,41 @@ def test_layouts_are_checked_before_any_launch():
         _cuda.spatial_conv_fwd(x.float(), w)
 
 
+def test_layouts_of_the_gradient_are_checked_before_any_launch():
+    g, w = torch.zeros(1, 64, 1, 4, 4, dtype=torch.bfloat16), torch.zeros(64, 9, 128, dtype=torch.bfloat16)
+    g = g.to(memory_format=torch.channels_last_3d)
+    rows, run = torch.zeros(3, 64), _cuda.spatial_conv_dgrad
+    with pytest.raises(ValueError, match=r"w_packed: expected \[64, 9, Ci\]"):
+        run(g, None, None, None, w.view(128, 9, 64))
+    with pytest.raises(ValueError, match="z, record, sums"):
+        run(g, g, rows, None, w)
+    with pytest.raises(ValueError, match="z: expected"):
+        run(g, g.half(), rows, rows, w)
+    with pytest.raises(ValueError, match=r"record: expected float32 \[3, 64\]"):
+        run(g, g, rows[:2], rows, w)
+    with pytest.raises(ValueError, match=r"sums: expected float32 \[2, 64\]"):
+        run(g, g, rows, rows.double(), w)
+    with pytest.raises(ValueError, match=r"o: expected .*\[1, 128, 1, 4, 4\]"):
+        run(g, g, rows, rows, w, g)
+    with pytest.raises(ValueError, match=r"below: expected .*\[1, 128, 1, 4, 4\]"):
+        run(g, g, rows, rows, w, None, (g, rows))
+
+
+def test_layouts_of_the_weight_gradient_are_checked_before_any_launch():
+    g = torch.zeros(1, 64, 1, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)
+    rows, run = torch.zeros(3, 64), _cuda.spatial_wgrad
+    with pytest.raises(ValueError, match="g: expected bfloat16"):
+        run(g.float(), None, None, None, g)
+    with pytest.raises(ValueError, match="z, record, sums"):
+        run(g, g, rows, None, g)
+    with pytest.raises(ValueError, match=r"a: expected .*\[1, 64, 1, 4, 4\]"):
+        run(g, g, rows, rows, g[..., :3])
+    with pytest.raises(ValueError, match="a: expected channels_last_3d"):
+        run(g, g, rows, rows, g.contiguous())
+    with pytest.raises(ValueError, match=r"a_record: expected float32 \[3, 64\]"):
+        run(g, g, rows, rows, g, rows[:2])
+
+
 def _microseconds(function, calls=20, repeats=11):
     """Median time of a call, many in one CUDA graph: the host's launch rate does not count."""
     for _ in range(3):
@@ -246,7 +471,8 @@ def _microseconds(function, calls=20, repeats=11):
 def _row(batch, t, h, c):
     x, (w, packed) = _activation(batch, c, t, h, h, torch.bfloat16), _weight(c, c, torch.bfloat16)
     w = w.to(memory_format=torch.channels_last_3d)
-    affine, run = _affine(c), _cuda.spatial_conv_fwd
+    z, o, below = (_activation(batch, c, t, h, h, torch.bfloat16) for _ in range(3))
+    affine, sums, run, dgrad = _affine(c), torch.randn(2, c).cuda(), _cuda.spatial_conv_fwd, _cuda.spatial_conv_dgrad
     geometry = ([1, 1, 1], [0, 1, 1], [1, 1, 1], False, [0, 0, 0], 1)
     calls = {
         "cudnn": lambda: F.conv3d(x, w, padding=(0, 1, 1)),
@@ -255,8 +481,15 @@ def _row(batch, t, h, c):
         "pro": lambda: run(x, packed, affine=affine),
         "pro+stats": lambda: run(x, packed, affine=affine, stats=True),
         "out_affine": lambda: run(x, packed, out_affine=affine),
-        "dgrad": lambda: run(x, packed, flip=True),
+        "dgrad": lambda: dgrad(x, None, None, None, packed),
+        "dgrad pro": lambda: dgrad(x, z, affine, sums, packed),
+        "dgrad pro+sums": lambda: dgrad(x, z, affine, sums, packed, None, (below, affine)),
+        "dgrad pro+add+sums": lambda: dgrad(x, z, affine, sums, packed, o, (below, affine)),
         "cudnn dgrad": lambda: torch.ops.aten.convolution_backward(x, x, w, None, *geometry, [True, False, False]),
+        "wgrad": lambda: _cuda.spatial_wgrad(x, None, None, None, o),
+        "wgrad pro": lambda: _cuda.spatial_wgrad(x, z, affine, sums, o, affine),
+        "wgrad pro+sum": lambda: sum_splits(_cuda.spatial_wgrad(x, z, affine, sums, o, affine), 9, c),
+        "cudnn wgrad": lambda: torch.ops.aten.convolution_backward(x, o, w, None, *geometry, [False, True, False]),
     }
     times = {name: _microseconds(call) for name, call in calls.items()}
     return times | {"TFLOP/s": 2 * 9 * c * x.numel() / times["plain"] / 1e6}
