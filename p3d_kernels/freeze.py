@@ -12,9 +12,9 @@ from ._checks import FLOATS
 from ._norm import Norm
 from .models import P3D
 from .nn import Bottleneck, why_not_fused
+from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
-from .ops._triton import ndhwc
-from .ops.conv import pack_weight, why_not
+from .ops._triton import ndhwc, why_not
 from .ops.stem import pack_stem_weight, stem_infer
 from .ops.stem import why_not as why_not_stem
 

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class Add:
-    """Stands for a plan: the third tensor becomes the sum of the others. """
+    """Stands for a plan: the third tensor becomes the sum of the others."""
 
     launches = 0
 

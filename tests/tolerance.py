@@ -12,7 +12,8 @@ NaN and infinity always fail where the reference is finite.
 
 These are the limits of one op. In a chain of them (`chain=True`: a whole bottleneck in half precision) the roundings of
 the tensors between add up, and the gradient of a BN bias is a sum whose terms cancel: `CHAIN` times criteria 1 and 3.
-PyTorch's own float16 kernels reach 1.0e-3 in outputs and weights and 2.3e-3 in BN sums there.
+Over the bottlenecks of `cases.py` in float16 the relative error of ours is at most 7.9e-4 in outputs and weights and
+2.2e-3 in BN sums; that of PyTorch on a CPU 1.1e-3 and 2.6e-3, and 10 times that where one of its ReLUs flips.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .._backends import forced
 from .._norm import Norm, update_running
+from ._conv import pack_weight, weight_grad
 from ._tape import taped
 from ._triton import bn_finalise, input_precision, ndhwc
-from .conv import pack_weight, weight_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +149,22 @@ def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm],
 SCHEDULES: dict[str, Schedule] = {}
 
 
-def _flatten(norms: list[Norm]) -> tuple[list[Tensor | None], list[Tensor | None], list[float], list[bool]]:
-    return (
-        [p for n in norms for p in (n.weight, n.bias)],
-        [None if n.training else p for n in norms for p in (n.running_mean, n.running_var)],
-        [n.eps for n in norms],
-        [n.training for n in norms],
-    )
+def _flatten(norms: list[Norm]) -> tuple[list[Tensor], list[Tensor], list[bool], list[float], list[bool]]:
+    """Tensors that exist only: autograd takes a list with a None in it for one leaf, and gives it no gradient."""
+    affine = [p for n in norms for p in (n.weight, n.bias)]
+    running = [p for n in norms if not n.training for p in (n.running_mean, n.running_var)]
+    present = [p is not None for p in affine]
+    return [p for p in affine if p is not None], running, present, [n.eps for n in norms], [n.training for n in norms]
 
 
-def _norms(affine, running, eps, training) -> list[Norm]:
-    return [
-        Norm(affine[2 * i], affine[2 * i + 1], running[2 * i], running[2 * i + 1], None, training[i], 0.0, eps[i])
-        for i in range(len(eps))
-    ]
+def _norms(affine, running, present, eps, training) -> list[Norm]:
+    affine, running = iter(affine), iter(running)
+    norms = []
+    for i, train in enumerate(training):
+        weight, bias = (next(affine) if there else None for there in present[2 * i : 2 * i + 2])
+        statistics = (None, None) if train else (next(running), next(running))
+        norms.append(Norm(weight, bias, *statistics, None, train, 0.0, eps[i]))
+    return norms
 
 
 @torch.library.custom_op("p3d::fused", mutates_args=())
@@ -170,22 +172,23 @@ def _fwd_op(
     name: str,
     x: Tensor,
     weights: list[Tensor],
-    affine: list[Tensor | None],
-    running: list[Tensor | None],
+    affine: list[Tensor],
+    running: list[Tensor],
+    present: list[bool],
     eps: list[float],
     training: list[bool],
     kind: str,
     wiring: str,
     stride: int,
 ) -> list[Tensor]:
-    schedule, norms = SCHEDULES[name], _norms(affine, running, eps, training)
+    schedule, norms = SCHEDULES[name], _norms(affine, running, present, eps, training)
     packed = [pack_weight(w, x.dtype) for w in weights]
     y, records, raws = schedule.fwd(ndhwc(x), packed, norms, Config(kind, wiring, stride))
     return [y, *records, *raws]
 
 
 @_fwd_op.register_fake
-def _(name, x, weights, affine, running, eps, training, kind, wiring, stride):
+def _(name, x, weights, affine, running, present, eps, training, kind, wiring, stride):
     schedule, config = SCHEDULES[name], Config(kind, wiring, stride)
     y, *raws = (
         x.new_empty(shape).to(memory_format=torch.channels_last_3d)
@@ -202,8 +205,9 @@ def _bwd_op(
     x: Tensor,
     y: Tensor,
     weights: list[Tensor],
-    affine: list[Tensor | None],
-    running: list[Tensor | None],
+    affine: list[Tensor],
+    running: list[Tensor],
+    present: list[bool],
     eps: list[float],
     training: list[bool],
     records: list[Tensor],
@@ -212,7 +216,11 @@ def _bwd_op(
     wiring: str,
     stride: int,
 ) -> list[Tensor]:
-    schedule, norms, config = SCHEDULES[name], _norms(affine, running, eps, training), Config(kind, wiring, stride)
+    schedule, norms, config = (
+        SCHEDULES[name],
+        _norms(affine, running, present, eps, training),
+        Config(kind, wiring, stride),
+    )
     packed = [pack_weight(w, x.dtype) for w in weights]
     dx, dws, sums = schedule.bwd(
         ndhwc(dy), ndhwc(x), y, packed, norms, records, raws, config, True, [True] * len(weights)
@@ -221,28 +229,29 @@ def _bwd_op(
 
 
 @_bwd_op.register_fake
-def _(name, dy, x, y, weights, affine, running, eps, training, records, raws, kind, wiring, stride):
+def _(name, dy, x, y, weights, affine, running, present, eps, training, records, raws, kind, wiring, stride):
     dws = [weight_grad(w.new_empty(w.shape), w) for w in weights]
     sums = [x.new_empty((4, w.size(0)), dtype=torch.float32) for w in weights]
     return [torch.empty_like(x, memory_format=torch.channels_last_3d), *dws, *sums]
 
 
 def _setup(ctx, inputs, output):
-    name, x, weights, affine, running, eps, training, *config = inputs
-    y, rest = output[0], output[1:]
-    ctx.save_for_backward(x, y, *weights, *rest)
+    name, x, weights, affine, running, present, eps, training, *config = inputs
+    ctx.save_for_backward(x, output[0], *weights, *output[1:])
     ctx.affine, ctx.running = affine, running
-    ctx.static = name, eps, training, config
+    ctx.static = name, present, eps, training, config
 
 
 def _backward(ctx, grads):
-    name, eps, training, config = ctx.static
+    name, present, eps, training, config = ctx.static
     x, y, *rest = ctx.saved_tensors
     count = len(eps)
     weights, records, raws = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    dx, *grads = _bwd_op(name, grads[0], x, y, weights, ctx.affine, ctx.running, eps, training, records, raws, *config)
-    affine = [None if p is None else grads[count + i // 2][2 + i % 2].to(p.dtype) for i, p in enumerate(ctx.affine)]
-    return None, dx, grads[:count], affine, [None] * len(ctx.running), None, None, None, None, None
+    norms = ctx.affine, ctx.running, present, eps, training
+    dx, *grads = _bwd_op(name, grads[0], x, y, weights, *norms, records, raws, *config)
+    rows = [grads[count + i // 2][2 + i % 2] for i, there in enumerate(present) if there]
+    affine = [row.to(p.dtype) for row, p in zip(rows, ctx.affine)]
+    return None, dx, grads[:count], affine, [None] * len(ctx.running), None, None, None, None, None, None
 
 
 _fwd_op.register_autograd(_backward, setup_context=_setup)
@@ -253,8 +262,9 @@ def _infer_op(
     name: str,
     x: Tensor,
     weights: list[Tensor],
-    affine: list[Tensor | None],
-    running: list[Tensor | None],
+    affine: list[Tensor],
+    running: list[Tensor],
+    present: list[bool],
     eps: list[float],
     training: list[bool],
     kind: str,
@@ -262,11 +272,11 @@ def _infer_op(
     stride: int,
 ) -> Tensor:
     packed = [pack_weight(w, x.dtype) for w in weights]
-    records = records_of(_norms(affine, running, eps, training), x)
+    records = records_of(_norms(affine, running, present, eps, training), x)
     return SCHEDULES[name].infer(ndhwc(x), packed, records, Config(kind, wiring, stride))
 
 
 @_infer_op.register_fake
-def _(name, x, weights, affine, running, eps, training, kind, wiring, stride):
+def _(name, x, weights, affine, running, present, eps, training, kind, wiring, stride):
     shape = SCHEDULES[name].out_shape(x, weights, Config(kind, wiring, stride))
     return x.new_empty(shape).to(memory_format=torch.channels_last_3d)

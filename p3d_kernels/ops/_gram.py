@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .._norm import Norm
+from ._conv import conv_wgrad, pointwise, sm_count, tap_row
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import Operand, block, empty_ndhwc, input_precision, read_operand, tl, triton
-from .conv import conv_wgrad, pointwise, sm_count, tap_row
 from .pseudo3d import join_bwd, join_parts
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -185,8 +185,12 @@ def gram_wgrad_kernel(
         offsets = co[:, None] * CI + k[None, :]
         mask = co_mask[:, None] & (k < CI)[None, :]
         m = tl.load(m_ptr + offsets, mask=mask, other=0.0)
+        if gram_ptr is not None:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
+            m -= g[:, None] * (tl.load(sum_a + k, mask=k < CI, other=0.0) / P)[None, :]
         dot_mw += tl.sum(m * tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 1)
-    dweight = invstd * (dot_mw - mean * g)
+    if gram_ptr is None:
+        dot_mw -= mean * g
+    dweight = invstd * dot_mw
     q = dweight * invstd / P
     tl.store(sums + co, scale * q, mask=co_mask)
     tl.store(sums + CO + co, scale * (q * mean - g / P), mask=co_mask)

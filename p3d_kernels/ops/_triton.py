@@ -211,6 +211,7 @@ def bn_finalise_kernel(
     shift = tl.zeros_like(mean)
     if bias is not None:
         shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    shift += (mean.to(tl.float32).to(tl.float64) - mean) * scale  # what rounding the mean moves u by
     tl.store(record + c, mean.to(tl.float32), mask=c_mask)
     tl.store(record + C + c, scale.to(tl.float32), mask=c_mask)
     tl.store(record + 2 * C + c, shift.to(tl.float32), mask=c_mask)
@@ -331,6 +332,15 @@ def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool
     )
     plan(part, record, sums)
     return sums
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the kernels of this package cannot run on activations of this shape, or None."""
+    if x.numel() == 0:
+        return "the input is empty"
+    if x.numel() // x.size(1) > MAX_POSITIONS:
+        return f"more than {MAX_POSITIONS} positions"
+    return None
 
 
 def ndhwc(x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight, compute_dtype
 from .._norm import Norm, check_norm
+from ._conv import Epilogue, conv, conv_wgrad, pointwise
 from ._fused import SCHEDULES, Config, Schedule, run
 from ._gram import expand_stats, gram_bwd
-from ._triton import Operand, bn_bwd_finalise, bn_finalise
-from .conv import Epilogue, conv, conv_wgrad, pointwise, why_not
+from ._triton import Operand, bn_bwd_finalise, bn_finalise, why_not
 from .pseudo3d import check_st, join_of, st_bwd, st_fwd, st_infer
 
 # --- schedule --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
+from ._conv import Epilogue, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
 from ._fused import SCHEDULES, Config, Schedule, run
 from ._triton import (
     Operand,
@@ -36,9 +37,9 @@ from ._triton import (
     relu,
     tl,
     triton,
+    why_not,
     write_sums,
 )
-from .conv import Epilogue, conv, conv_wgrad, spatial, spatial_dgrad, spatial_fwd, temporal, why_not
 
 _JOINS = {("B", "port"): "join_port", ("C", "port"): "join_port", ("B", "author"): "join_b", ("C", "author"): "join_c"}
 _INFER_JOINS = {"bn_relu": "relu", "join_port": "relu_add", "join_b": "add_relu", "join_c": "mean_relu"}
@@ -210,7 +211,7 @@ def st_bwd(
     sums[0] = finalise(part_s, 0)
     dz_s = pending(g_s, 0, sums[0])
     if needs_w[0]:
-        dws[0], _ = conv_wgrad(dz_s, x, spatial())
+        dws[0] = spatial_wgrad(dz_s, x)
     dx = part = None
     if needs_x:
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
 from .._norm import Norm, check_norm, update_running
+from ._conv import sm_count
 from ._triton import (
     MAX_POSITIONS,
     Plan,
@@ -39,7 +40,6 @@ from ._triton import (
     triton,
     write_sums,
 )
-from .conv import sm_count
 from .max_pool import out_sizes, pool_fwd, pool_gradient
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,506 @@
+"""The convolution over taps: one pair of Triton kernels for 1x3x3, 3x1x1 and 1x1x1, forward and backward.
+
+A convolution is a matrix product over taps: output positions on the rows, output channels on the columns, input
+channels of each tap along the sum. The *prologue* is how the operand is read (`Operand`), the *epilogue* is what
+happens to a tile before it is stored (`Epilogue`): BN, ReLU, residual, statistics, or the sums that the layer below
+needs in its backward. No tensor has a pass of its own for these.
+
+    fwd    y[p, co]       = sum_{tap, ci} x[p * stride + tap, ci] w[co, tap, ci]
+    dgrad  dx[p, ci]      = sum_{tap, co} dy[(p - tap) / stride, co] w[co, tap, ci]     where stride divides p - tap
+    wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
+
+`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from ._tape import Plan, alloc, cdiv, plan_for
+from ._triton import (
+    Operand,
+    affine,
+    block,
+    empty_ndhwc,
+    input_precision,
+    read_operand,
+    relu,
+    sum_splits,
+    tl,
+    triton,
+    write_stats,
+    write_sums,
+)
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tap_row(n, t, h, w, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, TRANSPOSED: tl.constexpr):
+    """(row, exists) of the input position that tap (kt, kh, kw) of output position (n, t, h, w) reads."""
+    if TRANSPOSED:
+        t = t + KT // 2 - kt
+        h = h + KH // 2 - kh
+        w = w + KW // 2 - kw
+        exists = (t >= 0) & (h >= 0) & (w >= 0) & (t % ST == 0) & (h % SH == 0) & (w % SH == 0)
+        t = t // ST
+        h = h // SH
+        w = w // SH
+    else:
+        t = t * ST + kt - KT // 2
+        h = h * SH + kh - KH // 2
+        w = w * SH + kw - KW // 2
+        exists = (t >= 0) & (h >= 0) & (w >= 0)
+    exists = exists & (t < T) & (h < H) & (w < W)
+    return ((n * T + t) * H + h) * W + w, exists
+
+
+@triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
+def conv_kernel(
+    a_ptr,  # operand: [N, T, H, W, CI]
+    b_ptr,
+    record_a,
+    record_b,
+    sums,
+    w_ptr,  # [CO, taps, CI], or [CI, taps, CO] when TRANSPOSED
+    y_ptr,  # [N, To, Ho, Wo, CO], or None: not stored
+    y_record,  # [5, CO] or None: normalises the result
+    o_ptr,  # like y, joined to it as JOIN says
+    o_mask,  # like y: o counts where this is positive
+    o_record,  # [5, CO] or None: normalises o
+    part,  # statistics [R, 3, CO] of y, or, with z, sums [R, 2, CO] of the layer below; or None
+    z_ptr,  # like y: raw output of the layer below
+    z_record,  # [5, CO]
+    P,
+    T,
+    H,
+    W,
+    To,
+    Ho,
+    Wo,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    READ: tl.constexpr,
+    JOIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+):
+    TAPS: tl.constexpr = KT * KH * KW
+    CHUNKS: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
+    CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    tile = tl.program_id(0) // CO_TILES
+    co = (tl.program_id(0) % CO_TILES) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    co_mask = co < CO
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    p_mask = p < P
+    w_o = p % Wo
+    h_o = p // Wo % Ho
+    t_o = p // (Wo * Ho) % To
+    n = p // (Wo * Ho * To)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
+    for step in range(TAPS * CHUNKS):
+        tap = step // CHUNKS
+        ci = (step % CHUNKS) * BLOCK_CI + tl.arange(0, BLOCK_CI)
+        ci_mask = ci < CI
+        kt = tap // (KH * KW)
+        kh = tap // KW % KH
+        kw = tap % KW
+        if TAPS == 1 and ST == 1 and SH == 1:
+            row, exists = p, p_mask
+        else:
+            row, exists = tap_row(n, t_o, h_o, w_o, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, TRANSPOSED)
+            exists = exists & p_mask
+        offsets = row.to(tl.int64)[:, None] * CI + ci[None, :]
+        x = read_operand(
+            a_ptr, b_ptr, record_a, record_b, sums, offsets, exists[:, None] & ci_mask[None, :], ci, ci_mask, CI, READ
+        )
+        if TRANSPOSED:
+            w_offsets = ci[:, None] * (TAPS * CO) + tap * CO + co[None, :]
+        else:
+            w_offsets = co[None, :] * (TAPS * CI) + tap * CI + ci[:, None]
+        w = tl.load(w_ptr + w_offsets, mask=ci_mask[:, None] & co_mask[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    mask = p_mask[:, None] & co_mask[None, :]
+    offsets = p.to(tl.int64)[:, None] * CO + co[None, :]
+    if y_record is not None:
+        acc = affine(acc, y_record, co, co_mask, CO)
+    if JOIN == "relu":
+        acc = relu(acc)
+    elif JOIN != "none":
+        if JOIN == "add_strided":  # o lies on the strided grid of the operand
+            row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, T, H, W, 1, 1, 1, ST, SH, True)
+            o_offsets = row.to(tl.int64)[:, None] * CO + co[None, :]
+            o = tl.load(o_ptr + o_offsets, mask=mask & exists[:, None], other=0.0).to(tl.float32)
+        else:
+            o = tl.load(o_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if o_record is not None:
+            o = affine(o, o_record, co, co_mask, CO)
+        if o_mask is not None:
+            o = tl.where(tl.load(o_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, o)
+        if JOIN == "add" or JOIN == "add_strided":
+            acc = acc + o
+        elif JOIN == "add_relu":
+            acc = relu(acc + o)
+        elif JOIN == "relu_add":
+            acc = relu(acc) + o
+        else:
+            tl.static_assert(JOIN == "mean_relu")
+            acc = relu(0.5 * acc + 0.5 * o)
+    if y_ptr is not None:
+        y = acc.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y, mask=mask)
+        acc = y.to(tl.float32)  # statistics are of the values as stored
+    if part is not None:
+        if z_ptr is not None:
+            write_sums(part, acc, z_ptr, z_record, offsets, mask, tile, co, co_mask, CO, False)
+        else:
+            write_stats(part, acc, mask, tile, tl.minimum(P - tile * BLOCK_P, BLOCK_P), co, co_mask, CO)
+
+
+@triton.jit(do_not_specialize=["P", "chunk", "T", "H", "W", "To", "Ho", "Wo"])
+def conv_wgrad_kernel(
+    g_a,  # gradient operand: [N, To, Ho, Wo, CO]
+    g_b,
+    g_record_a,
+    g_record_b,
+    g_sums,
+    x_a,  # input operand: [N, T, H, W, CI]
+    x_b,
+    x_record_a,
+    x_record_b,
+    x_sums,
+    part,  # [splits, CO * taps * CI (+ CO with TOTALS: sums of the gradient operand over positions)]
+    P,
+    chunk,  # positions a split
+    T,
+    H,
+    W,
+    To,
+    Ho,
+    Wo,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SH: tl.constexpr,
+    TOTALS: tl.constexpr,
+    G_STRIDED: tl.constexpr,  # a 1x1x1 convolution's g lies on the grid of x, of which it reads every SH-th
+    READ_G: tl.constexpr,
+    READ_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = KT * KH * KW * CI
+    CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    split = tl.program_id(1)
+    co = (tl.program_id(0) % CO_TILES) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    co_mask = co < CO
+    k = (tl.program_id(0) // CO_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)  # column: (tap, ci)
+    k_mask = k < COLUMNS
+    ci = k % CI
+    tap = k // CI
+    kt = (tap // (KH * KW))[None, :]
+    kh = (tap // KW % KH)[None, :]
+    kw = (tap % KW)[None, :]
+
+    acc = tl.zeros((BLOCK_CO, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_CO,), tl.float32)
+    for start in range(split * chunk, tl.minimum(P, (split + 1) * chunk), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        p_mask = p < P
+        if KT * KH * KW == 1 and ST == 1 and SH == 1:
+            row, exists = p[:, None], p_mask[:, None]
+        else:
+            w_o = (p % Wo)[:, None]
+            h_o = (p // Wo % Ho)[:, None]
+            t_o = (p // (Wo * Ho) % To)[:, None]
+            n = (p // (Wo * Ho * To))[:, None]
+            row, exists = tap_row(n, t_o, h_o, w_o, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, False)
+            exists = exists & p_mask[:, None]
+        g_row = row if G_STRIDED else p[:, None]
+        g_offsets = g_row.to(tl.int64) * CO + co[None, :]
+        g_mask = p_mask[:, None] & co_mask[None, :]
+        g = read_operand(g_a, g_b, g_record_a, g_record_b, g_sums, g_offsets, g_mask, co, co_mask, CO, READ_G)
+        if TOTALS:
+            total += tl.sum(g.to(tl.float32), 0)
+        x_offsets = row.to(tl.int64) * CI + ci[None, :]
+        x_mask = exists & k_mask[None, :]
+        x = read_operand(x_a, x_b, x_record_a, x_record_b, x_sums, x_offsets, x_mask, ci, k_mask, CI, READ_X)
+        if READ_X == "raw" and READ_G != "raw":
+            # Through registers, like every other operand here: Triton then waits for each product. Left in the
+            # pipeline's buffer while g^T is in registers, it does not; a gradient so formed was wrong on an H200.
+            x = tl.where(x_mask, x, 0.0)
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+    out = part + split.to(tl.int64) * (CO * COLUMNS + CO * TOTALS)
+    tl.store(out + co[:, None] * COLUMNS + k[None, :], acc, mask=co_mask[:, None] & k_mask[None, :])
+    if TOTALS and tl.program_id(0) < CO_TILES:
+        tl.store(out + CO * COLUMNS + co, total, mask=co_mask)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Taps and strides of a convolution with "same" padding."""
+
+    taps: tuple[int, int, int]
+    stride: tuple[int, int] = (1, 1)  # (time, space)
+
+    def out_shape(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        (st, sh) = self.stride
+        return (t - 1) // st + 1, (h - 1) // sh + 1, (w - 1) // sh + 1
+
+    @property
+    def constants(self) -> dict:
+        return dict(zip(("KT", "KH", "KW", "ST", "SH"), self.taps + self.stride))
+
+
+def spatial(stride: int = 1) -> Geometry:
+    return Geometry((1, 3, 3), (1, stride))
+
+
+def temporal(stride: int = 1) -> Geometry:
+    return Geometry((3, 1, 1), (stride, 1))
+
+
+def pointwise(stride: int = 1) -> Geometry:
+    return Geometry((1, 1, 1), (1, stride))
+
+
+@dataclasses.dataclass
+class Epilogue:
+    """What happens to a tile of y before it leaves the kernel; `Operand` is its mirror at the entry.
+
+    record      normalises y
+    join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
+                "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
+    o           joined tensor, normalised by o_record, counted where o_mask > 0
+    stats       partial statistics of y
+    below       raw output of the layer below and its record: partial sums for that layer's BN backward
+    store       whether y is written at all
+    """
+
+    record: Tensor | None = None
+    join: str = "none"
+    o: Tensor | None = None
+    o_record: Tensor | None = None
+    o_mask: Tensor | None = None
+    stats: bool = False
+    below: tuple[Tensor, Tensor] | None = None
+    store: bool = True
+
+    def key(self) -> tuple:
+        """What a compiled kernel depends on."""
+        o = self.o is not None, self.o_record is not None, self.o_mask is not None
+        return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
+
+
+def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w [Co, Ci, kT, kH, kW] as the kernels read it: [Co, taps, Ci] memory, in `dtype`."""
+    if w.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last_3d) and w.data_ptr() & 15 == 0:
+        return w.detach()
+    packed = torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=torch.channels_last_3d)
+    return packed.copy_(w.detach())
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _conv_tile(positions: int, ci: int, co: int, taps: int, dtype: torch.dtype, x: Operand) -> dict:
+    """Tiles that were fastest on an H200 at the block shapes of P3D ResNet, 16-bit."""
+    if dtype == torch.float32:
+        tile = block(min(positions, 64), 32, 64), block(co, 16, 64), block(ci, 16, 32), 4, 3
+    elif positions < 64 * 64:
+        tile = 32 if positions < 64 * 16 else 64, block(co, 16, 64), block(ci, 16, 64), 4, 4
+    elif taps == 1 and co > ci:  # expand, and dgrad of reduce: bound by the wide tensors
+        single = x.b is None
+        if ci <= 64:
+            tile = 64, block(co, 16, 64 if single else 128), block(ci, 16, 64), 4 if single or co <= 64 else 8, 3
+        elif ci <= 128:
+            tile = 64, block(co, 16, 64), 128, 4, 3  # all channels in one step
+        else:
+            tile = 64, block(co, 16, 128), 64, 4, 3
+    elif taps == 1 and x.b is None:
+        tile = 128, block(co, 16, 64), block(ci, 16, 64), 4, 3
+    else:
+        tile = 64, block(co, 16, 128), block(ci, 16, 64), 4, 3
+    return dict(zip(("BLOCK_P", "BLOCK_CO", "BLOCK_CI", "num_warps", "num_stages"), tile))
+
+
+def conv(
+    x: Operand,
+    w: Tensor,  # packed
+    geometry: Geometry,
+    epilogue: Epilogue | None = None,
+    out_dims: tuple[int, int, int] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(y, part): fwd, or dgrad when `out_dims` (T, H, W of the convolution's input) is given.
+
+    part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
+    """
+    epilogue = epilogue or Epilogue()
+    shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
+    precision = input_precision(dtype, device)
+    key = "conv", shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), precision
+    plan = plan_for(key, lambda: _conv_plan(x, w, geometry, epilogue, out_dims))
+    y = empty_ndhwc(plan.y_shape, x.a) if epilogue.store else None
+    part = None
+    z, z_record = epilogue.below or (None, None)
+    if epilogue.stats or z is not None:
+        part = alloc((plan.rows, 3 if epilogue.stats else 2, plan.y_shape[1]), device)
+    plan(*x.args(), w, y, epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record, part, z, z_record)
+    return y, part
+
+
+def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, out_dims: tuple | None) -> Plan:
+    n, ci, *dims = x.a.shape
+    out = out_dims or geometry.out_shape(*dims)
+    co = w.size(0 if out_dims is None else 1)
+    positions = n * out[0] * out[1] * out[2]
+    taps = geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
+    tile = _conv_tile(positions, ci, co, taps, x.a.dtype, x)
+    rows = cdiv(positions, tile["BLOCK_P"])
+    plan = Plan(
+        conv_kernel,
+        (rows * cdiv(co, tile["BLOCK_CO"]),),
+        (positions, *dims, *out),
+        CI=ci,
+        CO=co,
+        **geometry.constants,
+        TRANSPOSED=out_dims is not None,
+        READ=x.read,
+        JOIN=epilogue.join,
+        PRECISION=input_precision(x.a.dtype, x.a.device),
+        **tile,
+    )
+    plan.rows, plan.y_shape = rows, (n, co, *out)
+    return plan
+
+
+def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(dw [Co * Ci * taps] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
+
+    g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
+    """
+    shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
+    precision = input_precision(dtype, device)
+    key = "conv_wgrad", shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, precision
+    plan = plan_for(key, lambda: _wgrad_plan(g, x, geometry, totals))
+    part = alloc(plan.part_shape, device)
+    plan(*g.args(), *x.args(), part)
+    dw = sum_splits(part, plan.taps, shape[1])
+    if not totals:
+        return dw, None
+    size = dw.numel() - g.channels
+    return dw[:size], dw[size:]
+
+
+def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Plan:
+    n, ci, *dims = x.a.shape
+    co, out = g.channels, geometry.out_shape(*dims)
+    columns = ci * geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
+    positions = n * out[0] * out[1] * out[2]
+    tile = _wgrad_tile(co, columns, columns // ci, g.a.dtype, g, x)
+    tiles = cdiv(co, tile["BLOCK_CO"]) * cdiv(columns, tile["BLOCK_K"])
+    splits = max(1, min(2 * sm_count(g.a.device) // tiles, cdiv(positions, 4 * tile["BLOCK_P"])))
+    chunk = cdiv(cdiv(positions, splits), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    plan = Plan(
+        conv_wgrad_kernel,
+        (tiles, splits),
+        (positions, chunk, *dims, *out),
+        CI=ci,
+        CO=co,
+        **geometry.constants,
+        TOTALS=totals,
+        G_STRIDED=tuple(g.a.shape[2:]) != tuple(out),
+        READ_G=g.read,
+        READ_X=x.read,
+        PRECISION=input_precision(g.a.dtype, g.a.device),
+        **tile,
+    )
+    plan.part_shape, plan.taps = (splits, co * (columns + totals)), columns // ci
+    return plan
+
+
+def _wgrad_tile(co: int, columns: int, taps: int, dtype: torch.dtype, g: Operand, x: Operand) -> dict:
+    """Tiles that were fastest on an H200 at the block shapes of P3D ResNet, 16-bit."""
+    if dtype == torch.float32:
+        tile = 32, block(co, 16, 64), block(columns, 16, 64), 4, 2
+    elif taps == 1 and columns > co and g.b is not None:  # reduce
+        tile = 64, block(co, 16, 64), block(columns, 16, 128), 4, 3
+    else:
+        tile = 64, block(co, 16, 128), block(columns, 16, 128), 4 if x.b is None else 8, 2
+    return dict(zip(("BLOCK_P", "BLOCK_CO", "BLOCK_K", "num_warps", "num_stages"), tile))
+
+
+def weight_grad(dw: Tensor, w: Tensor) -> Tensor:
+    """dw [Co * Ci * taps] float32, as the kernels leave it, with the shape and dtype of w [Co, Ci, kT, kH, kW]."""
+    return dw.view(w.shape).to(w.dtype)
+
+
+# --- 1x3x3 in CUDA ---------------------------------------------------------------------------------------------------
+
+
+def spatial_fwd(x: Operand, w: Tensor, epilogue: Epilogue | None = None) -> tuple[Tensor, Tensor | None]:
+    """1x3x3, stride 1: the CUDA kernel where it has one for this operand and epilogue, else `conv`."""
+    epilogue = epilogue or Epilogue()
+    plain = x.read in ("raw", "bn_relu") and epilogue.below is None
+    plain = plain and (epilogue.record is not None, epilogue.join) in ((False, "none"), (True, "relu"))
+    if plain and _backends.forced() != "triton" and _backends.why_not("cuda", x.a) is None:
+        from . import _cuda
+
+        if _cuda.why_not(tuple(x.a.shape), x.a.dtype, w.size(1), w.size(0)) is None:
+            taps = w.permute(0, 2, 3, 4, 1).view(w.size(0), 9, w.size(1))
+            affines = (None if r is None else r[:3] for r in (x.record_a, epilogue.record))
+            return _cuda.spatial_conv_fwd(x.a, taps, *affines, epilogue.stats)
+    return conv(x, w, spatial(), epilogue)
+
+
+def spatial_dgrad(
+    dz: Operand, w: Tensor, epilogue: Epilogue | None = None, dims: tuple[int, int, int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The input gradient of `spatial_fwd`: the CUDA kernel where it has one for this, else `conv` transposed."""
+    epilogue = epilogue or Epilogue()
+    plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
+    plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
+    if plain and _backends.forced() != "triton" and _backends.why_not("cuda", dz.a) is None:
+        from . import _cuda
+
+        if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
+            taps = w.permute(0, 2, 3, 4, 1).view(w.size(0), 9, w.size(1))
+            return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps, epilogue.o, epilogue.below)
+    return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))
+
+
+def spatial_wgrad(dz: Operand, x: Operand) -> Tensor:
+    """The weight gradient [Co * Ci * 9] of `spatial_fwd`: the CUDA kernel where it has one, else `conv_wgrad`."""
+    plain = dz.read in ("raw", "bn_bwd") and x.read in ("raw", "bn_relu")
+    if plain and _backends.forced() != "triton" and _backends.why_not("cuda", dz.a) is None:
+        from . import _cuda
+
+        if _cuda.wgrad_why_not(tuple(x.a.shape), x.a.dtype, x.channels, dz.channels) is None:
+            part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a)
+            return sum_splits(part, 9, x.channels)
+    return conv_wgrad(dz, x, spatial())[0]
