@@ -246,10 +246,6 @@ def conv_wgrad_kernel(
         x_offsets = row.to(tl.int64) * CI + ci[None, :]
         x_mask = exists & k_mask[None, :]
         x = read_operand(x_a, x_b, x_record_a, x_record_b, x_sums, x_offsets, x_mask, ci, k_mask, CI, READ_X)
-        if READ_X == "raw" and READ_G != "raw":
-            # Through registers, like every other operand here: Triton then waits for each product. Left in the
-            # pipeline's buffer while g^T is in registers, it does not; a gradient so formed was wrong on an H200.
-            x = tl.where(x_mask, x, 0.0)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
     out = part + split.to(tl.int64) * (CO * COLUMNS + CO * TOTALS)
     tl.store(out + co[:, None] * COLUMNS + k[None, :], acc, mask=co_mask[:, None] & k_mask[None, :])
