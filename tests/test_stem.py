@@ -10,8 +10,9 @@ import torch
 import p3d_kernels as p3d
 from cases import Case, evaluate, inputs, kind_of, reference_of
 from p3d_kernels import Norm, _backends, reference
+from p3d_kernels.ops._stem import stem_conv, stem_pack
 from p3d_kernels.ops._triton import bn_finalise
-from p3d_kernels.ops.stem import _conv, _pack, pack_stem_weight, stem, stem_infer, why_not
+from p3d_kernels.ops.stem import pack_stem_weight, stem, stem_infer, why_not
 from tolerance import check
 
 
@@ -113,7 +114,7 @@ def test_statistics_far_from_zero(mean, triton, device):
     w = torch.zeros(16, 2, 1, 7, 7, device=device)
     w[:, 0, 0, 3, 3] = torch.linspace(0.1, 1, 16, device=device)
     w[:, 1, 0, 3, 3] = mean
-    z, part = _conv(x, _pack(w, torch.float32, False), 16, None, True)
+    z, part = stem_conv(x, stem_pack(w, torch.float32, False), 16, None, True)
     record = bn_finalise(Norm(), 16, part, device)
     want = z.double()
     var, center = torch.var_mean(want, (0, 2, 3, 4))
