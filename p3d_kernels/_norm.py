@@ -51,13 +51,6 @@ class Norm:
             module.eps,
         )
 
-    def to(self, dtype: torch.dtype) -> Norm:
-        """The same with weight and bias in `dtype`, where the input's dtype is wider than theirs."""
-        wide = dtype == torch.float64
-        return dataclasses.replace(
-            self, **{f: getattr(self, f).double() for f in _TENSORS if wide and getattr(self, f) is not None}
-        )
-
     @property
     def updates(self) -> bool:
         """Whether a forward moves the running statistics."""

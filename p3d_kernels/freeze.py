@@ -28,8 +28,9 @@ def _record(norm: Norm) -> Tensor:
     return torch.stack([mean, scale, bias, invstd, var]).float().detach()
 
 
-def _norm(record: Tensor) -> Norm:
-    """A Norm that computes (z - mean) * scale + bias."""
+def _norm(record: Tensor, dtype: torch.dtype) -> Norm:
+    """A Norm that computes (z - mean) * scale + bias on activations of `dtype`."""
+    record = record.to(torch.promote_types(dtype, torch.float32))
     return Norm(record[1], record[2], record[0], torch.ones_like(record[0]), training=False, eps=0.0)
 
 
@@ -54,7 +55,7 @@ class _FrozenBlock(nn.Module):
         records = [self._buffers[f"record{i}"] for i in range(count)]
         if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
             return infer(SCHEDULES["bottleneck"], ndhwc(x), weights, records, self.config)
-        pairs = ((w, _norm(r).to(self.dtype)) for w, r in zip(weights, records, strict=True))
+        pairs = ((w, _norm(r, self.dtype)) for w, r in zip(weights, records, strict=True))
         arguments = [a for present in self.present for a in (next(pairs) if present else (None, None))]
         config = self.config
         return reference.bottleneck(x, *arguments, kind=config.kind, wiring=config.wiring, stride=config.stride)
@@ -77,7 +78,7 @@ class _FrozenStem(nn.Module):
 
         small = min(x.shape[2:]) < 5  # the pool's window is cut there: nn.MaxPool3d
         if small or _backends.choose("stem", x, reason, ("triton", "aten")) == "aten":
-            norm = _norm(self.record).to(self.dtype)
+            norm = _norm(self.record, self.dtype)
             z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
             return self.maxpool(reference.bn_relu(z, norm))
         if x.device not in self._packed:

@@ -75,7 +75,7 @@ def _check_rows(name: str, rows: Tensor, least: int, channels: int) -> None:
         raise ValueError(f"{name}: expected contiguous memory of 16-byte alignment")
 
 
-def _plan(name: str, x: Tensor, ci: int, co: int, *extra: int) -> NativePlan:
+def _plan(name: str, x: Tensor, ci: int, co: int) -> NativePlan:
     """The launch of the extension's function `name`; its `rows` are those of the partial sums."""
 
     def build() -> NativePlan:
@@ -83,12 +83,12 @@ def _plan(name: str, x: Tensor, ci: int, co: int, *extra: int) -> NativePlan:
         if isinstance(native, str):
             raise RuntimeError(native)
         launch, sizes, dtype = getattr(native, name), _sizes(x.shape, ci, co), _DTYPES[x.dtype]
-        plan = NativePlan(lambda stream, *addresses: launch(*addresses, *sizes, dtype, stream, *extra))
+        plan = NativePlan(lambda stream, *addresses: launch(*addresses, *sizes, dtype, stream))
         with torch.cuda.device(x.device):
             plan.rows = getattr(native, f"{name}_partials")(*sizes)
         return plan
 
-    return plan_for((name, x.shape, x.dtype, x.device, ci, co, *extra), build)
+    return plan_for((name, x.shape, x.dtype, x.device, ci, co), build)
 
 
 def spatial_conv_fwd(

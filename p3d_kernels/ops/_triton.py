@@ -32,14 +32,6 @@ except ImportError:  # the kernels below are then never launched: `_backends.why
         def jit(function=None, **_):
             return function or (lambda f: f)
 
-        @staticmethod
-        def cdiv(a, b):
-            return -(-a // b)
-
-        @staticmethod
-        def next_power_of_2(n):
-            return 1 << (n - 1).bit_length()
-
     tl = None
 
 MAX_POSITIONS = 2**31 - 2**20  # positions are counted in int32, elements in int64

@@ -23,8 +23,10 @@ from .._norm import Norm, check_norm, update_running
 from ._triton import (
     MAX_POSITIONS,
     affine,
+    block,
     bn_bwd_finalise,
     bn_finalise,
+    cdiv,
     empty_ndhwc,
     ndhwc,
     relu,
@@ -165,18 +167,18 @@ def bn_relu_bwd_kernel(
 
 
 def _tile(channels: int) -> dict:
-    block_c = min(64, triton.next_power_of_2(channels))
+    block_c = block(channels, 1, 64)
     return {"BLOCK_P": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
 
 def _grid(positions: int, channels: int, tile: dict) -> tuple[int, int]:
-    return triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"])
+    return cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])
 
 
 def _tiles(positions: int, tile: dict) -> tuple[int, int]:
     """(tiles, steps a tile) for a reduction over positions: set by the shape alone, so sums are reproducible."""
-    steps = triton.cdiv(positions, tile["BLOCK_P"] * MAX_TILES)
-    return triton.cdiv(positions, tile["BLOCK_P"] * steps), steps
+    steps = cdiv(positions, tile["BLOCK_P"] * MAX_TILES)
+    return cdiv(positions, tile["BLOCK_P"] * steps), steps
 
 
 def _forward(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
