@@ -103,6 +103,13 @@ def test_an_input_that_was_not_named_is_refused():
     assert _tape._recording.recorder is None
 
 
+def test_an_unnamed_input_below_every_buffer_is_refused():
+    base = torch.randn(12)
+    missed, out, named = base[:4], base[4:8], base[8:]
+    with pytest.raises(RuntimeError, match="neither an input nor allocated"):
+        Tape(lambda: [Add()(missed, named, out)], [named, out])
+
+
 def test_an_output_must_be_a_buffer_of_the_pass():
     a = torch.randn(4)
     with pytest.raises(RuntimeError, match="buffers of its own"):

@@ -147,8 +147,9 @@ class _Recorder:
         if tensor is None:
             return None
         at = tensor.data_ptr()
-        start, buffer = self.starts[bisect.bisect_right(self.starts, (at, len(self.buffers))) - 1]
-        if at >= start + _bytes(self.buffers[buffer]):
+        below = bisect.bisect_right(self.starts, (at, len(self.buffers))) - 1
+        start, buffer = self.starts[below] if below >= 0 else (at + 1, 0)
+        if not start <= at < start + _bytes(self.buffers[buffer]):
             raise RuntimeError("a pass read a tensor that is neither an input nor allocated by it")
         return buffer, at - start, tensor.dtype
 
