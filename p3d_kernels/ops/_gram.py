@@ -9,9 +9,10 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
 
     dweight = invstd * (rowsum(M * W) - mean * sum_g),    dbias = sum_g
     dW      = s * (M - sum_g sum_a^T / P - q (W S - mean sum_a^T)),   q = dweight * invstd / P
-    da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = W^T (s (q mean - sum_g / P))
+    da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T sum_a / P - W^T (s sum_g / P)
 
-so da is one kernel with two products.
+so da is one kernel with two products. Q is rounded to the dtype, and c is of the rounded Q: over all positions da then
+sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def gram_dgrad_kernel(
     b_ptr,
     record_a,
     record_b,
-    q_ptr,  # [CI, CI], Q / q_scale in the dtype of g; None when BN is frozen
-    q_scale,  # [CI] float32, a column
-    c_ptr,  # [CI] float32
+    q_ptr,  # [CI, CI], -Q / q_scale in the dtype of g; None when BN is frozen
+    q_scale,  # [CI] float32, a column; read when SCALED
+    c_ptr,  # [C_PARTS, CI] float32, to be summed
     da_ptr,  # [N, To, Ho, Wo, CI]
     part_a,  # [R, 2, CI] or None: sums for the norms of the operand's a and b
     part_b,
@@ -111,6 +112,8 @@ def gram_dgrad_kernel(
     SH: tl.constexpr,
     READ: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    C_PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -141,8 +144,11 @@ def gram_dgrad_kernel(
             q_mask = (k < CI)[:, None] & ci_mask[None, :]
             q = tl.load(q_ptr + k[:, None] * CI + ci[None, :], mask=q_mask, other=0.0)
             acc = tl.dot(a, q, acc, input_precision=PRECISION)
-        c = tl.load(c_ptr + ci, mask=ci_mask, other=0.0)
-        acc = c[None, :] - acc * tl.load(q_scale + ci, mask=ci_mask, other=0.0)[None, :]
+        # Scaled, it is a sum of its own until the end: were it scaled here and the next loop added to it, ptxas 12.8
+        # would leave out every product of the loop above (HGMMA of nothing in its place) where that loop is long.
+        if SCALED:
+            acc_q = acc
+            acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
     for start in range(0, CO, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         offsets = p.to(tl.int64)[:, None] * CO + k[None, :]
@@ -150,6 +156,13 @@ def gram_dgrad_kernel(
         g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
         w = tl.load(w_ptr + k[:, None] * CI + ci[None, :], mask=(k < CO)[:, None] & ci_mask[None, :], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
+    if q_ptr is not None:
+        c = tl.zeros((BLOCK_CI,), tl.float32)
+        for i in range(C_PARTS):
+            c += tl.load(c_ptr + i * CI + ci, mask=ci_mask, other=0.0)
+        acc += c[None, :]
+        if SCALED:
+            acc += acc_q * tl.load(q_scale + ci, mask=ci_mask, other=0.0)[None, :]
 
     mask = p_mask[:, None] & ci_mask[None, :]
     offsets = p.to(tl.int64)[:, None] * CI + ci[None, :]
@@ -165,7 +178,7 @@ def gram_wgrad_kernel(
     w_ptr,  # [CO, CI]
     record,  # [5, CO]
     dw_ptr,  # [CO, CI] float32
-    sums,  # [4, CO] rows (s q, s (q mean - sum_g / P), dweight, dbias)
+    sums,  # [4, CO] rows (s q, s sum_g / P, dweight, dbias)
     P,
     CI: tl.constexpr,
     CO: tl.constexpr,
@@ -175,7 +188,6 @@ def gram_wgrad_kernel(
 ):
     co = tl.program_id(0) * BLOCK_CO + tl.arange(0, BLOCK_CO)
     co_mask = co < CO
-    mean = tl.load(record + co, mask=co_mask, other=0.0)
     scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
     invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
     g = tl.load(sum_g + co, mask=co_mask, other=0.0)
@@ -189,11 +201,11 @@ def gram_wgrad_kernel(
             m -= g[:, None] * (tl.load(sum_a + k, mask=k < CI, other=0.0) / P)[None, :]
         dot_mw += tl.sum(m * tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 1)
     if gram_ptr is None:
-        dot_mw -= mean * g
+        dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
     dweight = invstd * dot_mw
     q = dweight * invstd / P
     tl.store(sums + co, scale * q, mask=co_mask)
-    tl.store(sums + CO + co, scale * (q * mean - g / P), mask=co_mask)
+    tl.store(sums + CO + co, scale * g / P, mask=co_mask)
     tl.store(sums + 2 * CO + co, dweight, mask=co_mask)
     tl.store(sums + 3 * CO + co, g, mask=co_mask)
 
@@ -221,9 +233,11 @@ def gram_wgrad_kernel(
 def gram_q_kernel(
     w_ptr,  # [CO, CI]
     sums,  # [4, CO] of gram_wgrad_kernel
-    q_ptr,  # [CI, CI]: Q / q_scale
-    q_scale,  # [CI]: the most of each column with SCALED, which keeps Q within float16; else 1
-    c_ptr,  # [CI]
+    sum_a,  # [CI]
+    q_ptr,  # [CI, CI]: -Q / q_scale
+    q_scale,  # [CI], written when SCALED: the most of each column, which keeps Q within float16
+    c_ptr,  # [programs along k, CI]: c in parts
+    P,
     CI: tl.constexpr,
     CO: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -243,16 +257,21 @@ def gram_q_kernel(
         w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=co_mask[:, None] & j_mask[None, :], other=0.0)
         w_k = tl.load(w_ptr + co[None, :] * CI + k[:, None], mask=co_mask[None, :] & (k < CI)[:, None], other=0.0)
         w_j = w_j.to(tl.float32)
-        c += tl.sum(w_j * tl.load(sums + CO + co, mask=co_mask, other=0.0)[:, None], 0)
-        w_j = w_j * tl.load(sums + co, mask=co_mask, other=0.0)[:, None]
+        c -= tl.sum(w_j * tl.load(sums + CO + co, mask=co_mask, other=0.0)[:, None], 0)
+        w_j = -w_j * tl.load(sums + co, mask=co_mask, other=0.0)[:, None]
         q = tl.dot(w_k.to(tl.float32), w_j, q, input_precision=PRECISION)
     most = tl.full((BLOCK_J,), 1.0, tl.float32)
     if SCALED:
         most = tl.maximum(tl.max(tl.abs(q), 0), 1e-30)
-    tl.store(q_ptr + k[:, None] * CI + j[None, :], q / most[None, :], mask=(k < CI)[:, None] & j_mask[None, :])
-    if tl.program_id(1) == 0:
+    q = (q / most[None, :]).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + k[:, None] * CI + j[None, :], q, mask=(k < CI)[:, None] & j_mask[None, :])
+    if tl.program_id(1) > 0:
+        c = tl.zeros_like(c)
+    mean_a = tl.load(sum_a + k, mask=k < CI, other=0.0) / P
+    c -= most * tl.sum(mean_a[:, None] * q.to(tl.float32), 0)
+    tl.store(c_ptr + tl.program_id(1) * CI + j, c, mask=j_mask)
+    if SCALED:
         tl.store(q_scale + j, most, mask=j_mask)
-        tl.store(c_ptr + j, c, mask=j_mask)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -321,8 +340,8 @@ def gram_bwd(
     q = q_scale = c = None
     if norm.training:
         q = alloc((ci, ci), dy.device, dy.dtype)
-        q_scale, c = alloc((ci,), dy.device), alloc((ci,), dy.device)
-        q_plan(w, sums, q, q_scale, c)
+        q_scale, c = alloc((ci,), dy.device), alloc((q_plan.grid[1], ci), dy.device)
+        q_plan(w, sums, sum_a, q, q_scale, c)
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
@@ -344,14 +363,14 @@ def _gram_plans(dy: Tensor, x: Operand, stride: int, kind: str | None) -> tuple[
     if scaled:  # a program sees whole columns
         q_tile = {"BLOCK_CI": block(ci, 16, 4096), "BLOCK_J": 16, "BLOCK_CO": 32, "num_warps": 8}
     q = Plan(
-        gram_q_kernel, (cdiv(ci, q_tile["BLOCK_J"]), cdiv(ci, q_tile["BLOCK_CI"])), (),
+        gram_q_kernel, (cdiv(ci, q_tile["BLOCK_J"]), cdiv(ci, q_tile["BLOCK_CI"])), (float(positions),),
         CI=ci, CO=co, PRECISION=precision, SCALED=scaled, **q_tile,
     )  # fmt: skip
     tile = _gram_tile(positions, ci, dy.dtype)
     rows = cdiv(positions, tile["BLOCK_P"])
     dgrad = Plan(
         gram_dgrad_kernel, (rows * cdiv(ci, tile["BLOCK_CI"]),), (positions, *x.a.shape[2:], *dy.shape[2:]),
-        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), **tile,
+        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q.grid[1], **tile,
     )  # fmt: skip
     dgrad.rows = rows
     return wgrad, q, dgrad
