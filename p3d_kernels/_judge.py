@@ -115,6 +115,7 @@ class Step:
         self.model, self.x, self.target, self.pass_, self.autocast = model, x.detach(), target, pass_, autocast
         self.x.requires_grad_(pass_ == "dgrad" or (pass_ == "train" and input_gradient))
         model.requires_grad_(pass_ in ("train", "wgrad"))
+        self.parameters = list(model.parameters())  # once, as an optimiser does
         self.forward: Tensor | None = None
         self.output: Tensor | None = None
 
@@ -126,7 +127,7 @@ class Step:
     def clear(self) -> None:
         """Drop what the last call left."""
         self.output = self.x.grad = None
-        for parameter in self.model.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
     def __call__(self) -> None:

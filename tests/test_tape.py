@@ -32,7 +32,7 @@ def chain(a, b, c):
         add(first, c, second)
         add(second, b, third)
         add(None, third, last)
-        return [last, first, None]
+        return [last, first, None], []
 
     return pass_
 
@@ -45,10 +45,10 @@ def test_replay_on_other_data():
     Add.launches = 0
     a, b, c = inputs()
     tape = Tape(chain(a, b, c), [a, b, c])
-    assert torch.equal(tape.first[0], a + b + c + b)
+    assert torch.equal(tape.first[0][0], a + b + c + b)
     for _ in range(2):
         a, b, c = inputs()
-        last, first, none = tape.run([a, b, c])
+        (last, first, none), _ = tape.run([a, b, c])
         assert none is None
         assert torch.equal(first, a + b)
         assert torch.equal(last, a + b + c + b)
@@ -58,8 +58,8 @@ def test_replay_on_other_data():
 def test_outputs_of_two_replays_do_not_share_memory():
     a, b, c = inputs()
     tape = Tape(chain(a, b, c), [a, b, c])
-    one = tape.run([a, b, c])[0].clone()
-    kept = tape.run([a, b, c])[0]
+    one = tape.run([a, b, c])[0][0].clone()
+    kept = tape.run([a, b, c])[0][0]
     tape.run(inputs())
     assert torch.equal(kept, one)
 
@@ -73,11 +73,36 @@ def test_temporaries_share_room_when_their_uses_do_not_overlap():
             out = alloc((4,), CPU)
             add(source, a, out)
             source = out
-        return [source]
+        return [source], []
 
     tape = Tape(pass_, [a])
-    assert torch.allclose(tape.run([a])[0], 7 * a)
+    assert torch.allclose(tape.run([a])[0][0], 7 * a)
     assert tape.size == 2 * 512  # five temporaries, two alive at a time, 512 bytes each
+
+
+def test_what_is_kept_lies_in_one_buffer():
+    wide, narrow = (2, 8, 1, 1, 2), (2, 3)
+
+    def pass_of(a, b):
+        def pass_():
+            add, out, left, right = Add(), alloc((4,), CPU), alloc(narrow, CPU), alloc(wide, CPU)
+            add(a, b, left)
+            add(left, b, right.permute(0, 2, 3, 4, 1).flatten())
+            add(a, left, out)
+            return [out], [left, right]
+
+        return pass_
+
+    for _ in range(3):
+        a, b = torch.randn(4), torch.randn(4)
+        (out,), kept, layout = taped(("kept", CPU), pass_of(a, b), [a, b])
+        left, right = layout.views(kept)
+        assert left.shape == narrow and right.shape == wide and right.stride() == (16, 1, 16, 16, 8)
+        assert torch.equal(out, a + (a + b))
+        assert torch.equal(left.flatten()[:4], a + b)
+        assert torch.equal(right.permute(0, 2, 3, 4, 1).flatten()[:4], (a + b) + b)
+        second, fourth = layout.cut(kept, lambda: [(0, 1, 2), (1, 3, 1)])
+        assert torch.equal(second, (a + b)[1:3]) and torch.equal(fourth, (a + b + b)[3:4])
 
 
 def test_views_of_inputs_and_buffers_keep_their_offset():
@@ -87,11 +112,11 @@ def test_views_of_inputs_and_buffers_keep_their_offset():
         add, out = Add(), alloc((8,), CPU)
         add(a[4:8], a[8:], out[4:])
         add(out[4:], a[:4], out[:4])
-        return [out]
+        return [out], []
 
     tape = Tape(pass_, [a])
     b = torch.randn(12)
-    out = tape.run([b])[0]
+    out = tape.run([b])[0][0]
     assert torch.equal(out[4:], b[4:8] + b[8:])
     assert torch.equal(out[:4], b[4:8] + b[8:] + b[:4])
 
@@ -107,13 +132,13 @@ def test_an_unnamed_input_below_every_buffer_is_refused():
     base = torch.randn(12)
     missed, out, named = base[:4], base[4:8], base[8:]
     with pytest.raises(RuntimeError, match="neither an input nor allocated"):
-        Tape(lambda: [Add()(missed, named, out)], [named, out])
+        Tape(lambda: ([Add()(missed, named, out)], []), [named, out])
 
 
 def test_an_output_must_be_a_buffer_of_the_pass():
     a = torch.randn(4)
     with pytest.raises(RuntimeError, match="buffers of its own"):
-        Tape(lambda: [a], [a])
+        Tape(lambda: ([a], []), [a])
 
 
 def test_taped_records_once_a_key(monkeypatch):
@@ -129,7 +154,7 @@ def test_taped_records_once_a_key(monkeypatch):
 
     for _ in range(3):
         a, b, c = inputs()
-        assert torch.equal(taped(("key",), pass_of(a, b, c), [a, b, c])[0], a + b + c + b)
+        assert torch.equal(taped(("key",), pass_of(a, b, c), [a, b, c])[0][0], a + b + c + b)
     assert len(calls) == 1
 
 

@@ -254,6 +254,32 @@ def conv_wgrad_kernel(
         tl.store(out + CO * COLUMNS + co, total, mask=co_mask)
 
 
+_STRIDES = ["stride_co", "stride_ci", "stride_t", "stride_h", "stride_w"]
+
+
+@triton.jit(do_not_specialize=["N", *_STRIDES], do_not_specialize_on_alignment=["w"])
+def pack_kernel(
+    packed,  # [CO, KT, KH, KW, CI]
+    w,  # [CO, CI, KT, KH, KW] of any strides
+    N,
+    stride_co,
+    stride_ci,
+    stride_t,
+    stride_h,
+    stride_w,
+    CI: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ci, tap, co = n % CI, n // CI % (KT * KH * KW), n // (CI * KT * KH * KW)
+    at = co.to(tl.int64) * stride_co + ci * stride_ci
+    at += tap // (KH * KW) * stride_t + tap // KW % KH * stride_h + tap % KW * stride_w
+    tl.store(packed + n, tl.load(w + at, mask=n < N).to(packed.dtype.element_ty), mask=n < N)
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -312,12 +338,34 @@ class Epilogue:
         return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
 
 
+def is_packed(w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether w [Co, Ci, kT, kH, kW] lies as the kernels read it: [Co, taps, Ci] memory, in `dtype`."""
+    return w.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last_3d) and w.data_ptr() & 15 == 0
+
+
 def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w [Co, Ci, kT, kH, kW] as the kernels read it: [Co, taps, Ci] memory, in `dtype`."""
-    if w.dtype == dtype and w.is_contiguous(memory_format=torch.channels_last_3d) and w.data_ptr() & 15 == 0:
+    """w [Co, Ci, kT, kH, kW] as the kernels read it, outside of a pass."""
+    if is_packed(w, dtype):
         return w.detach()
     packed = torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=torch.channels_last_3d)
     return packed.copy_(w.detach())
+
+
+def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """`pack_weight` by a kernel of ours, so that a tape can hold it."""
+    if is_packed(w, dtype):
+        return w
+    packed = alloc(tuple(w.shape), w.device, dtype)
+    key = "pack", w.shape, w.stride(), w.dtype, dtype, w.device
+    plan_for(key, lambda: _pack_plan(w))(packed, w)
+    return packed
+
+
+def _pack_plan(w: Tensor) -> Plan:
+    co, ci, *taps = w.shape
+    so, si, *st = w.stride()
+    n = w.numel()
+    return Plan(pack_kernel, (cdiv(n, 1024),), (n, so, si, *st), CI=ci, KT=taps[0], KH=taps[1], KW=taps[2], BLOCK=1024)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backends import forced
 from .._norm import Norm, update_running
-from ._conv import pack_weight, weight_grad
+from ._conv import is_packed, pack, pack_weight, weight_grad
 from ._tape import taped
 from ._triton import bn_finalise, input_precision, ndhwc
 
@@ -57,60 +57,71 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
 
 def _key(schedule: Schedule, config: Config, x: Tensor, weights: list[Tensor], norms: list[Norm]) -> tuple:
     """All that the launches of a pass depend on."""
-    shapes = tuple([w.shape for w in weights])
+    layouts = tuple([(w.shape, w.stride(), w.dtype, w.data_ptr() & 15) for w in weights])
     modes = tuple([(n.training, n.eps) for n in norms])
     dtypes = tuple([None if t is None else t.dtype for t in _stats(norms)])
     precision = input_precision(x.dtype, x.device)
-    return schedule.name, config, x.shape, x.dtype, x.device, shapes, modes, dtypes, precision, forced()
+    return schedule.name, config, x.shape, x.dtype, x.device, layouts, modes, dtypes, precision, forced()
 
 
 class _Function(torch.autograd.Function):
-    """(y, *records) = apply(schedule, config, norms, x, *weights, *affine), affine = weight, bias of each norm."""
+    """y = apply(schedule, config, norms, x, *weights, *affine), affine = weight, bias of each norm.
+
+    Moves the running statistics at the end of the forward.
+    """
 
     @staticmethod
     def forward(ctx, schedule, config, norms, x, *parameters):
         weights = parameters[: -2 * len(norms)]
-        packed = [pack_weight(w, x.dtype) for w in weights]
-        x_in, count = ndhwc(x), len(norms)
-        key = _key(schedule, config, x_in, packed, norms)
+        x_in = ndhwc(x)
+        key = _key(schedule, config, x_in, weights, norms)
 
         def pass_():
+            packed = [pack(w.detach(), x_in.dtype) for w in weights]
             y, records, raws = schedule.fwd(x_in, packed, norms, config)
-            return [y, *records, *raws]
+            return [y], [*records, *raws, *(p for p, w in zip(packed, weights) if not is_packed(w, x_in.dtype))]
 
-        y, *rest = taped(("fwd", *key), pass_, [x_in, *packed, *_stats(norms)])
-        ctx.save_for_backward(x_in, y, *weights, *rest)
-        ctx.schedule, ctx.config, ctx.norms, ctx.packed, ctx.key = schedule, config, norms, packed, key
-        records = rest[:count]
-        ctx.mark_non_differentiable(*records)
-        return y, *records
+        def rows():  # mean and unbiased variance of each record [5, C]
+            channels = [w.size(0) for w in weights]
+            return [(i, row * c, c) for i, c in enumerate(channels) for row in (0, 4)]
+
+        (y,), kept, layout = taped(("fwd", *key), pass_, [x_in, *weights, *_stats(norms)])
+        if any(norm.updates for norm in norms):
+            batch = layout.cut(kept, rows)
+            update_running(norms, batch[::2], batch[1::2])
+        ctx.save_for_backward(x_in, y, kept, *weights)
+        ctx.schedule, ctx.config, ctx.norms, ctx.layout, ctx.key = schedule, config, norms, layout, key
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, *_):
-        x, y, *rest = ctx.saved_tensors
-        schedule, config, norms, packed = ctx.schedule, ctx.config, ctx.norms, ctx.packed
-        count, dy = len(packed), ndhwc(dy)
-        weights, records, raws = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    def backward(ctx, dy):
+        x, y, kept, *weights = ctx.saved_tensors
+        schedule, config, norms, layout = ctx.schedule, ctx.config, ctx.norms, ctx.layout
+        count, dy = len(weights), ndhwc(dy)
         needs_x, *needs = ctx.needs_input_grad[3:]
         needs_w = needs[:count]
 
         def pass_():
+            views = layout.views(kept)
+            records, rest = views[:count], views[count:]
+            raws = rest[: len(schedule.raw_shapes(x, weights, config))]
+            made = iter(rest[len(raws) :])
+            packed = [w.detach() if is_packed(w, x.dtype) else next(made) for w in weights]
             dx, dws, sums = schedule.bwd(dy, x, y, packed, norms, records, raws, config, needs_x, needs_w)
-            return [dx, *dws, *sums]
+            return [dx], [*(dw for dw, need in zip(dws, needs_w) if need), *sums]
+
+        def pieces():  # each dw, then dweight and dbias of each norm's sums [4, C]
+            found = [(i, 0, w.numel()) for i, w in enumerate(w for w, need in zip(weights, needs_w) if need)]
+            sums = enumerate([w.size(0) for w in weights], len(found))
+            return found + [(i, row * c, c) for i, c in sums for row in (2, 3)]
 
         key = "bwd", needs_x, *needs_w, *ctx.key
-        dx, *grads = taped(key, pass_, [dy, x, y, *packed, *records, *raws])
-        dws = [weight_grad(dw, w) if need else None for dw, w, need in zip(grads, weights, needs_w)]
-        return None, None, None, dx, *dws, *_affine_grads(grads[count:], norms)
-
-
-def _affine_grads(sums: list[Tensor], norms: list[Norm]) -> list[Tensor | None]:
-    grads = []
-    for s, norm in zip(sums, norms):
-        for row, parameter in ((2, norm.weight), (3, norm.bias)):
-            grads.append(s[row].to(parameter.dtype) if parameter is not None and parameter.requires_grad else None)
-    return grads
+        (dx,), grads, grads_layout = taped(key, pass_, [dy, x, y, kept, *weights])
+        grads = iter(grads_layout.cut(grads, pieces))
+        dws = [weight_grad(next(grads), w) if need else None for w, need in zip(weights, needs_w)]
+        affine = [p for norm in norms for p in (norm.weight, norm.bias)]
+        return None, None, None, dx, *dws, *(None if p is None else g.to(p.dtype) for p, g in zip(affine, grads))
 
 
 def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
@@ -121,7 +132,7 @@ def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
 def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
     """schedule.infer on NDHWC x, packed weights and their records."""
     key = "infer", *_key(schedule, config, x, packed, [])
-    return taped(key, lambda: [schedule.infer(x, packed, records, config)], [x, *packed, *records])[0]
+    return taped(key, lambda: ([schedule.infer(x, packed, records, config)], []), [x, *packed, *records])[0][0]
 
 
 def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> Tensor:
@@ -136,12 +147,11 @@ def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm],
         if call is _infer_op:
             return outputs
         y, *records = outputs[: 1 + len(norms)]
-    elif frozen and not grad:
+        update_running(norms, [r[0] for r in records], [r[4] for r in records])
+        return y
+    if frozen and not grad:
         return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
-    else:
-        y, *records = _Function.apply(schedule, config, norms, x, *weights, *affine)
-    update_running(norms, [r[0] for r in records], [r[4] for r in records])
-    return y
+    return _Function.apply(schedule, config, norms, x, *weights, *affine)
 
 
 # --- registered twins, for torch.compile and export ------------------------------------------------------------------

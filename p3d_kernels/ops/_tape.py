@@ -161,67 +161,118 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+class Layout:
+    """Where tensors lie in one buffer of bytes: an allocation costs the host as much as a launch."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.specs = [(t.shape, t.stride(), t.dtype) for t in tensors]
+        self.offsets, self.size = [], 0
+        for t in tensors:
+            align = 512 if _bytes(t) >= 1 << 16 else 16
+            self.offsets.append(cdiv(self.size, align) * align)
+            self.size = self.offsets[-1] + _bytes(t)
+        self.size = cdiv(self.size, 16) * 16
+        self._cuts: tuple | None = None
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer.view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
+            for (shape, stride, dtype), offset in zip(self.specs, self.offsets)
+        ]
+
+    def pack(self, tensors: list[Tensor]) -> Tensor:
+        """A new buffer with copies of the tensors."""
+        buffer = torch.empty(self.size, dtype=torch.uint8, device=tensors[0].device)
+        for view, tensor in zip(self.views(buffer), tensors):
+            view.copy_(tensor)
+        return buffer
+
+    def cut(self, buffer: Tensor, pieces: Callable[[], list[tuple[int, int, int]]]) -> list[Tensor]:
+        """Flat float32 views of a buffer, all by one call: (tensor, first element, elements) of each, in memory order.
+
+        `pieces` is asked once: it must be the same at each call.
+        """
+        if self._cuts is None:
+            sizes, picks, at = [], [], 0
+            for tensor, first, count in pieces():
+                begin = self.offsets[tensor] // 4 + first
+                picks.append(len(sizes) + 1)
+                sizes += [begin - at, count]
+                at = begin + count
+            self._cuts = at, sizes, picks
+        end, sizes, picks = self._cuts
+        parts = buffer.view(torch.float32)[:end].split_with_sizes(sizes)
+        return [parts[i] for i in picks]
+
+
 class Tape:
     """One recorded pass: `run(inputs)` gives what the recorded function gave, for inputs of the same shapes.
 
-    Inputs may be None and must be dense, in the memory order they had at recording. Outputs are whole buffers.
+    The function returns (outputs, kept), lists of buffers of its own; outputs may be None. Outputs are tensors; what is
+    kept comes back in one buffer, arranged as `kept` says. Inputs may be None and must be dense, in the memory order
+    they had at recording.
     """
 
-    def __init__(self, pass_: Callable[..., list[Tensor | None]], inputs: list[Tensor | None]) -> None:
+    def __init__(self, pass_: Callable[..., tuple[list, list]], inputs: list[Tensor | None]) -> None:
         if _recording.recorder is not None:
             raise RuntimeError("tapes do not nest")
         _recording.recorder = recorder = _Recorder(inputs)
         try:
-            self.first = pass_()
+            self.first = outputs, kept = pass_()
         finally:
             _recording.recorder = None
-        found = [recorder.find(t) for t in self.first]
+        found = [recorder.find(t) for t in (*outputs, *kept)]
         if any(f is not None and (f[0] < recorder.inputs or f[1]) for f in found):
             raise RuntimeError("a pass must return buffers of its own")
-        self.outputs = [None if f is None else f[0] for f in found]
-        buffers = recorder.buffers
-        self.specs = [(b.shape, b.dtype, _layout(b)) if i in self.outputs else None for i, b in enumerate(buffers)]
+        self.kept = Layout(kept)
+        self.specs = [None if t is None else (t.shape, t.dtype, _layout(t)) for t in outputs]
+        own = [None if f is None else f[0] for f in found]
+        place = {b: (i, 0) for i, b in enumerate(own[: len(outputs)]) if b is not None}
+        place |= {b: (len(outputs), offset) for b, offset in zip(own[len(outputs) :], self.kept.offsets)}
+        offsets, self.size = _pack(recorder, set(place))
+        place |= {b: (len(outputs) + 1, offset) for b, offset in offsets.items()}
         self.inputs, self.steps = recorder.inputs, recorder.steps_taken
-        self.offsets, self.size = _pack(recorder, set(self.outputs))
+        # of each allocation of the pass: which output, or the kept buffer, or the workspace, and the bytes from there
+        self.places = [place.get(b, (0, 0)) for b in range(recorder.inputs, len(recorder.buffers))]
 
-    def run(self, inputs: list[Tensor | None]) -> list[Tensor | None]:
+    def run(self, inputs: list[Tensor | None]) -> tuple[list[Tensor | None], Tensor | None]:
         device = next(t.device for t in inputs if t is not None)
-        made = {
-            i: torch.empty(spec[0], dtype=spec[1], device=device, memory_format=spec[2])
-            for i, spec in enumerate(self.specs)
-            if spec is not None
-        }
-        workspace = torch.empty(self.size, dtype=torch.uint8, device=device)
+        made = [
+            None if s is None else torch.empty(s[0], dtype=s[1], device=device, memory_format=s[2]) for s in self.specs
+        ]
+        kept = torch.empty(self.kept.size, dtype=torch.uint8, device=device) if self.kept.size else None
+        regions = [*made, kept, torch.empty(self.size, dtype=torch.uint8, device=device)]
         if device.type != "cuda":
-            self._interpret(inputs, made, workspace)
+            self._interpret(inputs, regions)
         elif device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.run(inputs)
         else:
+            starts = [0 if t is None else t.data_ptr() for t in regions]
             base = [0 if t is None else t.data_ptr() for t in inputs]
-            start = workspace.data_ptr()
-            for i, offset in enumerate(self.offsets):
-                base.append(made[self.inputs + i].data_ptr() if offset is None else start + offset)
+            base += [starts[region] + offset for region, offset in self.places]
             stream = current_stream(device.index)
             for plan, slots in self.steps:
                 plan.launch(stream, *[0 if s is None else base[s[0]] + s[1] for s in slots])
-        return [None if i is None else made[i] for i in self.outputs]
+        return made, kept
 
-    def _interpret(self, inputs: list, made: dict[int, Tensor], workspace: Tensor) -> None:
+    def _interpret(self, inputs: list, regions: list) -> None:
         """The same on a CPU, where Triton's interpreter wants tensors in the place of addresses."""
 
         def tensor(slot):
             if slot is None:
                 return None
             buffer, offset, dtype = slot
-            if buffer < self.inputs or self.offsets[buffer - self.inputs] is None:
-                whole = inputs[buffer] if buffer < self.inputs else made[buffer]
-                flat = whole.as_strided((whole.numel(),), (1,))
+            if buffer < self.inputs:
+                whole = inputs[buffer]
             else:
-                flat, offset = workspace, offset + self.offsets[buffer - self.inputs]
-            return (
-                flat.view(torch.uint8)[offset:].view(dtype) if flat.dtype != dtype else flat[offset // dtype.itemsize :]
-            )
+                region, start = self.places[buffer - self.inputs]
+                whole, offset = regions[region], offset + start
+            flat = whole.as_strided((whole.numel(),), (1,))
+            if flat.dtype == dtype:
+                return flat[offset // dtype.itemsize :]
+            flat = flat.view(torch.uint8)[offset:]
+            return flat[: len(flat) // dtype.itemsize * dtype.itemsize].view(dtype)
 
         for plan, slots in self.steps:
             plan(*[tensor(slot) for slot in slots])
@@ -231,8 +282,8 @@ def _layout(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last_3d if tensor.dim() == 5 else torch.contiguous_format
 
 
-def _pack(recorder: _Recorder, kept: set[int]) -> tuple[list[int | None], int]:
-    """Offsets of the allocations in one workspace (None for those kept as outputs) and its size in bytes.
+def _pack(recorder: _Recorder, elsewhere: set[int]) -> tuple[dict[int, int], int]:
+    """Byte offsets of the allocations that are not `elsewhere` in one workspace, and its size.
 
     Buffers whose uses do not overlap share room: first fit, in the order of first use.
     """
@@ -242,10 +293,10 @@ def _pack(recorder: _Recorder, kept: set[int]) -> tuple[list[int | None], int]:
             if slot is not None:
                 first.setdefault(slot[0], number)
                 last[slot[0]] = number
-    offsets: list[int | None] = [None if b in kept else 0 for b in range(recorder.inputs, len(recorder.buffers))]
+    offsets: dict[int, int] = {}
     live: list[tuple[int, int, int]] = []  # (offset, end, last use)
-    size = 1
-    for b in sorted((b for b in first if b >= recorder.inputs and b not in kept), key=first.get):
+    size = 16
+    for b in sorted((b for b in first if b >= recorder.inputs and b not in elsewhere), key=first.get):
         need, at = cdiv(_bytes(recorder.buffers[b]), 512) * 512, 0
         live = sorted(x for x in live if x[2] >= first[b])
         for offset, end, _ in live:
@@ -253,7 +304,7 @@ def _pack(recorder: _Recorder, kept: set[int]) -> tuple[list[int | None], int]:
                 break
             at = max(at, end)
         live.append((at, at + need, last[b]))
-        offsets[b - recorder.inputs], size = at, max(size, at + need)
+        offsets[b], size = at, max(size, at + need)
     return offsets, size
 
 
@@ -273,23 +324,25 @@ def _compiling_ahead() -> Iterator[None]:
 _tapes: dict[tuple, Tape] = {}
 
 
-def taped(key: tuple, pass_: Callable[..., list[Tensor | None]], inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """pass_(), recorded the first time and replayed with these inputs from then on.
+def taped(
+    key: tuple, pass_: Callable[..., tuple[list, list]], inputs: list[Tensor | None]
+) -> tuple[list[Tensor | None], Tensor | None, Layout]:
+    """(outputs, the buffer of what is kept, its layout) of pass_(), recorded the first time and replayed from then on.
 
     Args:
         key: whatever the launches of the pass depend on, but for addresses.
-        pass_: launches kernels on `inputs` and on buffers from `alloc`, and returns buffers.
+        pass_: launches kernels on `inputs` and on buffers from `alloc`, and returns (outputs, kept): see `Tape`.
         inputs: every tensor that the pass reads.
     """
     tape = _tapes.get(key)
     if tape is not None:
-        return tape.run(inputs)
+        return *tape.run(inputs), tape.kept
     if len(_tapes) >= _LIMIT:
         _tapes.clear()
     if next(t for t in inputs if t is not None).is_cuda:
         with _compiling_ahead():
             pass_()
     tape = Tape(pass_, inputs)
-    outputs, tape.first = tape.first, None
+    (outputs, kept), tape.first = tape.first, None
     _tapes[key] = tape
-    return outputs
+    return outputs, tape.kept.pack(kept) if kept else None, tape.kept
