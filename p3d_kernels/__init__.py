@@ -9,19 +9,22 @@ from ._backends import use_backend
 from ._norm import Norm
 from .accelerate import AccelerateReport, accelerate
 from .checkpoints import LoadReport, load_checkpoint
-from .freeze import freeze
+from .engine import Engine
+from .freeze import freeze, load_engine
 from .models import P3D, p3d63, p3d131, p3d199
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccelerateReport",
+    "Engine",
     "LoadReport",
     "Norm",
     "P3D",
     "accelerate",
     "freeze",
     "load_checkpoint",
+    "load_engine",
     "models",
     "nn",
     "ops",

@@ -142,9 +142,14 @@ def _read(checkpoint: str | os.PathLike | Mapping) -> Mapping:
         return checkpoint
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"checkpoint: expected a path or a mapping, got {type(checkpoint).__name__}")
-    path = Path(checkpoint)
+    return read_file("checkpoint", checkpoint)
+
+
+def read_file(name: str, path: str | os.PathLike) -> Mapping:
+    """The dict of tensors in a file of torch.save or numpy.savez; `name` is the argument that errors speak of."""
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {str(path)!r}")
+        raise FileNotFoundError(f"{name}: no file {str(path)!r}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -154,9 +159,9 @@ def _read(checkpoint: str | os.PathLike | Mapping) -> Mapping:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the readers
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"checkpoint: {str(path)!r} is truncated or no checkpoint of tensors ({reason})") from error
+        raise ValueError(f"{name}: {str(path)!r} is truncated or no checkpoint of tensors ({reason})") from error
     if not isinstance(data, Mapping):
-        raise ValueError(f"checkpoint: expected {str(path)!r} to hold a dict, got {type(data).__name__}")
+        raise ValueError(f"{name}: expected {str(path)!r} to hold a dict, got {type(data).__name__}")
     return data
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 
 import torch
 from torch import Tensor, nn
 
 from . import _backends, reference
-from ._checks import FLOATS
+from ._checks import FLOATS, check_positive
 from ._norm import Norm
+from .checkpoints import read_file
+from .engine import FORMAT, Engine
 from .models import P3D
 from .nn import Bottleneck, why_not_fused
 from .ops._conv import pack_weight
@@ -70,7 +74,7 @@ class _FrozenStem(nn.Module):
         self.maxpool = net.maxpool
         self.register_buffer("weight", net.conv1_custom.weight.detach().to(dtype).clone())
         self.register_buffer("record", _record(Norm.of(net.bn1)))
-        self._packed: dict[torch.device, Tensor] = {}
+        self._packed: tuple[Tensor | None, int, Tensor | None] = None, 0, None  # of which weight, its version, packed
 
     def forward(self, x: Tensor) -> Tensor:
         def reason(backend: str) -> str | None:
@@ -81,53 +85,42 @@ class _FrozenStem(nn.Module):
             norm = _norm(self.record, self.dtype)
             z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
             return self.maxpool(reference.bn_relu(z, norm))
-        if x.device not in self._packed:
-            self._packed[x.device] = pack_stem_weight(self.weight, self.dtype)
-        return stem_infer(x, self._packed[x.device], self.record, self.wiring)
+        return stem_infer(x, self._pack(), self.record, self.wiring)
+
+    def _pack(self) -> Tensor:
+        """The weight as the kernel reads it. Packed again, in place, it stays where CUDA graphs look for it."""
+        weight, version, packed = self._packed
+        if weight is not self.weight:
+            packed = pack_stem_weight(self.weight, self.dtype)
+        elif version != self.weight._version:
+            packed.copy_(pack_stem_weight(self.weight, self.dtype))
+        self._packed = self.weight, self.weight._version, packed
+        return packed
 
 
-class Engine(nn.Module):
-    """A frozen net: clips x [N, C, T, H, W] of any float dtype to what the net returns. Made by `freeze`."""
-
-    def __init__(self, net: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.net, self.dtype = net, dtype
-
-    def train(self, mode: bool = True) -> Engine:
-        if mode:
-            raise RuntimeError("a frozen net is for inference only; train the net it was made from and freeze it again")
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.net(x)
-
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """`P3D.features` of the frozen net: [N, 2048], float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.net.features(x)
-
-
-def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Engine:
+def freeze(
+    model: nn.Module, dtype: torch.dtype | None = None, *, cuda_graph: bool = False, max_graphs: int = 8
+) -> Engine:
     """A copy of `model` for inference: every block from activations to activations, without a pass for BN or ReLU.
 
     BN of the running statistics is a scale and shift in the epilogue of each convolution, in float32, so weights keep
-    their own rounding. Weights are copied and packed once: later changes of `model` do not reach the engine. Freeze
-    again after training.
+    their own rounding. Weights are copied and packed once, and again when those of `model` have changed: see `Engine`.
 
     Args:
         model: a `P3D`, or a net whose blocks `accelerate` has swapped, in eval mode. It stays as it is.
         dtype: of weights and activations: bfloat16, float16 or float32; None: that of the model's first parameter.
             Give the float32 model here, not `model.bfloat16()`: the normalisation then keeps its precision.
+        cuda_graph: capture a CUDA graph at the first call of each input shape and replay it from then on: small
+            batches no longer wait for the host.
+        max_graphs: how many of them are kept, those used last. They share memory for activations.
 
     Returns:
-        An `Engine`, a module without parameters: `engine(clips)`, `engine.features(clips)`.
+        An `Engine`: `engine(clips)`, `engine.features(clips)`, `engine.save(path)`.
 
     Raises:
         TypeError: `model` is no module, or `dtype` no float dtype.
-        ValueError: `model` is in training mode, or has no block that can be frozen.
+        ValueError: `model` is in training mode, or has no block that can be frozen, or is not on a GPU with
+            `cuda_graph`; `max_graphs` is no positive int.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -135,9 +128,20 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Engine:
         raise ValueError("model: expected a net that is not frozen yet, got an Engine")
     if model.training or any(m.training for m in model.modules() if isinstance(m, Bottleneck)):
         raise ValueError("model: expected eval mode (model.eval()), got training mode")
-    dtype = dtype or next(model.parameters()).dtype
+    check_positive("max_graphs", max_graphs)
+    first = next(model.parameters(), None)
+    dtype = dtype or getattr(first, "dtype", None)
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected one of {FLOATS}, got {dtype}")
+    net = _frozen(model, dtype)
+    if cuda_graph and not first.is_cuda:
+        raise ValueError(f"model: expected a CUDA device for cuda_graph, got {first.device}")
+    graphs = max_graphs if cuda_graph else 0
+    return Engine(net, dtype, graphs, model, functools.partial(_frozen, dtype=dtype))
+
+
+@torch.inference_mode(False)  # its tensors would have no versions
+def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, Bottleneck)]
     if not blocks:
         raise ValueError("model: expected a P3D net or one that accelerate() has swapped, got none of their blocks")
@@ -145,7 +149,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Engine:
         why = why_not_fused((n, layer) for n, layer in block._modules.items() if layer is not None)
         if why is not None:
             raise ValueError(f"model: {name} cannot be frozen ({why})")
-    net = copy.deepcopy(model).requires_grad_(False)
+    net = copy.deepcopy(model).eval().requires_grad_(False)
     for name, _ in blocks:
         parent, _, child = name.rpartition(".")
         holder = net.get_submodule(parent)
@@ -154,4 +158,27 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> Engine:
         net.frozen_stem = _FrozenStem(net, dtype)
         object.__setattr__(net, "_stem", net.frozen_stem)  # shadows the method
         del net.conv1_custom, net.bn1
-    return Engine(net.eval(), dtype)
+    return net
+
+
+def load_engine(
+    path: str | os.PathLike, device: torch.device | str = "cpu", *, cuda_graph: bool = False, max_graphs: int = 8
+) -> Engine:
+    """The engine that `Engine.save` wrote, on `device`. It follows no net; other arguments as in `freeze`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, or holds no engine.
+    """
+    check_positive("max_graphs", max_graphs)
+    device = torch.device(device)
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"device: expected a CUDA device for cuda_graph, got {device}")
+    data = read_file("path", path)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"path: expected an engine ({FORMAT!r}) in {str(path)!r}, got {data.get('format')!r}")
+    with torch.device("meta"):
+        net = _frozen(P3D(**data["net"]).eval(), data["dtype"])
+    engine = Engine(net, data["dtype"], max_graphs if cuda_graph else 0)
+    engine.load_state_dict({name: tensor.to(device) for name, tensor in data["state"].items()}, assign=True)
+    return engine.eval().requires_grad_(False)

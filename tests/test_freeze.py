@@ -1,5 +1,12 @@
 """`freeze`: the engine gives the answers of the net it was made from and keeps weights of its own."""
 
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+
 import pytest
 import torch
 
@@ -36,13 +43,59 @@ def test_dtype_is_the_engine_s_own(net):
     assert {b.dtype for name, b in engine.named_buffers() if "record" in name} == {torch.float32}
 
 
-def test_later_changes_of_the_net_do_not_reach_the_engine(net):
+def test_the_engine_follows_the_net(net):
     x = torch.randn(1, 3, 2, 16, 16)
     engine = p3d.freeze(net)
     before = engine(x)
+    address = engine.net.layer1[0].weight0.data_ptr()
+
+    def moved():
+        with torch.no_grad():
+            now, want = engine(x), net.eval()(x)
+        assert distance(now, want) < 1e-5
+        assert engine.net.layer1[0].weight0.data_ptr() == address  # where CUDA graphs look for it
+        return now
+
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter) * 1e-3
+    optimizer.step()
+    assert not torch.equal(moved(), before)
+    before = moved()
+    net.train()(torch.randn(2, 3, 4, 20, 20))  # running statistics
+    before = moved()
+    net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()})
+    before = moved()
+    net.fc = torch.nn.Linear(2048, 10)
+    before = moved()
+    net.layer2[0].conv1.weight.data = net.layer2[0].conv1.weight.data * 2
+    with torch.inference_mode():
+        assert not torch.equal(engine(x), before)
+    before = moved()
+    net.fc = torch.nn.Linear(2048, 11)
+    with pytest.raises(RuntimeError, match="freeze it again"):
+        engine(x)
+
+
+def test_a_copy_of_an_engine_stays_as_it_was(net):
+    x = torch.randn(1, 3, 2, 16, 16)
+    engine = p3d.freeze(net)
+    before = engine(x)
+    copied = copy.deepcopy(engine)
     with torch.no_grad():
-        for tensor in net.state_dict().values():
-            tensor.zero_()
+        net.fc.bias += 1
+    after = engine(x)
+    assert not torch.equal(after, before) and torch.equal(copied(x), before)
+
+
+def test_the_engine_does_not_keep_the_net():
+    net = p3d.models.P3D((1, 1, 1, 1), 10).eval()
+    engine, alive = p3d.freeze(net), [weakref.ref(net), weakref.ref(net.fc.weight)]
+    x = torch.randn(1, 3, 2, 16, 16)
+    before = engine(x)
+    del net
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
     assert torch.equal(engine(x), before)
 
 
@@ -80,3 +133,103 @@ def test_refusals(net):
     net.layer2[1].bn2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"layer2\.1 cannot be frozen \(bn2 has hooks"):
         p3d.freeze(net)
+
+
+def test_save_and_load(net, tmp_path):
+    x = torch.randn(1, 3, 2, 16, 16)
+    engine = p3d.freeze(net, torch.bfloat16)
+    with torch.no_grad():
+        net.fc.bias += 1  # the newest weights are saved
+    engine.save(tmp_path / "net.p3d")
+    loaded = p3d.load_engine(tmp_path / "net.p3d")
+    assert loaded.dtype == torch.bfloat16 and not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(loaded(x), engine(x)) and torch.equal(loaded.features(x), engine.features(x))
+    with torch.no_grad():
+        net.fc.bias += 1
+    assert not torch.equal(loaded(x), engine(x))
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(x), loaded(x))
+    with pytest.raises(FileNotFoundError, match="path: no file"):
+        p3d.load_engine(tmp_path / "none")
+    whole = (tmp_path / "net.p3d").read_bytes()
+    (tmp_path / "half.p3d").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="path: .* is truncated"):
+        p3d.load_engine(tmp_path / "half.p3d")
+    torch.save(net.state_dict(), tmp_path / "other.p3d")
+    with pytest.raises(ValueError, match="path: expected an engine"):
+        p3d.load_engine(tmp_path / "other.p3d")
+    foreign = p3d.freeze(torch.nn.Sequential(net.layer1[0]).eval())
+    with pytest.raises(TypeError, match="engine: expected one made from a P3D"):
+        foreign.save(io.BytesIO())
+
+
+BAD_CLIPS = [
+    ([1.0], TypeError, "x: expected a Tensor, got list"),
+    (torch.zeros(1, 3, 2, 16, 16, requires_grad=True), ValueError, "x: expected a tensor that requires no grad"),
+    (torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), TypeError, "x: expected a floating-point dtype, got torch.uint8"),
+    (torch.zeros(1, 3, 2, 16, 16, device="meta"), ValueError, "x: expected device cpu"),
+    (torch.zeros(1, 2, 2, 16, 16), ValueError, "x: expected 3 channels, got 2"),
+    (torch.zeros(3, 2, 16, 16), ValueError, "x: expected 5 dimensions"),
+]
+
+
+@pytest.mark.parametrize("x, error, message", BAD_CLIPS)
+def test_bad_clips(net, x, error, message):
+    with pytest.raises(error, match=message):
+        p3d.freeze(net)(x)
+
+
+def test_bad_options(net):
+    with pytest.raises(ValueError, match="max_graphs: expected a positive int, got 0"):
+        p3d.freeze(net, cuda_graph=True, max_graphs=0)
+    with pytest.raises(ValueError, match="model: expected a CUDA device for cuda_graph, got cpu"):
+        p3d.freeze(net, cuda_graph=True)
+    with pytest.raises(ValueError, match="device: expected a CUDA device for cuda_graph, got cpu"):
+        p3d.load_engine("x", cuda_graph=True)
+    engine = p3d.freeze(net, torch.float16)
+    with pytest.raises(TypeError, match=r"stays in its dtype \(torch.float16\)"):
+        engine.float().bfloat16()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs(net, device):
+    net = net.to(device)
+    plain, engine = p3d.freeze(net, torch.float16), p3d.freeze(net, torch.float16, cuda_graph=True, max_graphs=2)
+    clips = [torch.randn(n, 3, 4, 32, 40, device=device) for n in (1, 2, 3)]
+    for _ in range(3):
+        for x in clips:
+            x.normal_()
+            assert torch.equal(engine(x), plain(x)) and torch.equal(engine.features(x), plain.features(x))
+            assert len(engine._captured) <= 2
+    kept = engine(clips[0])
+    before = kept.clone()
+    engine(torch.randn_like(clips[0]))
+    assert torch.equal(kept, before)  # an answer is the caller's own
+    with torch.no_grad():
+        net.fc.bias += 1
+        net.conv1_custom.weight *= 0.5
+        net.layer1[0].conv2.weight *= 0.5
+    assert torch.equal(engine(clips[0]), plain(clips[0])) and not torch.equal(engine(clips[0]), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_one_engine_on_many_streams_and_threads(net, device, cuda_graph):
+    engine = p3d.freeze(net.to(device), torch.float16, cuda_graph=cuda_graph)
+    clips = [torch.randn(2, 3, 4, 32, 40, device=device) for _ in range(6)]
+    want = [engine(x) for x in clips]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def serve(first):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(30):
+                k = (first + i) % len(clips)
+                if not torch.equal(engine(clips[k]), want[k]):
+                    wrong.append((first, i))
+
+    threads = [threading.Thread(target=serve, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -73,6 +73,17 @@ class P3D(nn.Module):
         initialise(self)
 
     @property
+    def options(self) -> dict:
+        """The arguments that make a net of these shapes."""
+        return {
+            "depths": self.depths,
+            "num_classes": self.fc.out_features,
+            "wiring": self.wiring,
+            "modality": self.modality,
+            "in_channels": self.in_channels,
+        }
+
+    @property
     def input_spec(self) -> InputSpec:
         """Channel order, mean and std of what the published net of this wiring reads; `models.normalise` applies it."""
         return input_spec(self.wiring, self.modality)
