@@ -173,3 +173,22 @@ def test_uninitialised_memory_is_nan_in_tests(device):
     assert torch.empty_like(x).isnan().all()
     assert torch.empty(x.shape, device=device, memory_format=torch.channels_last_3d).isnan().all()
     assert x.new_empty(3).isnan().all()
+
+
+def test_where_something_is_selected_the_vendor_is_the_measure():
+    ref = reference((2, 3, 4, 5, 6))
+    off, twice, more = (ref.clone() for _ in range(3))
+    off[0, 0, 0, 0, 0] += 1
+    twice[1, 0, 0, 0, 0] += 1.9
+    more[1, 0, 0, 0, 0] += 2.2
+    check(twice.half(), ref, torch.float16, vendor=off.half(), selects=True)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(twice.half(), ref, torch.float16, vendor=off.half())
+    with pytest.raises(AssertionError, match="relative error"):
+        check(more.half(), ref, torch.float16, vendor=off.half(), selects=True)
+    many = ref.clone()
+    many[0] += 0.03  # none as large as the vendor's one, all together larger
+    with pytest.raises(AssertionError, match="relative error"):
+        check(many.half(), ref, torch.float16, vendor=(ref + 0.01).half(), selects=True)
+    with pytest.raises(AssertionError, match="selects needs the vendor"):
+        check(ref.half(), ref, torch.float16, selects=True)

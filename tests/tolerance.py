@@ -14,6 +14,12 @@ These are the limits of one op. In a chain of them (`chain=True`: a whole bottle
 the tensors between add up, and the gradient of a BN bias is a sum whose terms cancel: `CHAIN` times criteria 1 and 3.
 Over the bottlenecks of `cases.py` in float16 the relative error of ours is at most 7.9e-4 in outputs and weights and
 2.2e-3 in BN sums; that of PyTorch on a CPU 1.1e-3 and 2.6e-3, and 10 times that where one of its ReLUs flips.
+
+At the sizes of a net some of millions of activations lie within a rounding of a tie, and whoever rounds decides them
+another way: each is an error of full size in the gradient (`selects=True`). There the vendor, who meets the same, is
+the measure where the limits are below it: twice its error in criterion 1, twice its worst element in 3. On an H200 dx
+of the blocks at 2 clips is 4e-3 to 2.3e-2 off in float16 and 1.2e-2 to 3.5e-2 in bfloat16, without any one kernel
+being so.
 """
 
 from __future__ import annotations
@@ -52,6 +58,7 @@ def check(
     kind: str = "output",
     tf32: bool = False,
     chain: bool = False,
+    selects: bool = False,
     name: str = "result",
 ) -> None:
     """Raise AssertionError unless `actual` is `reference` to the tolerances above.
@@ -64,8 +71,10 @@ def check(
         kind: "output" (and the gradient of an activation), "wgrad" (of a convolution's weight) or "bn_sum" (of BN's
             weight and bias, and the running statistics: all sums over positions).
         chain: the op is a chain of others, judged by `CHAIN` where it stores half precision between them.
+        selects: the op has ReLUs or a pool and millions of elements; `vendor` is needed.
         name: what to call the tensor in the message.
     """
+    assert vendor is not None or not selects, f"{name}: selects needs the vendor's result"
     assert kind in KINDS, f"kind: expected one of {KINDS}, got {kind!r}"
     assert reference.dtype == torch.float64, f"{name}: the reference must be float64, got {reference.dtype}"
     assert actual.dtype == dtype, f"{name}: expected dtype {dtype}, got {actual.dtype}"
@@ -83,6 +92,9 @@ def check(
     limit = slack * (NORM_LIMIT if kind == "output" else SUM_LIMIT)[key]
     worst_limit = slack * WORST_LIMIT[key]
     norm = error.norm().item()
+    theirs = (vendor.detach().cpu().double() - ref).abs() if vendor is not None and vendor.shape == ref.shape else None
+    if selects:
+        limit = max(limit, 2 * theirs.norm().item() / max(ref.norm().item(), 1e-300))
     assert norm <= limit * ref.norm().item(), (
         f"{name} ({key}): relative error {norm / max(ref.norm().item(), 1e-300):.3e} of the whole tensor, "
         f"allowed {limit:.1e}"
@@ -93,6 +105,8 @@ def check(
         regions += borders(ref.shape)
     for region, mask in regions:
         worst, largest = error[mask].max().item(), scale[mask].max().item()
+        if selects and worst <= 2 * theirs.max().item():
+            continue
         assert worst <= worst_limit * largest, (
             f"{name} ({key}): worst element is {worst / max(largest, 1e-300):.3e} of max|ref| off, allowed "
             f"{worst_limit:.1e}, at {_where(mask & (error == worst))} of {region}"
@@ -100,12 +114,11 @@ def check(
 
     if vendor is not None:
         assert vendor.shape == ref.shape, f"{name}: the vendor's shape is {list(vendor.shape)}, not {list(ref.shape)}"
-        theirs = (vendor.detach().cpu().double() - ref).abs().max().item()
         factor = 3 if kind == "wgrad" else 2
-        allowed = factor * theirs + 2 * rounding(dtype, tf32) * scale.max().item()
+        allowed = factor * theirs.max().item() + 2 * rounding(dtype, tf32) * scale.max().item()
         assert error.max().item() <= allowed, (
             f"{name} ({key}): largest error {error.max().item():.3e} at {_where(error == error.max())}, allowed "
-            f"{allowed:.3e} = {factor} x the vendor's {theirs:.3e} and two roundings"
+            f"{allowed:.3e} = {factor} x the vendor's {theirs.max().item():.3e} and two roundings"
         )
 
 
