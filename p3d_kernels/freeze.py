@@ -15,6 +15,7 @@ from ._norm import Norm
 from .checkpoints import read_file
 from .engine import FORMAT, Engine
 from .models import P3D
+from .models._common import stem_pool_fits
 from .nn import Bottleneck, why_not_fused
 from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
@@ -35,7 +36,8 @@ def _record(norm: Norm) -> Tensor:
 def _norm(record: Tensor, dtype: torch.dtype) -> Norm:
     """A Norm that computes (z - mean) * scale + bias on activations of `dtype`."""
     record = record.to(torch.promote_types(dtype, torch.float32))
-    return Norm(record[1], record[2], record[0], torch.ones_like(record[0]), training=False, eps=0.0)
+    eps = 2.0**-20  # PyTorch on a GPU wants one; 1 - eps and their sum 1 are exact
+    return Norm(record[1], record[2], record[0], torch.full_like(record[0], 1 - eps), training=False, eps=eps)
 
 
 class _FrozenBlock(nn.Module):
@@ -80,7 +82,7 @@ class _FrozenStem(nn.Module):
         def reason(backend: str) -> str | None:
             return why_not(x) or why_not_stem(backend, x, self.weight)
 
-        small = min(x.shape[2:]) < 5  # the pool's window is cut there: nn.MaxPool3d
+        small = not stem_pool_fits(x, self.wiring)  # the pool's window is cut there: nn.MaxPool3d
         if small or _backends.choose("stem", x, reason, ("triton", "aten")) == "aten":
             norm = _norm(self.record, self.dtype)
             z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))

@@ -33,6 +33,12 @@ class InputSpec:
     width: int = 160
 
 
+def stem_pool_fits(x: Tensor, wiring: str) -> bool:
+    """Whether no window of the stem's pool is longer than its axis, for clips x."""
+    _, _, t, h, w = x.shape
+    return t >= 2 and (wiring == "port" or min(h, w) >= 5)
+
+
 def _of_unit(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(255 * v for v in values)
 

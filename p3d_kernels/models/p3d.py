@@ -10,7 +10,7 @@ from .._checks import check_activation, check_choice, check_positive
 from .._norm import Norm
 from ..nn import Bottleneck, MaxPool3d, explain_unfused, why_not_fused
 from ..reference import WIRINGS
-from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec
+from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, stem_pool_fits
 
 
 class P3D(nn.Module):
@@ -108,15 +108,10 @@ class P3D(nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         why = why_not_fused((("conv1_custom", self.conv1_custom), ("bn1", self.bn1), ("relu", self.relu)))
-        if why is None and self._pool_fits(x):
+        if why is None and stem_pool_fits(x, self.wiring):
             return ops.stem(x, self.conv1_custom.weight, Norm.of(self.bn1), self.wiring)
         explain_unfused("the stem", why or f"the pool's window is longer than an axis of {tuple(x.shape)}", x)
         return self.maxpool(self.relu(self.bn1(self.conv1_custom(x))))
-
-    def _pool_fits(self, x: Tensor) -> bool:
-        """Whether no window of the stem's pool is longer than its axis."""
-        _, _, t, h, w = x.shape
-        return t >= 2 and (self.wiring == "port" or min(h, w) >= 5)
 
     def extra_repr(self) -> str:
         return f"wiring={self.wiring}, modality={self.modality}"
