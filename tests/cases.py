@@ -226,11 +226,8 @@ def stored_as(dtype: torch.dtype, unstored: Tensor | None = None):
 
 
 def reference_of(given: Inputs, dtype: torch.dtype, grad: bool = True) -> dict[str, Tensor]:
-    """The results in float64, on the CPU, from the rounded inputs."""
+    """The results in float64 from the rounded inputs."""
     exact = given.to(torch.float64, torch.float64)
-    exact.leaves = {k: t.detach().cpu().requires_grad_() for k, t in exact.leaves.items()}
-    exact.buffers = {k: t.cpu() for k, t in exact.buffers.items()}
-    exact.dy = exact.dy.cpu()
     rounds = given.case.fused and dtype in (torch.float16, torch.bfloat16)
     with stored_as(dtype, exact.leaves.get("w_expand")) if rounds else contextlib.nullcontext():
         return evaluate(getattr(reference, given.case.op), exact, grad)
