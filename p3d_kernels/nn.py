@@ -268,18 +268,17 @@ class Bottleneck(nn.Module):
 
     def arguments(self) -> tuple:
         """(weight, norm) of reduce, S, T, expand and downsample, flat, as `ops.bottleneck` takes them after x."""
+        layers = self._modules  # attribute access costs several times as much, on each block's path
         if self.kind == "2d":
-            middle = _weight(self.conv_normal), Norm.of(self.bn_normal), None, None
+            middle = *_pair(layers["conv_normal"], layers["bn_normal"]), None, None
         else:
-            middle = self.conv2.weight, Norm.of(self.bn2), self.conv3.weight, Norm.of(self.bn3)
-        down = None, None
-        if self.downsample is not None:
-            down = _weight(self.downsample[0]), Norm.of(self.downsample[1])
+            middle = *_pair(layers["conv2"], layers["bn2"]), *_pair(layers["conv3"], layers["bn3"])
+        down = layers.get("downsample")
         return (
-            *(_weight(self.conv1), Norm.of(self.bn1)),
+            *_pair(layers["conv1"], layers["bn1"]),
             *middle,
-            *(_weight(self.conv4), Norm.of(self.bn4)),
-            *down,
+            *_pair(layers["conv4"], layers["bn4"]),
+            *((None, None) if down is None else _pair(*down._modules.values())),
         )
 
     def _one_by_one(self, x: Tensor) -> Tensor:
@@ -303,6 +302,7 @@ class Bottleneck(nn.Module):
         return f"kind={self.kind}, wiring={self.wiring}, stride={self.stride}"
 
 
-def _weight(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """The weight of a convolution as [Co, Ci, kT, kH, kW]; a 2-D one gets kT = 1."""
-    return conv.weight if conv.weight.dim() == 5 else conv.weight.unsqueeze(2)
+def _pair(conv: nn.Conv2d | nn.Conv3d, bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Norm]:
+    """The weight of a convolution as [Co, Ci, kT, kH, kW], kT = 1 for a 2-D one, and its normalisation."""
+    weight = conv._parameters["weight"]
+    return weight if weight.dim() == 5 else weight.unsqueeze(2), Norm.of(bn)

@@ -55,26 +55,63 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
     return [t for n in norms for t in (n.weight, n.bias)] + list(running)
 
 
-def _key(schedule: Schedule, config: Config, x: Tensor, weights: list[Tensor], norms: list[Norm]) -> tuple:
-    """All that the launches of a pass depend on."""
-    layouts = tuple([(w.shape, w.stride(), w.dtype, w.data_ptr() & 15) for w in weights])
-    modes = tuple([(n.training, n.eps) for n in norms])
-    dtypes = tuple([None if t is None else t.dtype for t in _stats(norms)])
-    precision = input_precision(x.dtype, x.device)
-    return schedule.name, config, x.shape, x.dtype, x.device, layouts, modes, dtypes, precision, forced()
+def call_key(
+    op: str, x: Tensor, weights: list, norms: list, config: Config, *dtypes: torch.dtype | None
+) -> tuple | None:
+    """All that the checks of a call and the launches of its passes depend on.
+
+    None for arguments that have no such thing (of a wrong type, or fake ones that only trace): they are checked anew.
+    weights and norms hold None where the op has none; dtypes are `compute_dtype(x)`.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        layouts = [None if w is None else (*_of(w), w.stride(), w.data_ptr() & 15) for w in weights]
+        modes = [
+            None
+            if n is None
+            else (n.training, n.eps, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
+            + _of(n.num_batches_tracked)
+            for n in norms
+        ]
+        precision = input_precision(dtypes[0], x.device)
+        key = (op, *_of(x), *dtypes, config, precision, forced(), tuple(layouts), tuple(modes))
+        hash(key)
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return key
+
+
+def _of(t: Tensor | None) -> tuple:
+    return (None,) if t is None else (t.shape, t.dtype, t.device)
+
+
+_passed: set[tuple] = set()
+_LIMIT = 8192
+
+
+def passed(key: tuple | None) -> bool:
+    """Whether a call of this key has been checked before, and goes to our kernels."""
+    return key in _passed
+
+
+def remember(key: tuple | None) -> None:
+    if key is not None:
+        if len(_passed) >= _LIMIT:
+            _passed.clear()
+        _passed.add(key)
 
 
 class _Function(torch.autograd.Function):
-    """y = apply(schedule, config, norms, x, *weights, *affine), affine = weight, bias of each norm.
+    """y = apply(schedule, config, norms, key, x, *weights, *affine), affine = weight, bias of each norm.
 
     Moves the running statistics at the end of the forward.
     """
 
     @staticmethod
-    def forward(ctx, schedule, config, norms, x, *parameters):
+    def forward(ctx, schedule, config, norms, key, x, *parameters):
         weights = parameters[: -2 * len(norms)]
         x_in = ndhwc(x)
-        key = _key(schedule, config, x_in, weights, norms)
 
         def pass_():
             packed = [pack(w.detach(), x_in.dtype) for w in weights]
@@ -85,7 +122,7 @@ class _Function(torch.autograd.Function):
             channels = [w.size(0) for w in weights]
             return [(i, row * c, c) for i, c in enumerate(channels) for row in (0, 4)]
 
-        (y,), kept, layout = taped(("fwd", *key), pass_, [x_in, *weights, *_stats(norms)])
+        (y,), kept, layout = taped(("fwd", key), pass_, [x_in, *weights, *_stats(norms)])
         if any(norm.updates for norm in norms):
             batch = layout.cut(kept, rows)
             update_running(norms, batch[::2], batch[1::2])
@@ -99,7 +136,7 @@ class _Function(torch.autograd.Function):
         x, y, kept, *weights = ctx.saved_tensors
         schedule, config, norms, layout = ctx.schedule, ctx.config, ctx.norms, ctx.layout
         count, dy = len(weights), ndhwc(dy)
-        needs_x, *needs = ctx.needs_input_grad[3:]
+        needs_x, *needs = ctx.needs_input_grad[4:]
         needs_w = needs[:count]
 
         def pass_():
@@ -116,12 +153,12 @@ class _Function(torch.autograd.Function):
             sums = enumerate([w.size(0) for w in weights], len(found))
             return found + [(i, row * c, c) for i, c in sums for row in (2, 3)]
 
-        key = "bwd", needs_x, *needs_w, *ctx.key
+        key = "bwd", needs_x, *needs_w, ctx.key
         (dx,), grads, grads_layout = taped(key, pass_, [dy, x, y, kept, *weights])
         grads = iter(grads_layout.cut(grads, pieces))
         dws = [weight_grad(next(grads), w) if need else None for w, need in zip(weights, needs_w)]
         affine = [p for norm in norms for p in (norm.weight, norm.bias)]
-        return None, None, None, dx, *dws, *(None if p is None else g.to(p.dtype) for p, g in zip(affine, grads))
+        return None, None, None, None, dx, *dws, *(None if p is None else g.to(p.dtype) for p, g in zip(affine, grads))
 
 
 def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
@@ -131,12 +168,15 @@ def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
 
 def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
     """schedule.infer on NDHWC x, packed weights and their records."""
-    key = "infer", *_key(schedule, config, x, packed, [])
+    shapes, precision = tuple([w.shape for w in packed]), input_precision(x.dtype, x.device)
+    key = "infer", schedule.name, config, x.shape, x.dtype, x.device, shapes, precision, forced()
     return taped(key, lambda: ([schedule.infer(x, packed, records, config)], []), [x, *packed, *records])[0][0]
 
 
-def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> Tensor:
-    """Run `schedule` on checked arguments and move the running statistics."""
+def run(
+    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: tuple | None
+) -> Tensor:
+    """Run `schedule` on checked arguments, whose `call_key` is `key`, and move the running statistics."""
     affine = [p for norm in norms for p in (norm.weight, norm.bias)]
     frozen = not any(norm.training for norm in norms)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *affine))
@@ -151,7 +191,8 @@ def run(schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm],
         return y
     if frozen and not grad:
         return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
-    return _Function.apply(schedule, config, norms, x, *weights, *affine)
+    key = key or (object(),)  # of which there is no second
+    return _Function.apply(schedule, config, norms, key, x, *weights, *affine)
 
 
 # --- registered twins, for torch.compile and export ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight, compute_dtype
 from .._norm import Norm, check_norm
 from ._conv import Epilogue, conv, conv_wgrad, pointwise
-from ._fused import SCHEDULES, Config, Schedule, run
+from ._fused import SCHEDULES, Config, Schedule, call_key, passed, remember, run
 from ._gram import expand_stats, gram_bwd
 from ._triton import Operand, bn_bwd_finalise, bn_finalise, why_not
 from .pseudo3d import check_st, join_of, st_bwd, st_fwd, st_infer
@@ -148,30 +148,40 @@ def bottleneck(
     """
     check_activation("x", x)
     check_positive("stride", stride)
-    dtype, weight_dtype = compute_dtype(x)
+    dtypes = compute_dtype(x)
+    weights, norms = [w_reduce, w_s, w_t, w_expand, w_down], [norm_reduce, norm_s, norm_t, norm_expand, norm_down]
+    config = Config(kind, wiring, stride)
+    key = call_key("bottleneck", x, weights, norms, config, *dtypes)
+    if not passed(key):
+        _check(x, *(a for pair in zip(weights, norms) for a in pair), config, dtypes[1])
+        if _backends.choose("bottleneck", x.to(dtypes[0]), lambda _: why_not(x)) == "aten":
+            return reference.bottleneck(
+                x.to(dtypes[0]), w_reduce, norm_reduce, w_s, norm_s, w_t, norm_t, w_expand, norm_expand, w_down,
+                norm_down, kind=kind, wiring=wiring, stride=stride,
+            )  # fmt: skip
+        remember(key)
+    weights, norms = ([a for a in of if a is not None] for of in (weights, norms))
+    return run(SCHEDULES["bottleneck"], x.to(dtypes[0]), weights, norms, config, key)
+
+
+def _check(
+    x, w_reduce, norm_reduce, w_s, norm_s, w_t, norm_t, w_expand, norm_expand, w_down, norm_down, config, weight_dtype
+) -> None:
     check_weight("w_reduce", w_reduce, (None, x.size(1), 1, 1, 1), x, weight_dtype)
     middle = w_reduce.size(0)
     check_norm("norm_reduce", norm_reduce, middle, x)
-    w_st, norm_st = check_st(x, middle, w_s, norm_s, w_t, norm_t, kind, wiring, weight_dtype)
-    check_weight("w_expand", w_expand, (None, w_st[-1].size(0), 1, 1, 1), x, weight_dtype)
+    check_st(x, middle, w_s, norm_s, w_t, norm_t, config, weight_dtype)
+    inner = (w_s if w_t is None else w_t).size(0)
+    check_weight("w_expand", w_expand, (None, inner, 1, 1, 1), x, weight_dtype)
     check_norm("norm_expand", norm_expand, w_expand.size(0), x)
-    weights, norms = [w_reduce, *w_st, w_expand], [norm_reduce, *norm_st, norm_expand]
     if w_down is None:
         if norm_down is not None:
             raise ValueError("norm_down: expected None without w_down, got a Norm")
-        if stride != 1 or w_expand.size(0) != x.size(1):
+        if config.stride != 1 or w_expand.size(0) != x.size(1):
             raise ValueError(
                 f"w_down: expected a weight [{w_expand.size(0)}, {x.size(1)}, 1, 1, 1], since x has {x.size(1)} "
-                f"channels, y {w_expand.size(0)} and stride is {stride}; got None"
+                f"channels, y {w_expand.size(0)} and stride is {config.stride}; got None"
             )
     else:
         check_weight("w_down", w_down, (w_expand.size(0), x.size(1), 1, 1, 1), x, weight_dtype)
         check_norm("norm_down", norm_down, w_expand.size(0), x)
-        weights, norms = [*weights, w_down], [*norms, norm_down]
-    x = x.to(dtype)
-    if _backends.choose("bottleneck", x, lambda _: why_not(x)) == "aten":
-        return reference.bottleneck(
-            x, w_reduce, norm_reduce, w_s, norm_s, w_t, norm_t, w_expand, norm_expand, w_down, norm_down,
-            kind=kind, wiring=wiring, stride=stride,
-        )  # fmt: skip
-    return run(SCHEDULES["bottleneck"], x, weights, norms, Config(kind, wiring, stride))

@@ -21,7 +21,7 @@ from .._checks import check_activation, check_choice, check_weight, compute_dtyp
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
 from ._conv import Epilogue, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
-from ._fused import SCHEDULES, Config, Schedule, run
+from ._fused import SCHEDULES, Config, Schedule, call_key, passed, remember, run
 from ._triton import (
     Operand,
     Plan,
@@ -287,25 +287,24 @@ def check_st(
     norm_s: Norm,
     w_t: Tensor | None,
     norm_t: Norm | None,
-    kind: str,
-    wiring: str,
+    config: Config,
     weight_dtype: torch.dtype | None,
-) -> tuple[list[Tensor], list[Norm]]:
-    """(weights, norms) of S and T, once they are found to fit an input of `channels` channels."""
+) -> None:
+    """Raise TypeError or ValueError unless the weights and norms of S and T fit an input of `channels` channels."""
+    kind = config.kind
     check_choice("kind", kind, KINDS)
-    check_choice("wiring", wiring, WIRINGS)
+    check_choice("wiring", config.wiring, WIRINGS)
     check_weight("w_s", w_s, (None, channels, 1, 3, 3), x, weight_dtype)
     check_norm("norm_s", norm_s, w_s.size(0), x)
     if kind == "2d":
         if w_t is not None or norm_t is not None:
             raise ValueError("w_t, norm_t: expected None for kind '2d', which has no temporal convolution")
-        return [w_s], [norm_s]
+        return
     middle = w_s.size(0)
     check_weight(
         "w_t", w_t, (None if kind == "A" else middle, channels if kind == "B" else middle, 3, 1, 1), x, weight_dtype
     )
     check_norm("norm_t", norm_t, w_t.size(0), x)
-    return [w_s, w_t], [norm_s, norm_t]
 
 
 def pseudo3d_conv(
@@ -344,9 +343,13 @@ def pseudo3d_conv(
     Source: Qiu, Yao, Mei, ICCV 2017, section 3.1; derivation of the backward in docs/derivations.md.
     """
     check_activation("x", x)
-    dtype, weight_dtype = compute_dtype(x)
-    weights, norms = check_st(x, x.size(1), w_s, norm_s, w_t, norm_t, kind, wiring, weight_dtype)
-    x = x.to(dtype)
-    if _backends.choose("pseudo3d_conv", x, lambda _: why_not(x)) == "aten":
-        return reference.pseudo3d_conv(x, w_s, norm_s, w_t, norm_t, kind=kind, wiring=wiring)
-    return run(SCHEDULES["pseudo3d_conv"], x, weights, norms, Config(kind, wiring))
+    dtypes, config = compute_dtype(x), Config(kind, wiring)
+    weights, norms = [w_s, w_t], [norm_s, norm_t]
+    key = call_key("pseudo3d_conv", x, weights, norms, config, *dtypes)
+    if not passed(key):
+        check_st(x, x.size(1), w_s, norm_s, w_t, norm_t, config, dtypes[1])
+        if _backends.choose("pseudo3d_conv", x.to(dtypes[0]), lambda _: why_not(x)) == "aten":
+            return reference.pseudo3d_conv(x.to(dtypes[0]), w_s, norm_s, w_t, norm_t, kind=kind, wiring=wiring)
+        remember(key)
+    weights, norms = ([a for a in of if a is not None] for of in (weights, norms))
+    return run(SCHEDULES["pseudo3d_conv"], x.to(dtypes[0]), weights, norms, config, key)
