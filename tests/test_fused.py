@@ -40,6 +40,34 @@ def test_gradient_of_a_constant(triton_backend, stride):
     assert total("triton") < 2 * total("aten")
 
 
+def test_a_wrong_argument_is_seen_after_calls_that_passed(triton_backend):
+    def norm(channels=8, **others):
+        return Norm(**{"weight": torch.ones(channels), "bias": torch.zeros(channels)} | others)
+
+    good = {
+        "x": torch.randn(1, 4, 2, 5, 5),
+        "w_s": torch.randn(8, 4, 1, 3, 3),
+        "norm_s": norm(),
+        "w_t": torch.randn(8, 8, 3, 1, 1),
+        "norm_t": norm(),
+        "kind": "A",
+    }
+    for _ in range(2):
+        ops.pseudo3d_conv(**good)
+    wrong = {
+        "x": (good["x"].double(), good["x"][:, :3], good["x"][0]),
+        "w_s": (good["w_s"].half(), good["w_s"][:, :, 0], good["w_s"].tolist()),
+        "norm_s": (norm(7), norm(training=False), norm(weight=torch.ones(8, device="meta")), None),
+        "norm_t": (norm(running_mean=torch.zeros(8)), "norm"),
+        "w_t": (None, good["w_t"][:7, :7]),
+        "kind": ("D", ["A"], "2d"),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError)):
+                ops.pseudo3d_conv(**good | {name: value})
+
+
 @pytest.fixture
 def triton_backend():
     with p3d.use_backend("triton"):
