@@ -17,7 +17,7 @@ SCRIPTS = $(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'
 export P3D_BUILD_CUDA ?= $(if $(shell command -v nvcc),1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tritons bench lint format build extension package gpu clean
+.PHONY: help demo test test-tritons kernels bench lint format build extension package gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -38,11 +38,15 @@ build: extension ## the CUDA extension, in place, where nvcc is found; fails on 
 extension: $(READY)
 	$(PY) setup.py -q build_ext --inplace
 
-test: build ## all tests that this machine can run, the GPU's too
+test: build ## all tests that this machine can run, the GPU's too, and `make kernels`
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(MAKE) kernels
 ifndef PYTHON
 	$(MAKE) test-tritons
 endif
+
+kernels: $(READY) ## the Triton kernels of P3D-63, compiled without a GPU; fails on lost products and on spills
+	$(PY) scripts/check_triton.py
 
 # Triton's interpreter changes between releases, so the kernels are run in each one's (on the CPU, also beside a GPU).
 test-tritons: build
