@@ -27,7 +27,7 @@ step() {
     124 | 137) status="out of time ($seconds s)" failed=1 ;;
     *) status=FAILED failed=1 ;;
     esac
-    [ "$status" = passed ] || tail -n 40 "$out/$name.log"
+    [ "$status" = passed ] || { grep -E "^(\[gw[0-9]+\] .*)?(FAILED|ERROR)" "$out/$name.log"; tail -n 40 "$out/$name.log"; }
     report+=$(printf '%-10s %-24s %4d s  %s' "$name" "$status" $((SECONDS - begun)) "$out/$name.log")$'\n'
     [ "$status" = passed ]
 }
@@ -40,7 +40,7 @@ step build "$limit" "$python" setup.py build_ext --inplace &&
     step spills "$limit" "$python" scripts/check_spills.py
 step info 60 "$python" -m p3d_kernels info
 jobs=$(nproc)
-step tests $((limit * 45 / 100)) "$python" -m pytest -n $((jobs > 8 ? 8 : jobs)) -ra "$@"
+step tests $((limit * 45 / 100)) "$python" -m pytest -v -n $((jobs > 8 ? 8 : jobs)) -ra "$@" # -v names a failure at once: time may run out
 # shellcheck disable=SC2086 # the arguments are words
 step bench $((limit > SECONDS + 20 ? limit - SECONDS - 20 : 1)) "$python" -m benchmarks.run $bench
 
