@@ -129,7 +129,7 @@ def _decode_av(path: Path) -> Iterator[tuple[np.ndarray, int]]:
             codec = getattr(stream, "codec_context", None)  # None for a codec that this FFmpeg does not know
             if codec is None or codec.name in _TEXT_CODECS:
                 raise VideoError(f"{path}: expected a video, got a file without a video stream that can be decoded")
-            stream.thread_type = "AUTO"
+            stream.thread_type = "SLICE"  # threads by frame can hang FFmpeg for ever when one stops before the end
             for frame in container.decode(stream):
                 yield frame.to_ndarray(format="rgb24"), stream.frames
     except av.error.FFmpegError as error:

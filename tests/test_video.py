@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import numpy as np
@@ -128,3 +129,13 @@ def test_no_sample_clip(monkeypatch):
     monkeypatch.setattr(video.importlib.metadata, "distribution", missing)
     with pytest.raises(FileNotFoundError, match="--video PATH"):
         sample_clip()
+
+
+def test_stopping_before_the_end_does_not_hang():
+    """FFmpeg's threads by frame sometimes do not end when decoding stops early; it then waits for them for ever."""
+    try:
+        path = sample_clip()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    code = "import sys, torch\nfrom p3d_kernels.video import read_video\nfor _ in range(60): read_video(sys.argv[1], 3)"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=120)
