@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backends import forced
+from .. import _backends
+from .._checks import compute_dtype
 from .._norm import Norm, update_running
 from ._conv import is_packed, pack, pack_weight, weight_grad
-from ._tape import taped
-from ._triton import bn_finalise, input_precision, ndhwc
+from ._tape import keep, taped
+from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,51 +56,63 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
     return [t for n in norms for t in (n.weight, n.bias)] + list(running)
 
 
-def call_key(
-    op: str, x: Tensor, weights: list, norms: list, config: Config, *dtypes: torch.dtype | None
-) -> tuple | None:
-    """All that the checks of a call and the launches of its passes depend on.
+_settled: dict[tuple, object] = {}  # what a checked call depends on -> the key of its tapes
 
-    None for arguments that have no such thing (of a wrong type, or fake ones that only trace): they are checked anew.
-    weights and norms hold None where the op has none; dtypes are `compute_dtype(x)`.
+
+def dispatch(
+    op: str,
+    x: Tensor,
+    weights: list[Tensor | None],
+    norms: list[Norm | None],
+    config: Config,
+    check: Callable[[torch.dtype | None], None],
+    plain: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Run an op: by our kernels where they can, else plain PyTorch. Arguments like those of an earlier call are known.
+
+    Args:
+        op: its name, and that of its schedule.
+        weights, norms: None where the op has none; in the order of the schedule otherwise.
+        check: raises unless all arguments fit; called with the dtype that weights must have (`compute_dtype`).
+        plain: the op in plain PyTorch, of x in the dtype to compute in.
     """
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        layouts = [None if w is None else (*_of(w), w.stride(), w.data_ptr() & 15) for w in weights]
-        modes = [
-            None
-            if n is None
-            else (n.training, n.eps, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
-            + _of(n.num_batches_tracked)
-            for n in norms
-        ]
-        precision = input_precision(dtypes[0], x.device)
-        key = (op, *_of(x), *dtypes, config, precision, forced(), tuple(layouts), tuple(modes))
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError):
-        return None
-    return key
+    dtype, weight_dtype = compute_dtype(x)
+    key, settled = None, None
+    if not torch.compiler.is_compiling():  # what only traces has no addresses
+        try:
+            key = _call_key(op, x, weights, norms, config, dtype, weight_dtype)
+            settled = _settled.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # of a wrong type, or fake: checked anew each time
+            key = None
+    known = settled is not None
+    if not known:
+        check(weight_dtype)
+    x = x.to(dtype)
+    if not known:
+        if _backends.choose(op, x, lambda _: why_not(x)) == "aten":
+            return plain(x)
+        if key is not None:
+            settled = keep(_settled, key, object())
+    present = ([a for a in of if a is not None] for of in (weights, norms))
+    return _run(SCHEDULES[op], x, *present, config, settled)
+
+
+def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
+    """All that the checks of a call and the launches of its passes depend on."""
+    layouts = [None if w is None else (*_of(w), w.stride(), w.data_ptr() & 15) for w in weights]
+    modes = [
+        None
+        if n is None
+        else (n.training, n.eps, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
+        + _of(n.num_batches_tracked)
+        for n in norms
+    ]
+    precision = input_precision(dtype, x.device)
+    return op, *_of(x), dtype, weight_dtype, config, precision, _backends.forced(), tuple(layouts), tuple(modes)
 
 
 def _of(t: Tensor | None) -> tuple:
     return (None,) if t is None else (t.shape, t.dtype, t.device)
-
-
-_passed: set[tuple] = set()
-_LIMIT = 8192
-
-
-def passed(key: tuple | None) -> bool:
-    """Whether a call of this key has been checked before, and goes to our kernels."""
-    return key in _passed
-
-
-def remember(key: tuple | None) -> None:
-    if key is not None:
-        if len(_passed) >= _LIMIT:
-            _passed.clear()
-        _passed.add(key)
 
 
 class _Function(torch.autograd.Function):
@@ -169,14 +182,14 @@ def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
 def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
     """schedule.infer on NDHWC x, packed weights and their records."""
     shapes, precision = tuple([w.shape for w in packed]), input_precision(x.dtype, x.device)
-    key = "infer", schedule.name, config, x.shape, x.dtype, x.device, shapes, precision, forced()
+    key = "infer", schedule.name, config, x.shape, x.dtype, x.device, shapes, precision, _backends.forced()
     return taped(key, lambda: ([schedule.infer(x, packed, records, config)], []), [x, *packed, *records])[0][0]
 
 
-def run(
-    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: tuple | None
+def _run(
+    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: object | None
 ) -> Tensor:
-    """Run `schedule` on checked arguments, whose `call_key` is `key`, and move the running statistics."""
+    """Run `schedule` on checked arguments and move the running statistics. key: that of its tapes, if they have one."""
     affine = [p for norm in norms for p in (norm.weight, norm.bias)]
     frozen = not any(norm.training for norm in norms)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *affine))
@@ -191,7 +204,7 @@ def run(
         return y
     if frozen and not grad:
         return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
-    key = key or (object(),)  # of which there is no second
+    key = key or object()  # of which there is no second
     return _Function.apply(schedule, config, norms, key, x, *weights, *affine)
 
 

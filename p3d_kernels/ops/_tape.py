@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 _plans: dict[tuple, Plan] = {}
-_LIMIT = 8192  # plans or tapes kept: with more shapes than that, start over rather than grow without bound
+_LIMIT = 8192
+
+
+def keep(cache: dict, key: tuple, value):
+    """value, from now on in `cache`: with more shapes than the limit, start over rather than grow without bound."""
+    if len(cache) >= _LIMIT:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 class _Recording(threading.local):
@@ -111,11 +119,7 @@ def current_stream(device_index: int) -> int:
 def plan_for(key: tuple, build: Callable[[], Plan]) -> Plan:
     """The plan kept under `key`, built at first need."""
     plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _LIMIT:
-            _plans.clear()
-        plan = _plans[key] = build()
-    return plan
+    return keep(_plans, key, build()) if plan is None else plan
 
 
 def alloc(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -337,12 +341,10 @@ def taped(
     tape = _tapes.get(key)
     if tape is not None:
         return *tape.run(inputs), tape.kept
-    if len(_tapes) >= _LIMIT:
-        _tapes.clear()
     if next(t for t in inputs if t is not None).is_cuda:
         with _compiling_ahead():
             pass_()
     tape = Tape(pass_, inputs)
     (outputs, kept), tape.first = tape.first, None
-    _tapes[key] = tape
+    keep(_tapes, key, tape)
     return outputs, tape.kept.pack(kept) if kept else None, tape.kept

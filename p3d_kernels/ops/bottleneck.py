@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _backends, reference
-from .._checks import check_activation, check_positive, check_weight, compute_dtype
+from .. import reference
+from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from ._conv import Epilogue, conv, conv_wgrad, pointwise
-from ._fused import SCHEDULES, Config, Schedule, call_key, passed, remember, run
+from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import expand_stats, gram_bwd
-from ._triton import Operand, bn_bwd_finalise, bn_finalise, why_not
+from ._triton import Operand, bn_bwd_finalise, bn_finalise
 from .pseudo3d import check_st, join_of, st_bwd, st_fwd, st_infer
 
 # --- schedule --------------------------------------------------------------------------------------------------------
@@ -148,20 +148,17 @@ def bottleneck(
     """
     check_activation("x", x)
     check_positive("stride", stride)
-    dtypes = compute_dtype(x)
-    weights, norms = [w_reduce, w_s, w_t, w_expand, w_down], [norm_reduce, norm_s, norm_t, norm_expand, norm_down]
     config = Config(kind, wiring, stride)
-    key = call_key("bottleneck", x, weights, norms, config, *dtypes)
-    if not passed(key):
-        _check(x, *(a for pair in zip(weights, norms) for a in pair), config, dtypes[1])
-        if _backends.choose("bottleneck", x.to(dtypes[0]), lambda _: why_not(x)) == "aten":
-            return reference.bottleneck(
-                x.to(dtypes[0]), w_reduce, norm_reduce, w_s, norm_s, w_t, norm_t, w_expand, norm_expand, w_down,
-                norm_down, kind=kind, wiring=wiring, stride=stride,
-            )  # fmt: skip
-        remember(key)
-    weights, norms = ([a for a in of if a is not None] for of in (weights, norms))
-    return run(SCHEDULES["bottleneck"], x.to(dtypes[0]), weights, norms, config, key)
+    weights, norms = [w_reduce, w_s, w_t, w_expand, w_down], [norm_reduce, norm_s, norm_t, norm_expand, norm_down]
+    arguments = [a for pair in zip(weights, norms) for a in pair]
+
+    def check(weight_dtype):
+        _check(x, *arguments, config, weight_dtype)
+
+    def plain(x):
+        return reference.bottleneck(x, *arguments, kind=kind, wiring=wiring, stride=stride)
+
+    return dispatch("bottleneck", x, weights, norms, config, check, plain)
 
 
 def _check(

@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backends, reference
-from .._checks import check_activation, check_choice, check_weight, compute_dtype
+from .. import reference
+from .._checks import check_activation, check_choice, check_weight
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
 from ._conv import Epilogue, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
-from ._fused import SCHEDULES, Config, Schedule, call_key, passed, remember, run
+from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._triton import (
     Operand,
     Plan,
@@ -37,7 +37,6 @@ from ._triton import (
     relu,
     tl,
     triton,
-    why_not,
     write_sums,
 )
 
@@ -343,13 +342,12 @@ def pseudo3d_conv(
     Source: Qiu, Yao, Mei, ICCV 2017, section 3.1; derivation of the backward in docs/derivations.md.
     """
     check_activation("x", x)
-    dtypes, config = compute_dtype(x), Config(kind, wiring)
-    weights, norms = [w_s, w_t], [norm_s, norm_t]
-    key = call_key("pseudo3d_conv", x, weights, norms, config, *dtypes)
-    if not passed(key):
-        check_st(x, x.size(1), w_s, norm_s, w_t, norm_t, config, dtypes[1])
-        if _backends.choose("pseudo3d_conv", x.to(dtypes[0]), lambda _: why_not(x)) == "aten":
-            return reference.pseudo3d_conv(x.to(dtypes[0]), w_s, norm_s, w_t, norm_t, kind=kind, wiring=wiring)
-        remember(key)
-    weights, norms = ([a for a in of if a is not None] for of in (weights, norms))
-    return run(SCHEDULES["pseudo3d_conv"], x.to(dtypes[0]), weights, norms, config, key)
+    config = Config(kind, wiring)
+
+    def check(weight_dtype):
+        check_st(x, x.size(1), w_s, norm_s, w_t, norm_t, config, weight_dtype)
+
+    def plain(x):
+        return reference.pseudo3d_conv(x, w_s, norm_s, w_t, norm_t, kind=kind, wiring=wiring)
+
+    return dispatch("pseudo3d_conv", x, [w_s, w_t], [norm_s, norm_t], config, check, plain)
