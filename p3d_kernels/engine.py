@@ -54,7 +54,8 @@ class Engine(nn.Module):
 
     While the net it was made from lives, the engine follows it: after a change of parameters or running statistics
     (an optimiser's step, `load_state_dict`) the next call packs the weights again. Changes through `.data` are not
-    seen. The net itself is not kept alive.
+    seen. The net itself is not kept alive. An engine that is loaded, copied or moved (`engine.to`) follows no net: move
+    the net first and freeze it then.
 
     With CUDA graphs, the first call of each shape captures one, and later calls replay it; the `graphs` shapes used
     last are kept. Calls from several threads and streams are safe: graphs take turns, in the order of the calls.
