@@ -155,6 +155,84 @@ def write_sums(part, g, z_ptr, record, offsets, mask, tile, c, c_mask, C: tl.con
 _UNALIGNED = ["weight", "bias", "running_mean", "running_var"]  # parameters may be slices of a flat buffer
 
 
+@triton.jit
+def combine_stats(
+    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr
+):
+    """(count, mean, sum of squares about it), float64, of the partial statistics [R, 3, C].
+
+    Chan's combination of all rows at once, about the mean of the first: no cancellation.
+    """
+    rows = tl.arange(0, BLOCK_R)
+    about = tl.load(part + C + c, mask=c_mask, other=0.0)
+    n = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    for start in range(0, R, BLOCK_R * UNROLL):
+        for u in tl.static_range(UNROLL):
+            r = start + u * BLOCK_R + rows
+            mask = (r < R)[:, None] & c_mask[None, :]
+            row = part + r.to(tl.int64)[:, None] * (3 * C) + c[None, :]
+            n_r = tl.load(row, mask=mask, other=0.0)
+            d = tl.where(n_r > 0, tl.load(row + C, mask=mask, other=0.0) - about[None, :], 0.0).to(tl.float64)
+            nd = n_r.to(tl.float64) * d
+            n += n_r.to(tl.float64)
+            first += nd
+            second += nd * d + tl.load(row + 2 * C, mask=mask, other=0.0).to(tl.float64)
+    count = tl.sum(n, 0)
+    shift = tl.sum(first, 0) / count
+    return count, about.to(tl.float64) + shift, relu(tl.sum(second, 0) - count * shift * shift)
+
+
+@triton.jit
+def combine_sums(
+    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr
+):
+    """Both sums, float64, over the rows of the partial sums [R, 2, C]."""
+    rows = tl.arange(0, BLOCK_R)
+    g = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
+    for start in range(0, R, BLOCK_R * UNROLL):
+        for u in tl.static_range(UNROLL):
+            r = start + u * BLOCK_R + rows
+            mask = (r < R)[:, None] & c_mask[None, :]
+            row = part + r.to(tl.int64)[:, None] * (2 * C) + c[None, :]
+            g += tl.load(row, mask=mask, other=0.0).to(tl.float64)
+            gz += tl.load(row + C, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(g, 0), tl.sum(gz, 0)
+
+
+@triton.jit(do_not_specialize=["R", "chunk"])
+def fold_kernel(
+    part,  # [R, 3, C] statistics or [R, 2, C] sums
+    out,  # [programs along 1, 3 or 2, C], each of `chunk` rows of part
+    R,
+    chunk,
+    C: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    begin = tl.program_id(1) * chunk
+    R = tl.minimum(R - begin, chunk)
+    if STATS:
+        part += begin.to(tl.int64) * 3 * C
+        n, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        row = out + tl.program_id(1) * 3 * C + c
+        tl.store(row, n, mask=c_mask)
+        tl.store(row + C, mean, mask=c_mask)
+        tl.store(row + 2 * C, m2, mask=c_mask)
+    else:
+        part += begin.to(tl.int64) * 2 * C
+        g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        row = out + tl.program_id(1) * 2 * C + c
+        tl.store(row, g, mask=c_mask)
+        tl.store(row + C, gz, mask=c_mask)
+
+
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=_UNALIGNED)
 def bn_finalise_kernel(
     record,  # [5, C]
@@ -169,40 +247,26 @@ def bn_finalise_kernel(
     TRAINING: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    if TRAINING:  # Chan's combination of all tiles at once, about the mean of the first: no cancellation
-        rows = tl.arange(0, BLOCK_R)
-        about = tl.load(part + C + c, mask=c_mask, other=0.0).to(tl.float64)
-        n = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-        first = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-        second = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-        for r in range(0, R, BLOCK_R):
-            mask = ((r + rows) < R)[:, None] & c_mask[None, :]
-            row = part + (r + rows).to(tl.int64)[:, None] * (3 * C) + c[None, :]
-            n_r = tl.load(row, mask=mask, other=0.0).to(tl.float64)
-            d = tl.where(n_r > 0, tl.load(row + C, mask=mask, other=0.0) - about[None, :], 0.0)
-            n += n_r
-            first += n_r * d
-            second += n_r * d * d + tl.load(row + 2 * C, mask=mask, other=0.0)
-        count = tl.sum(n, 0)
-        shift = tl.sum(first, 0) / count
-        mean = about + shift
-        m2 = tl.maximum(tl.sum(second, 0) - count * shift * shift, 0.0)
+    scale = tl.full((BLOCK_C,), 1.0, tl.float64)
+    shift = tl.zeros((BLOCK_C,), tl.float64)
+    if weight is not None:
+        scale = tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    if TRAINING:
+        count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
         var = m2 / count
         unbiased = m2 / tl.maximum(count - 1.0, 1.0)
     else:
         mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
         var = tl.load(running_var + c, mask=c_mask, other=1.0).to(tl.float64)
         unbiased = var
-    invstd = 1.0 / tl.sqrt(var + eps)
-    scale = invstd
-    if weight is not None:
-        scale = invstd * tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
-    shift = tl.zeros_like(mean)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    invstd = tl.rsqrt(var + eps)
+    scale *= invstd
     shift += (mean.to(tl.float32).to(tl.float64) - mean) * scale  # what rounding the mean moves u by
     tl.store(record + c, mean.to(tl.float32), mask=c_mask)
     tl.store(record + C + c, scale.to(tl.float32), mask=c_mask)
@@ -222,20 +286,14 @@ def bn_bwd_finalise_kernel(
     TRAINING: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    rows = tl.arange(0, BLOCK_R)
-    g = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-    gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-    for r in range(0, R, BLOCK_R):
-        mask = ((r + rows) < R)[:, None] & c_mask[None, :]
-        row = part + (r + rows).to(tl.int64)[:, None] * (2 * C) + c[None, :]
-        g += tl.load(row, mask=mask, other=0.0)
-        gz += tl.load(row + C, mask=mask, other=0.0)
-    sum_g = tl.sum(g, 0).to(tl.float32)
-    sum_gz = tl.sum(gz, 0).to(tl.float32)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
+    g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+    sum_g = g.to(tl.float32)
+    sum_gz = gz.to(tl.float32)
     c0 = tl.zeros_like(sum_g)
     c1 = tl.zeros_like(sum_g)
     if TRAINING:
@@ -247,83 +305,127 @@ def bn_bwd_finalise_kernel(
     tl.store(sums + 3 * C + c, sum_g, mask=c_mask)
 
 
-def _finalise_tile(rows: int) -> dict:
-    block_r = block(rows, 16, 2048)
-    return {"BLOCK_R": block_r, "BLOCK_C": 4, "num_warps": 16 if block_r > 512 else 8 if block_r > 128 else 4}
-
-
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(
-    part,  # [splits, N], N = CO * TAPS * CI, or more with TAPS = 1
-    out,  # [N], [CO, TAPS, CI] turned to [CO, CI, TAPS]
+    part,  # [splits, N], a row [CO, TAPS, CI]
+    out,  # [CO, CI, TAPS]
     N,
+    CI,
     splits,
     TAPS: tl.constexpr,
-    CI: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(CI, BLOCK_CI)
+    co = tl.program_id(0) // tiles
+    begin = tl.program_id(0) % tiles * BLOCK_CI
+    column = tl.arange(0, BLOCK_T * BLOCK_CI)
+    tap = column // BLOCK_CI
+    ci = begin + column % BLOCK_CI
+    mask = (tap < TAPS) & (ci < CI)
+    n = (co * TAPS + tap) * CI + ci
     rows = tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for r in range(0, splits, BLOCK_R):
-        mask = (r + rows < splits)[:, None] & (n < N)[None, :]
-        acc += tl.load(part + (r + rows).to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
-    to = n // (TAPS * CI) * (TAPS * CI) + n % CI * TAPS + n // CI % TAPS
-    tl.store(out + to, tl.sum(acc, 0), mask=n < N)
+    acc = tl.zeros((BLOCK_R, BLOCK_T * BLOCK_CI), tl.float32)
+    for start in range(0, splits, BLOCK_R):
+        r = start + rows
+        row = part + r.to(tl.int64)[:, None] * N + n[None, :]
+        acc += tl.load(row, mask=(r < splits)[:, None] & mask[None, :], other=0.0)
+    total = tl.trans(tl.reshape(tl.sum(acc, 0), (BLOCK_T, BLOCK_CI)))
+    ci = (begin + tl.arange(0, BLOCK_CI))[:, None]
+    tap = tl.arange(0, BLOCK_T)[None, :]
+    tl.store(out + (co * CI + ci) * TAPS + tap, total, mask=(ci < CI) & (tap < TAPS))
+
+
+def _sum_tile(splits: int, n: int, taps: int) -> dict:
+    """Tiles of 16 KiB or so a step; few outputs are spread over more programs."""
+    block_t = block(taps, 1, 32)
+    block_r = block(splits, 2, 8 if taps > 1 else 64)
+    block_ci = max(16, min(4096 // block_r, block(n // 128, 32, 4096)) // block_t)
+    return {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_CI": block_ci, "num_warps": 8}
 
 
 def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
     """Sum of part [splits, Co * taps * Ci] over splits, in fixed order, as [Co * Ci * taps]."""
     splits, n = part.shape
     out = alloc((n,), part.device)
-    plan = plan_for(
-        ("sum_splits", part.device, splits, n, taps, ci),
-        lambda: Plan(sum_splits_kernel, (cdiv(n, 64),), (n, splits), TAPS=taps, CI=ci, BLOCK_R=16, BLOCK_N=64),
-    )
+    plan = plan_for(("sum_splits", part.device, splits, n, taps, ci), lambda: _sum_plan(splits, n, taps, ci))
     plan(part, out)
     return out
 
 
+def _sum_plan(splits: int, n: int, taps: int, ci: int) -> Plan:
+    if taps == 1:
+        ci = n  # nothing to turn: one row
+    tile = _sum_tile(splits, n, taps)
+    grid = n // (taps * ci) * cdiv(ci, tile["BLOCK_CI"])
+    return Plan(sum_splits_kernel, (grid,), (n, ci, splits), TAPS=taps, **tile)
+
+
+def _finalise_tile(rows: int) -> dict:
+    """An element a thread: 32 bytes of a row to eight threads, so that few sums cross threads."""
+    block_r = block(cdiv(rows, 4), 16, 64)
+    unroll = block(cdiv(rows, block_r), 1, 8)
+    return {"BLOCK_R": block_r, "BLOCK_C": 8, "UNROLL": unroll, "num_warps": block_r // 4}
+
+
+FOLD = 1024  # rows that one launch finalises well: it has a few channels a program
+
+
+def _fold_tile(rows: int) -> tuple[int, dict]:
+    """(rows a program, tile)."""
+    return 8 * cdiv(rows, 8 * 64), {"BLOCK_R": 8, "BLOCK_C": 32, "UNROLL": 8, "num_warps": 8}
+
+
+def fold(part: Tensor) -> Tensor:
+    """The partial statistics [R, 3, C] or sums [R, 2, C]; where R is large, combined to few rows, float64."""
+    rows, kinds, channels = part.shape
+    if rows <= FOLD:
+        return part
+    plan = plan_for(("fold", part.device, part.shape, part.dtype), lambda: _fold_plan(rows, kinds, channels))
+    folded = alloc((plan.grid[1], kinds, channels), part.device, torch.float64)
+    plan(part, folded)
+    return folded
+
+
+def _fold_plan(rows: int, kinds: int, channels: int) -> Plan:
+    chunk, tile = _fold_tile(rows)
+    grid = cdiv(channels, tile["BLOCK_C"]), cdiv(rows, chunk)
+    return Plan(fold_kernel, grid, (rows, chunk), C=channels, STATS=kinds == 3, **tile)
+
+
 def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.device) -> Tensor:
     """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else the running ones."""
+    part = fold(part) if norm.training else None
     record = alloc((5, channels), device)
     rows = part.size(0) if norm.training else 0
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    tensors = norm.weight, norm.bias, *running
+    tensors = part, norm.weight, norm.bias, *running
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     plan = plan_for(
         ("bn_finalise", device, channels, rows, norm.eps, norm.training, dtypes),
-        lambda: Plan(
-            bn_finalise_kernel,
-            (cdiv(channels, 4),),
-            (rows, norm.eps),
-            C=channels,
-            TRAINING=norm.training,
-            **_finalise_tile(rows or 1),
-        ),  # fmt: skip
+        lambda: _finalise_plan(bn_finalise_kernel, channels, rows, norm.eps, norm.training),
     )
-    plan(record, part, *tensors)
+    plan(record, *tensors)
     return record
 
 
 def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool) -> Tensor:
     """[4, C], rows (c0, c1, dweight, dbias), from the partial sums [R, 2, C]; c0 = c1 = 0 unless training."""
+    part = fold(part)
     rows, _, channels = part.shape
     sums = alloc((4, channels), part.device)
     plan = plan_for(
-        ("bn_bwd_finalise", part.device, channels, rows, positions, training),
-        lambda: Plan(
-            bn_bwd_finalise_kernel,
-            (cdiv(channels, 4),),
-            (rows, float(positions)),
-            C=channels,
-            TRAINING=training,
-            **_finalise_tile(rows),
-        ),  # fmt: skip
+        ("bn_bwd_finalise", part.device, channels, rows, positions, training, part.dtype),
+        lambda: _finalise_plan(bn_bwd_finalise_kernel, channels, rows, float(positions), training),
     )
     plan(part, record, sums)
     return sums
+
+
+def _finalise_plan(kernel, channels: int, rows: int, scalar: float, training: bool) -> Plan:
+    tile = _finalise_tile(max(rows, 1))
+    return Plan(kernel, (cdiv(channels, tile["BLOCK_C"]),), (rows, scalar), C=channels, TRAINING=training, **tile)
 
 
 def why_not(x: Tensor) -> str | None:

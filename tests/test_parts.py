@@ -1,0 +1,79 @@
+"""What the kernels leave in parts, added up: statistics, sums of a BN backward, weight gradients."""
+
+import pytest
+import torch
+
+from p3d_kernels import Norm, _backends, use_backend
+from p3d_kernels.ops._triton import FOLD, bn_bwd_finalise, bn_finalise, sum_splits
+
+
+@pytest.fixture(autouse=True)
+def _triton(device):
+    with use_backend("triton"):
+        if why := _backends.why_not("triton", torch.empty(1, device=device)):
+            pytest.skip(why)
+
+
+def statistics(rows: int, channels: int, offset: float, device: torch.device) -> torch.Tensor:
+    """[rows, 3, channels] float64: parts of 64 values and a last one of 17, one empty, the first far from the rest."""
+    std = 0.5 + torch.rand(channels, dtype=torch.float64)
+    part = torch.empty(rows, 3, channels, dtype=torch.float64)
+    part[:, 0], part[-1, 0] = 64, 17
+    part[:, 1] = offset * std + torch.randn(rows, channels, dtype=torch.float64) * std / 8
+    part[0, 1] += 5 * std
+    part[:, 2] = (part[:, 0] - 1) * std**2
+    if rows > 2:
+        part[rows // 2] = 0
+    return part.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [0, 300])
+@pytest.mark.parametrize("rows, channels", [(1, 5), (7, 48), (130, 12), (FOLD + 1, 33)])
+def test_statistics(device, rows, channels, offset, dtype):
+    part = statistics(rows, channels, offset, device).to(dtype)
+    weight, bias = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
+    norm = Norm(weight, bias)
+    n, mean, m2 = part.double().unbind(1)
+    count = n.sum(0)
+    mu = (n * mean).sum(0) / count
+    m2 = (m2 + n * (mean - mu) ** 2).sum(0)
+    std = (m2 / count + norm.eps).sqrt()
+    record = bn_finalise(norm, channels, part, device)
+    assert torch.equal(record, bn_finalise(norm, channels, part, device))
+
+    u = torch.linspace(-3, 3, 101, dtype=torch.float64, device=device)[:, None]
+    got_mean, got_scale, got_bias, got_invstd, unbiased = record.double()
+    ours = (mu + u * std - got_mean) * got_scale + got_bias
+    torch.testing.assert_close(ours, u * weight + bias, rtol=0, atol=3e-6)
+    torch.testing.assert_close(got_invstd, 1 / std, rtol=2e-7, atol=0)
+    torch.testing.assert_close(unbiased, m2 / (count - 1), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("row, reaches", [(1, [0, 1, 2, 3, 4]), (2, [1, 2, 3, 4])])
+@pytest.mark.parametrize("rows", [9, FOLD + 1])
+def test_a_nan_stays_in_its_channel(device, rows, row, reaches):
+    part = statistics(rows, 8, 1, device).float()
+    part[rows - 1, row, 3] = float("nan")
+    nan = bn_finalise(Norm(), 8, part, device).isnan()
+    assert nan[reaches, 3].all() and nan.sum() == nan[:, 3].sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rows, channels", [(1, 5), (130, 12), (FOLD + 1, 33)])
+def test_sums(device, rows, channels, training):
+    part, record = torch.randn(rows, 2, channels, device=device), torch.rand(5, channels, device=device) + 0.5
+    sum_g, sum_gz = part.double().sum(0)
+    invstd = record[3].double()
+    want = [sum_g / 1000 * training, invstd**2 * sum_gz / 1000 * training, invstd * sum_gz, sum_g]
+    got = bn_bwd_finalise(part, record, 1000, training)
+    torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "splits, co, taps, ci", [(1, 1, 1, 64), (3, 1, 1, 70), (37, 5, 1, 33), (5, 3, 3, 7), (19, 5, 9, 33)]
+)
+def test_sum_of_splits(device, splits, co, taps, ci):
+    part = torch.randn(splits, co, taps, ci, device=device)
+    got = sum_splits(part.flatten(1), taps, ci)
+    torch.testing.assert_close(got.view(co, ci, taps).double(), part.double().sum(0).mT, rtol=1e-6, atol=2e-6)
