@@ -13,6 +13,9 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
 
 so da is one kernel with two products. Q is rounded to the dtype, and c is of the rounded Q: over all positions da then
 sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out.
+
+dW and Q are W times a float32 matrix. One launch forms these matrices and what sums over a row of W, one multiplies
+them. For bfloat16 they are split in two, which keeps 16 bits of them; float16 is multiplied in TF32.
 """
 
 from __future__ import annotations
@@ -170,108 +173,202 @@ def gram_dgrad_kernel(
 
 
 @triton.jit
-def gram_wgrad_kernel(
+def store_parts(v, out, offsets, mask, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """v as a sum of PARTS tensors of SIZE elements of the dtype of out: each takes what rounding left of v so far."""
+    for i in tl.static_range(PARTS):
+        rounded = v.to(out.dtype.element_ty)
+        tl.store(out + i * SIZE + offsets, rounded, mask=mask)
+        v -= rounded.to(tl.float32)
+
+
+@triton.jit
+def gram_operands_kernel(
     m_ptr,  # [CO, CI] float32: g^T a
     sum_g,  # [CO]
     gram_ptr,  # [CI, CI] float32: a^T a; None when BN is frozen
     sum_a,  # [CI]
     w_ptr,  # [CO, CI]
     record,  # [5, CO]
-    dw_ptr,  # [CO, CI] float32
-    sums,  # [4, CO] rows (s q, s sum_g / P, dweight, dbias)
+    sums,  # [4, CO] rows (s q, most of |W|, dweight, dbias)
+    dw_ptr,  # [CO, CI] float32, written when BN is frozen
+    centred_ptr,  # [PARTS, CI, CI]: S - sum_a sum_a^T / P
+    qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
+    wg_ptr,  # [blocks of CO, CI]: W^T (s sum_g / P) in parts, with qw
     P,
     CI: tl.constexpr,
     CO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_CO: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    co = tl.program_id(0) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    co_mask = co < CO
-    scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
-    invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
-    g = tl.load(sum_g + co, mask=co_mask, other=0.0)
-    dot_mw = tl.zeros((BLOCK_CO,), tl.float32)
-    for start in range(0, CI, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        offsets = co[:, None] * CI + k[None, :]
-        mask = co_mask[:, None] & (k < CI)[None, :]
-        m = tl.load(m_ptr + offsets, mask=mask, other=0.0)
-        if gram_ptr is not None:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
-            m -= g[:, None] * (tl.load(sum_a + k, mask=k < CI, other=0.0) / P)[None, :]
-        dot_mw += tl.sum(m * tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32), 1)
-    if gram_ptr is None:
-        dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
-    dweight = invstd * dot_mw
-    q = dweight * invstd / P
-    tl.store(sums + co, scale * q, mask=co_mask)
-    tl.store(sums + CO + co, scale * g / P, mask=co_mask)
-    tl.store(sums + 2 * CO + co, dweight, mask=co_mask)
-    tl.store(sums + 3 * CO + co, g, mask=co_mask)
-
-    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    j_mask = j < CI
-    offsets = co[:, None] * CI + j[None, :]
-    mask = co_mask[:, None] & j_mask[None, :]
-    dw = tl.load(m_ptr + offsets, mask=mask, other=0.0)
-    if gram_ptr is not None:  # W (S - sum_a sum_a^T / P), centred before the product
-        a_j = tl.load(sum_a + j, mask=j_mask, other=0.0)
-        wc = tl.zeros((BLOCK_CO, BLOCK_K), tl.float32)
+    BLOCKS: tl.constexpr = (CO + BLOCK_R - 1) // BLOCK_R
+    block = tl.program_id(0)
+    if block < BLOCKS:
+        co = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        co_mask = co < CO
+        scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
+        invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
+        g = tl.load(sum_g + co, mask=co_mask, other=0.0)
+        dot_mw = tl.zeros((BLOCK_R,), tl.float32)
+        most = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(0, CI, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            k_mask = k < CI
-            a_k = tl.load(sum_a + k, mask=k_mask, other=0.0)
-            c = tl.load(gram_ptr + k[:, None] * CI + j[None, :], mask=k_mask[:, None] & j_mask[None, :], other=0.0)
-            c -= a_k[:, None] * (a_j / P)[None, :]
-            w = tl.load(w_ptr + co[:, None] * CI + k[None, :], mask=co_mask[:, None] & k_mask[None, :], other=0.0)
-            wc = tl.dot(w.to(tl.float32), c, wc, input_precision=PRECISION)
-        dw -= g[:, None] * (a_j / P)[None, :] + q[:, None] * wc
-    tl.store(dw_ptr + offsets, scale[:, None] * dw, mask=mask)
+            offsets = co[:, None] * CI + k[None, :]
+            mask = co_mask[:, None] & (k < CI)[None, :]
+            w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            m = tl.load(m_ptr + offsets, mask=mask, other=0.0)
+            if gram_ptr is None:
+                tl.store(dw_ptr + offsets, scale[:, None] * m, mask=mask)
+            else:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
+                m -= g[:, None] * (tl.load(sum_a + k, mask=k < CI, other=0.0) / P)[None, :]
+            dot_mw += tl.sum(m * w, 1)
+            most = tl.maximum(most, tl.max(tl.abs(w), 1))
+            if qw_ptr is not None:
+                tl.store(wg_ptr + block * CI + k, tl.sum(w * (scale * g / P)[:, None], 0), mask=k < CI)
+        if gram_ptr is None:
+            dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
+        dweight = invstd * dot_mw
+        sq = scale * (dweight * invstd / P)
+        tl.store(sums + co, sq, mask=co_mask)
+        tl.store(sums + CO + co, most, mask=co_mask)
+        tl.store(sums + 2 * CO + co, dweight, mask=co_mask)
+        tl.store(sums + 3 * CO + co, g, mask=co_mask)
+        if qw_ptr is not None:
+            for start in range(0, CI, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                offsets = co[:, None] * CI + k[None, :]
+                mask = co_mask[:, None] & (k < CI)[None, :]
+                w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
+    elif gram_ptr is not None:
+        i = (block - BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mean = tl.load(sum_a + i, mask=i < CI, other=0.0) / P
+        for start in range(0, CI, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            offsets = i[:, None] * CI + k[None, :]
+            mask = (i < CI)[:, None] & (k < CI)[None, :]
+            c = tl.load(gram_ptr + offsets, mask=mask, other=0.0)
+            c -= mean[:, None] * tl.load(sum_a + k, mask=k < CI, other=0.0)[None, :]
+            store_parts(c, centred_ptr, offsets, mask, CI * CI, PARTS)
 
 
 @triton.jit
-def gram_q_kernel(
+def q_tile(
+    w_ptr, qw_ptr, sums, wg_ptr, sum_a, q_ptr, q_scale, c_ptr, P, K, tile, j, CI: tl.constexpr, CO: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, WG_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `tile` and columns j of -Q, and what they and their share of wg make of c."""
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_mask = i < CI
+    j_mask = j < CI
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    scale = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        co = start + tl.arange(0, BLOCK_K)
+        co_mask = co < CO
+        w = tl.load(w_ptr + co[None, :] * CI + i[:, None], mask=co_mask[None, :] & i_mask[:, None], other=0.0)
+        for part in tl.static_range(PARTS):
+            offsets = part * CI * CO + j[None, :] * CO + co[:, None]
+            qw = tl.load(qw_ptr + offsets, mask=co_mask[:, None] & j_mask[None, :], other=0.0)
+            acc = tl.dot(w.to(qw.dtype), qw, acc, input_precision=PRECISION)
+            if SCALED:  # no element of the column is larger
+                scale += tl.sum(tl.abs(qw) * tl.load(sums + CO + co, mask=co_mask, other=0.0)[:, None], 0)
+    if SCALED:
+        scale = tl.maximum(scale / 32768.0, 1e-30)
+        acc /= scale[None, :]
+        tl.store(q_scale + j, scale, mask=j_mask)
+    q = acc.to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + i[:, None] * CI + j[None, :], q, mask=i_mask[:, None] & j_mask[None, :])
+    mean = tl.load(sum_a + i, mask=i_mask, other=0.0) / P
+    c = -tl.sum(mean[:, None] * q.to(tl.float32), 0)
+    if SCALED:
+        c *= scale
+    Q_TILES: tl.constexpr = (CI + BLOCK_M - 1) // BLOCK_M
+    SHARE: tl.constexpr = (WG_ROWS + Q_TILES - 1) // Q_TILES  # of wg: the tiles of a column add all of it
+    for start in range(0, SHARE, 16):
+        row = start + tl.arange(0, 16)
+        mask = (row < SHARE) & (tile * SHARE + row < WG_ROWS)
+        offsets = (tile * SHARE + row)[:, None] * CI + j[None, :]
+        c -= tl.sum(tl.load(wg_ptr + offsets, mask=mask[:, None] & j_mask[None, :], other=0.0), 0)
+    tl.store(c_ptr + tile * CI + j, c, mask=j_mask)
+
+
+@triton.jit
+def dw_tile(
+    w_ptr, centred_ptr, sums, m_ptr, sum_g, sum_a, record, dw_ptr, P, K, tile, j, CI: tl.constexpr, CO: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `tile` and columns j of dW = s (M - sum_g sum_a^T / P) - diag(s q) W (S - sum_a sum_a^T / P)."""
+    co = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    co_mask = co < CO
+    j_mask = j < CI
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_mask = k < CI
+        w = tl.load(w_ptr + co[:, None] * CI + k[None, :], mask=co_mask[:, None] & k_mask[None, :], other=0.0)
+        for part in tl.static_range(PARTS):
+            offsets = part * CI * CI + j[None, :] * CI + k[:, None]  # symmetric: read along its rows
+            s = tl.load(centred_ptr + offsets, mask=k_mask[:, None] & j_mask[None, :], other=0.0)
+            acc = tl.dot(w.to(s.dtype), s, acc, input_precision=PRECISION)
+    offsets = co[:, None] * CI + j[None, :]
+    mask = co_mask[:, None] & j_mask[None, :]
+    g = tl.load(sum_g + co, mask=co_mask, other=0.0)
+    scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
+    sq = tl.load(sums + co, mask=co_mask, other=0.0)
+    mean = tl.load(sum_a + j, mask=j_mask, other=0.0) / P
+    dw = tl.load(m_ptr + offsets, mask=mask, other=0.0) - g[:, None] * mean[None, :]
+    tl.store(dw_ptr + offsets, scale[:, None] * dw - sq[:, None] * acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["P", "CI_END", "CO_END"])
+def gram_products_kernel(
     w_ptr,  # [CO, CI]
-    sums,  # [4, CO] of gram_wgrad_kernel
+    centred_ptr,  # of gram_operands_kernel: [PARTS, CI, CI]
+    qw_ptr,  # [PARTS, CI, CO]; None: no Q
+    wg_ptr,  # [WG_ROWS, CI]
+    sums,  # [4, CO]
+    m_ptr,  # [CO, CI] float32: g^T a
+    sum_g,  # [CO]
     sum_a,  # [CI]
+    record,  # [5, CO]
+    dw_ptr,  # [CO, CI] float32
     q_ptr,  # [CI, CI]: -Q / q_scale
-    q_scale,  # [CI], written when SCALED: the most of each column, which keeps Q within float16
-    c_ptr,  # [programs along k, CI]: c in parts
+    q_scale,  # [CI], written when SCALED: keeps each column of Q within float16
+    c_ptr,  # [row tiles of Q, CI]: c in parts
     P,
+    CI_END,  # CI and CO, where loops end: of a loop whose length it knows, ptxas 12.8 may leave out the products
+    CO_END,
     CI: tl.constexpr,
     CO: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
-    BLOCK_CI: tl.constexpr,  # covers CI with SCALED
-    BLOCK_J: tl.constexpr,
-    BLOCK_CO: tl.constexpr,
+    WG_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    j_mask = j < CI
-    k = tl.program_id(1) * BLOCK_CI + tl.arange(0, BLOCK_CI)
-    q = tl.zeros((BLOCK_CI, BLOCK_J), tl.float32)
-    c = tl.zeros((BLOCK_J,), tl.float32)
-    for start in range(0, CO, BLOCK_CO):
-        co = start + tl.arange(0, BLOCK_CO)
-        co_mask = co < CO
-        w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=co_mask[:, None] & j_mask[None, :], other=0.0)
-        w_k = tl.load(w_ptr + co[None, :] * CI + k[:, None], mask=co_mask[None, :] & (k < CI)[:, None], other=0.0)
-        w_j = w_j.to(tl.float32)
-        c -= tl.sum(w_j * tl.load(sums + CO + co, mask=co_mask, other=0.0)[:, None], 0)
-        w_j = -w_j * tl.load(sums + co, mask=co_mask, other=0.0)[:, None]
-        q = tl.dot(w_k.to(tl.float32), w_j, q, input_precision=PRECISION)
-    most = tl.full((BLOCK_J,), 1.0, tl.float32)
-    if SCALED:
-        most = tl.maximum(tl.max(tl.abs(q), 0), 1e-30)
-    q = (q / most[None, :]).to(q_ptr.dtype.element_ty)
-    tl.store(q_ptr + k[:, None] * CI + j[None, :], q, mask=(k < CI)[:, None] & j_mask[None, :])
-    if tl.program_id(1) > 0:
-        c = tl.zeros_like(c)
-    mean_a = tl.load(sum_a + k, mask=k < CI, other=0.0) / P
-    c -= most * tl.sum(mean_a[:, None] * q.to(tl.float32), 0)
-    tl.store(c_ptr + tl.program_id(1) * CI + j, c, mask=j_mask)
-    if SCALED:
-        tl.store(q_scale + j, most, mask=j_mask)
+    COLUMNS: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
+    Q_TILES: tl.constexpr = (CI + BLOCK_M - 1) // BLOCK_M
+    tile = tl.program_id(0) // COLUMNS
+    j = (tl.program_id(0) % COLUMNS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if qw_ptr is None:
+        dw_tile(
+            w_ptr, centred_ptr, sums, m_ptr, sum_g, sum_a, record, dw_ptr, P, CI_END, tile, j, CI, CO,
+            PARTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif tile < Q_TILES:  # the longer sums first
+        q_tile(
+            w_ptr, qw_ptr, sums, wg_ptr, sum_a, q_ptr, q_scale, c_ptr, P, CO_END, tile, j, CI, CO,
+            PARTS, PRECISION, SCALED, WG_ROWS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        dw_tile(
+            w_ptr, centred_ptr, sums, m_ptr, sum_g, sum_a, record, dw_ptr, P, CI_END, tile - Q_TILES, j, CI, CO,
+            PARTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -332,48 +429,65 @@ def gram_bwd(
     m, sum_g = conv_wgrad(Operand("masked", dy, y), x, geometry, totals=True)  # [Co * Ci], [Co]
     gram, sum_a = conv_wgrad(x, x, geometry, totals=True) if norm.training else (None, None)
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
-    key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, kind
-    wgrad, q_plan, dgrad = plan_for(("gram_bwd", *key), lambda: _gram_plans(dy, x, stride, kind))
-    wgrad(m, sum_g, gram, sum_a, w, record, dw, sums)
+    key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind
+    operands, products, dgrad = plan_for(("gram_bwd", *key), lambda: _gram_plans(dy, x, stride, norm.training, needs_x))
+    centred = qw = wg = q = q_scale = c = None
+    if norm.training:
+        centred = alloc((operands.parts, ci, ci), dy.device, operands.dtype)
+        if needs_x:
+            qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.blocks, ci), dy.device)
+            q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
+            c = alloc((products.q_tiles, ci), dy.device)
+    operands(m, sum_g, gram, sum_a, w, record, sums, dw, centred, qw, wg)
+    if norm.training:
+        products(w, centred, qw, wg, sums, m, sum_g, sum_a, record, dw, q, q_scale, c)
     if not needs_x:
         return None, (None, None), dw, sums
-    q = q_scale = c = None
-    if norm.training:
-        q = alloc((ci, ci), dy.device, dy.dtype)
-        q_scale, c = alloc((ci,), dy.device), alloc((q_plan.grid[1], ci), dy.device)
-        q_plan(w, sums, sum_a, q, q_scale, c)
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
     return da, parts, dw, sums
 
 
-def _gram_plans(dy: Tensor, x: Operand, stride: int, kind: str | None) -> tuple[Plan, Plan, Plan]:
-    """The launches of `gram_bwd`: gram_wgrad_kernel, gram_q_kernel, gram_dgrad_kernel."""
+def _gram_plans(dy: Tensor, x: Operand, stride: int, training: bool, needs_x: bool) -> tuple[Plan, Plan, Plan]:
+    """The launches of `gram_bwd`: gram_operands_kernel, gram_products_kernel, gram_dgrad_kernel."""
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
-    wide = dy.dtype == torch.float32
-    precision = "ieee" if wide else "tf32"  # of products of parameter size, whose results meet operands of dtype
-    block_k = block(ci, 16, 64)
-    wgrad = Plan(
-        gram_wgrad_kernel, (cdiv(co, 32), cdiv(ci, block_k)), (float(positions),),
-        CI=ci, CO=co, PRECISION=precision, BLOCK_CO=32, BLOCK_K=block_k,
-    )  # fmt: skip
+    parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
-    q_tile = {"BLOCK_CI": block(ci, 16, 64), "BLOCK_J": block(ci, 16, 64), "BLOCK_CO": 64, "num_warps": 4}
-    if scaled:  # a program sees whole columns
-        q_tile = {"BLOCK_CI": block(ci, 16, 4096), "BLOCK_J": 16, "BLOCK_CO": 32, "num_warps": 8}
-    q = Plan(
-        gram_q_kernel, (cdiv(ci, q_tile["BLOCK_J"]), cdiv(ci, q_tile["BLOCK_CI"])), (float(positions),),
-        CI=ci, CO=co, PRECISION=precision, SCALED=scaled, **q_tile,
+    precision = "ieee" if dy.dtype == torch.float32 else "tf32"
+    tile = _operands_tile(ci)
+    blocks = cdiv(co, tile["BLOCK_R"])
+    operands = Plan(
+        gram_operands_kernel, (blocks + training * cdiv(ci, tile["BLOCK_R"]),), (float(positions),),
+        CI=ci, CO=co, PARTS=parts, **tile,
     )  # fmt: skip
+    operands.blocks, operands.parts, operands.dtype = blocks, parts, torch.bfloat16 if parts > 1 else torch.float32
+    tile = _products_tile(co, ci, dy.dtype)
+    q_tiles = cdiv(ci, tile["BLOCK_M"])
+    products = Plan(
+        gram_products_kernel, ((needs_x * q_tiles + cdiv(co, tile["BLOCK_M"])) * cdiv(ci, tile["BLOCK_N"]),),
+        (float(positions), ci, co), CI=ci, CO=co, PARTS=parts, PRECISION=precision, SCALED=scaled, WG_ROWS=blocks,
+        **tile,
+    )  # fmt: skip
+    products.q_tiles = q_tiles
     tile = _gram_tile(positions, ci, dy.dtype)
     rows = cdiv(positions, tile["BLOCK_P"])
     dgrad = Plan(
         gram_dgrad_kernel, (rows * cdiv(ci, tile["BLOCK_CI"]),), (positions, *x.a.shape[2:], *dy.shape[2:]),
-        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q.grid[1], **tile,
+        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_tiles, **tile,
     )  # fmt: skip
     dgrad.rows = rows
-    return wgrad, q, dgrad
+    return operands, products, dgrad
+
+
+def _operands_tile(ci: int) -> dict:
+    return {"BLOCK_R": 16, "BLOCK_K": block(ci, 16, 256), "num_warps": 8}
+
+
+def _products_tile(co: int, ci: int, dtype: torch.dtype) -> dict:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
 def _gram_tile(positions: int, ci: int, dtype: torch.dtype) -> dict:
