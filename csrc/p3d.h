@@ -12,6 +12,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 namespace p3d {
 
 enum class DType : int { bf16 = 0, fp16 = 1 };
+enum class PixelType : int { bf16 = 0, fp16 = 1, fp32 = 2, uint8 = 3 };
 
 struct ConvShape {
     int64_t frames;        // F = N * T
@@ -96,5 +97,31 @@ int spatial_dgrad_partials(const ConvShape& shape);
 // The same of spatial_wgrad.
 const char* spatial_wgrad_why_not(const ConvShape& shape);
 int spatial_wgrad_partials(const ConvShape& shape);
+
+// The stem of an inference net, y = maxpool(relu((conv(x) - mean) * scale + bias)), in one pass: conv 1x7x7 of stride
+// (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2. Normalised in float32 on the
+// unrounded sum; rounded once.
+//
+// x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
+//       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
+struct StemInfer {
+    int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W
+    int64_t strides[5];                              // of x, in elements: N, Ci, T, H, W
+    PixelType x_type;
+    DType dtype;          // of w and y; sums are float32
+    bool padded;          // the pool is padded by (0, 1, 1) and drops what is left over; else not padded
+                          // and its last windows are cut
+    const void* x;        // [N, Ci, T, H, W] by its strides
+    const void* w;        // [S, 128, 8]  16-byte aligned, laid out as stem_infer.cu says
+    const float* affine;  // [3, 64] rows mean, scale, bias
+    void* y;              // [N, To, Hp, Wp, 64]  16-byte aligned
+    float pixel_scale[4], pixel_bias[4];
+    CUstream_st* stream;
+};
+
+const char* stem_infer(const StemInfer& p);
+
+// Why stem_infer cannot run these sizes (the others of its members are not looked at); nullptr if it can.
+const char* stem_infer_why_not(const StemInfer& p);
 
 }  // namespace p3d
