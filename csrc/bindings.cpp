@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "p3d.h"
 
@@ -25,6 +28,12 @@ p3d::DType dtype(const std::string& name) {
 
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
+}
+
+p3d::PixelType pixel_type(const std::string& name) {
+    if (name == "float32") return p3d::PixelType::fp32;
+    if (name == "uint8") return p3d::PixelType::uint8;
+    return p3d::PixelType(dtype(name));
 }
 
 void check(const char* error) {
@@ -103,6 +112,43 @@ PYBIND11_MODULE(_C, m) {
         py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("a"), py::arg("a_affine"),
         py::arg("partials"), py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "stem_infer",
+        [](uintptr_t x, uintptr_t w, uintptr_t affine, uintptr_t y, int64_t clips, int64_t channels, int64_t frames,
+           int64_t height, int64_t width, const std::array<int64_t, 5>& strides, const std::string& x_type,
+           const std::string& dtype_name, bool padded, const std::vector<float>& pixel_scale,
+           const std::vector<float>& pixel_bias, uintptr_t stream) {
+            p3d::StemInfer p{};
+            p.clips = clips, p.channels = channels, p.frames = frames, p.height = height, p.width = width;
+            std::copy(strides.begin(), strides.end(), p.strides);
+            p.x_type = pixel_type(x_type);
+            p.dtype = dtype(dtype_name);
+            p.padded = padded;
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.affine = pointer<const float>(affine);
+            p.y = pointer<void>(y);
+            std::copy_n(pixel_scale.begin(), std::min<size_t>(pixel_scale.size(), 4), p.pixel_scale);
+            std::copy_n(pixel_bias.begin(), std::min<size_t>(pixel_bias.size(), 4), p.pixel_bias);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::stem_infer(p));
+        },
+        py::arg("x"), py::arg("w"), py::arg("affine"), py::arg("y"), py::arg("clips"), py::arg("channels"),
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("strides"), py::arg("x_type"), py::arg("dtype"),
+        py::arg("padded"), py::arg("pixel_scale"), py::arg("pixel_bias"), py::arg("stream"));
+
+    m.def(
+        "stem_infer_why_not",
+        [](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
+            p3d::StemInfer p{};
+            p.clips = clips, p.channels = channels, p.frames = frames, p.height = height, p.width = width;
+            p.padded = padded;
+            const char* why = p3d::stem_infer_why_not(p);
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+        py::arg("padded"));
 
     auto reason = [&](const char* name, const char* (*why_not)(const p3d::ConvShape&)) {
         m.def(

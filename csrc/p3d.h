@@ -121,7 +121,7 @@ struct StemInfer {
 
 const char* stem_infer(const StemInfer& p);
 
-// Why stem_infer cannot run these sizes (the others of its members are not looked at); nullptr if it can.
+// Why stem_infer cannot run these sizes with this padding, whatever the other members are; nullptr if it can.
 const char* stem_infer_why_not(const StemInfer& p);
 
 }  // namespace p3d

@@ -158,7 +158,7 @@ struct Pixels {
         for (int run = 0; run < kRuns; ++run, source += a.channel_stride)
 #pragma unroll
             for (int i = 0; i < kRun; i += kUnit / 4) {
-                bool wanted = inside && (kLayout == Layout::pixels || run < a.channels);
+                bool wanted = inside && (run == 0 || kCi > 2 || kLayout == Layout::pixels || run < a.channels);
                 uint32_t* out = v + run * kRun + i;
                 if constexpr (kUnit == 16) {
                     uint4 u{};
@@ -214,12 +214,13 @@ struct StageWriter {
     __device__ __forceinline__ int group() const { return lane == 31 ? -1 : lane; }
     __device__ __forceinline__ void open() { barrier_wait(shared.empty(ring.index), ring.parity ^ 1); }
     __device__ __forceinline__ void write(const uint32_t (&own)[4], int channel) {
-        uint32_t u[7];  // pixels 8 g - 4 .. 8 g + 9
-        u[0] = __shfl_sync(~0u, own[2], lane + 31);
-        u[1] = __shfl_sync(~0u, own[3], lane + 31);
+        uint32_t u[7];             // pixels 8 g - 4 .. 8 g + 9
+        int here = thread_here();  // a shuffle looks at its last 5 bits
+        u[0] = __shfl_sync(~0u, own[2], here + 31);
+        u[1] = __shfl_sync(~0u, own[3], here + 31);
 #pragma unroll
         for (int j = 0; j < 4; ++j) u[2 + j] = own[j];
-        u[6] = __shfl_sync(~0u, own[0], lane + 1);
+        u[6] = __shfl_sync(~0u, own[0], here + 1);
         if (lane < kN / 4)
 #pragma unroll
             for (int j = 0; j < 4; ++j)
@@ -238,18 +239,19 @@ struct StageWriter {
 template <typename T, typename In, int kCi, int kN, Layout kLayout>
 __device__ __forceinline__ void produce(const StemArgs& a, const StemShared<kCi, kN>& shared) {
     using Stage = Pixels<T, In, kCi, kLayout>;
-    // Stages in registers, and whether what has just been converted makes room for the next: as far as there are some.
+    // Stages in registers; where that is one, it is converted before it has to wait and the next is on its way.
     constexpr bool kCopied = kLayout == Layout::planes && std::is_same_v<T, In>;
     constexpr int kAhead = (kCopied || sizeof(In) == 1) && Stage::kWords <= 12 ? 2 : 1;
-    constexpr bool kEarly = kLayout == Layout::pixels && std::is_same_v<T, In> && Stage::kWords <= 12;
+    constexpr bool kEarly = kAhead == 1 && kCi < 4;
     StageWriter<kCi, kN> writer(shared);
     Stage ahead[kAhead];
     for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
         Item item(a, index);
         Cursor cursor(a, item, writer.warp, writer.group());
-        bool beside = unsigned(cursor.pixel) >= unsigned(a.width);       // all of a vector
-        if (beside || writer.group() > kN / 4) cursor.row = -(1 << 30);  // as if above the image
-        int left = item.stages();                                        // an even number, to be fetched
+        bool beside = unsigned(cursor.pixel) >= unsigned(a.width);  // a vector lies in the image or beside it
+        if (beside || writer.group() > kN / 4) cursor.row = -(1 << 30);
+
+        int left = item.stages();  // to be fetched, an even number
         auto fetch = [&](Stage& stage) {
             if (left-- <= 0) return;
             stage.load(a, cursor);
@@ -339,10 +341,9 @@ __device__ __forceinline__ void multiply(float (&d)[kN / 2], const uint32_t (&w)
     wgmma_commit();
 }
 
-// h = the maxima over the three columns of each pooled column, and if kJoin over h. d[4 j + 2 m + e] is cout 16 warp +
-// 8 m
-// + lane / 4, column 8 j + 2 (lane % 4) + e. So a thread has both columns 2 q, 2 q + 1 of pooled column q = 4 j + lane
-// % 4, for h[2 j + m], and the third, 2 q + 2 or if padded 2 q - 1, is in the next or the last lane of four.
+// h = the maxima over the three columns of each pooled column, and over h if kJoin. d[4 j + 2 m + e] is cout 16 warp +
+// 8 m + lane / 4, column 8 j + 2 (lane % 4) + e. So a thread has both columns 2 q, 2 q + 1 of pooled column q = 4 j +
+// lane % 4, for h[2 j + m], and the third, 2 q + 2 or if padded 2 q - 1, is in the next or the last lane of four.
 template <int kN, bool kJoin>
 __device__ __forceinline__ void pool_columns(const StemArgs& a, int column, float (&d)[kN / 2], float (&h)[kN / 4]) {
     int lane = threadIdx.x % 32, quad = lane % 4;
@@ -422,8 +423,8 @@ __device__ __forceinline__ void consume(const StemArgs& a, const StemShared<kCi,
     }
 
     float d0[kN / 2], d1[kN / 2];  // the two frames of a row on their way
-    float best[kN / 4],
-        next[kN / 4];  // maxima of a window's rows so far, and of the row that ends it and begins another
+    // Maxima of a window's rows so far; and of the row that ends it and begins the next window.
+    float best[kN / 4], next[kN / 4];
     Ring<Tile::kStages> filled;
     int first = 0, done = 0;  // of the ring: first stage of the row that is multiplied, oldest stage in use
     auto await = [&](int count) {
@@ -440,8 +441,8 @@ __device__ __forceinline__ void consume(const StemArgs& a, const StemShared<kCi,
         await(1);
         multiply<T, kCi, kN>(d0, w, shared, first, 0);
     };
-    // ptxas keeps products apart from what surrounds them only if all are waited for in every turn of the loop, and at
-    // its end; and where maxima are pinned before their sums are replaced.
+    // ptxas lets products run beside other work only if every turn of a loop, and its end, waits for all of them once,
+    // and if what was made of their sums is pinned before the next replace them.
     for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
         Item item(a, index);
         Target target(a, item);

@@ -8,11 +8,12 @@ namespace p3d {
 // d = a * b, or d += a * b where `add`, B being K-major. Register a[i] holds row 16 * warp + 8 * (i % 2) + lane / 4,
 // columns 8 * (i / 2) + 2 * (lane % 4) + {0, 1}; accumulators lie as wgmma.cuh says. A0 to ADD are the numbers of the
 // operands that follow the N / 2 accumulators.
-#define P3D_STEM_WGMMA_ASM(N, TYPE, GROUPS, A0, A1, A2, A3, B, ADD)                                                  \
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %" #ADD ", 0;\n"                                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS "}, {%" #A0 \
-                 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;}"                                          \
-                 : P3D_OPS_##GROUPS                                                                                  \
+#define P3D_STEM_WGMMA_ASM(N, TYPE, GROUPS, A0, A1, A2, A3, B, ADD)                                     \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %" #ADD                                             \
+                 ", 0;\n"                                                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
+                 "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;}"                 \
+                 : P3D_OPS_##GROUPS                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
 
 #define P3D_STEM_WGMMA(N, GROUPS, A0, A1, A2, A3, B, ADD)                                                         \

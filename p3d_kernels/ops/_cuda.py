@@ -6,11 +6,14 @@ A tensor's "affine" is float32 [3, C], rows mean, scale and bias: u = (z - mean)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .. import _backends
+from .. import _backends, reference
 from ._tape import NativePlan, alloc, plan_for
+from .max_pool import out_sizes
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -206,3 +209,91 @@ def spatial_wgrad(
     part = alloc((plan.rows, co * 9 * ci), g.device)
     plan(g, z, record, sums, a, a_record, part)
     return part
+
+
+STEM_COUTS = 64
+_PIXELS = {**_DTYPES, torch.float32: "float32", torch.uint8: "uint8"}
+
+
+def stem_pack(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w [64, Ci, 1, 7, 7] as the registers of `stem_infer` take it, [steps, 128, 8] (csrc/stem_infer.cu says how)."""
+    co, ci = w.shape[:2]
+    taps = w.new_zeros((co, max(2, ci), 8, 8))  # rows and columns of the window; a row of zeros, a column before it
+    taps[:, :ci, :7, 1:] = w.detach()[:, :, 0]
+    steps = [torch.stack([taps[:, c, kh], taps[:, c + 1, kh]], 1) for c in range(0, ci - 1, 2) for kh in range(7)]
+    if ci == 1:
+        steps = [torch.stack([taps[:, 0, kh], taps[:, 1, kh]], 1) for kh in range(7)]
+    elif ci % 2:
+        steps += [taps[:, ci - 1, kh : kh + 2] for kh in range(0, 8, 2)]
+    # cout = 16 warp + 8 m + row, k = 8 half + 2 quad + e; lane = 4 row + quad; register 2 half + m
+    packed = torch.stack(steps).view(len(steps), 4, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 4, 2, 6)
+    return packed.reshape(len(steps), 128, 8).to(dtype)
+
+
+def stem_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | None:
+    """Why `stem_infer` cannot run clips x to Co channels of `dtype` on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"stem_infer: dtype {dtype} (expected bfloat16 or float16)"
+    if x.dtype not in _PIXELS:
+        return f"stem_infer: pixels of {x.dtype} (expected float32, float16, bfloat16 or uint8)"
+    if co != STEM_COUTS:
+        return f"stem_infer: {co} output channels (expected {STEM_COUTS})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.stem_infer_why_not(*x.shape, _padded(wiring))
+
+
+def _padded(wiring: str) -> bool:
+    return wiring == "port"
+
+
+def stem_infer(
+    x: Tensor,  # [N, Ci, T, H, W], any strides
+    w_packed: Tensor,  # [steps, 128, 8], from `stem_pack`
+    record: Tensor,  # [3, 64] or more rows
+    wiring: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """max_pool(relu((conv(u) - mean) * scale + bias)), conv 1x7x7 of stride (1, 2, 2), `record` the affine; one pass.
+
+    u is x in the dtype of w_packed, or of uint8 frames (x / 255 - mean) / std, a number each a channel, rounded to it;
+    the padding is zero after that. float32 accumulation and normalisation, one rounding. Fastest where x lies in planes
+    or pixel by pixel, rows are multiples of 8 pixels and everything is 16-byte aligned. An infinity or NaN in the clip
+    also reaches outputs one position beside those whose window it lies in; -inf is 0 where the scale is 0.
+
+    Returns:
+        [N, 64, To, Ho, Wo] channels_last_3d, in the dtype of w_packed. Runs give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `stem_why_not` says), or CUDA failed.
+    """
+    dtype = w_packed.dtype
+    n, ci, *sizes = x.shape
+    if x.dtype not in _PIXELS or dtype not in _DTYPES:
+        raise ValueError(f"x, w_packed: expected pixels and bfloat16 or float16, got {x.dtype}, {dtype}")
+    steps = {1: 7, 2: 7, 3: 11, 4: 14}.get(ci)
+    if w_packed.shape != (steps, 128, 8) or not w_packed.is_contiguous() or w_packed.data_ptr() % 16:
+        raise ValueError(f"w_packed: expected what stem_pack makes for {ci} channels, got {list(w_packed.shape)}")
+    _check_rows("record", record, 3, STEM_COUTS)
+    if (x.dtype == torch.uint8) != (mean is not None and std is not None) or (mean is None) != (std is None):
+        raise ValueError("mean, std: expected both of uint8 frames, none of others")
+    if mean is not None and not len(mean) == len(std) == ci:
+        raise ValueError(f"mean, std: expected {ci} numbers, got {len(mean)}, {len(std)}")
+    mean, std = tuple(mean or [0.0] * ci), tuple(std or [1.0] * ci)
+    sizes[1:] = [(s - 1) // 2 + 1 for s in sizes[1:]]
+    y = alloc((n, STEM_COUTS, *out_sizes(sizes, **reference.stem_pool(wiring))), x.device, dtype)
+    if y.numel() == 0:
+        return y
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        scale, bias = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+        rest = *x.shape, x.stride(), _PIXELS[x.dtype], _DTYPES[dtype], _padded(wiring), scale, bias
+        return NativePlan(lambda stream, *addresses: native.stem_infer(*addresses, *rest, stream))
+
+    key = "stem_infer", x.shape, x.stride(), x.dtype, x.device, dtype, wiring, mean, std
+    plan_for(key, build)(x, w_packed, record, y)
+    return y

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
 from .._norm import Norm, check_norm, update_running
+from . import _cuda
 from ._stem import channels_last, stem_bwd, stem_conv, stem_fwd, stem_pack
 from ._triton import MAX_POSITIONS, empty_ndhwc
 from .max_pool import out_sizes, pool_fwd
@@ -118,14 +122,41 @@ def why_not(backend: str, x: Tensor, w: Tensor) -> str | None:
     return None
 
 
-def pack_stem_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w [Co, Ci, 1, 7, 7] packed once for `stem_infer`, in `dtype`: for clips in planes and for NDHWC memory."""
-    return torch.stack([stem_pack(w, dtype, False), stem_pack(w, dtype, True)])
+class StemWeight(NamedTuple):
+    """What `pack_stem_weight` makes."""
+
+    triton: Tensor  # for clips in planes and for NDHWC memory
+    cuda: Tensor | None  # where the Hopper kernel takes the weight
 
 
-def stem_infer(x: Tensor, w_packed: Tensor, record: Tensor, wiring: str = "author") -> Tensor:
-    """The stem with a weight from `pack_stem_weight` and a BN record [5, Co] (see `_triton.py`); no gradient."""
-    a, _ = stem_conv(x, w_packed[int(channels_last(x))], record.size(1), record, False)
+def pack_stem_weight(w: Tensor, dtype: torch.dtype) -> StemWeight:
+    """w [Co, Ci, 1, 7, 7] packed once for `stem_infer`, in `dtype`."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    fits = half and w.size(0) == _cuda.STEM_COUTS and w.size(1) <= 4
+    triton = torch.stack([stem_pack(w, dtype, False), stem_pack(w, dtype, True)])
+    return StemWeight(triton, _cuda.stem_pack(w, dtype) if fits else None)
+
+
+def stem_infer(
+    x: Tensor,
+    w_packed: StemWeight,
+    record: Tensor,
+    wiring: str = "author",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """The stem with a weight from `pack_stem_weight` and a BN record [5, Co] (see `_triton.py`); no gradient.
+
+    x may also be uint8 frames, with `mean` and `std` a channel: the stem of (x / 255 - mean) / std.
+    """
+    packed, dtype = w_packed.cuda, w_packed.triton.dtype
+    if packed is not None and _backends.forced() != "triton" and _backends.why_not("cuda", packed) is None:
+        if _cuda.stem_why_not(x, dtype, record.size(1), wiring) is None:
+            return _cuda.stem_infer(x, packed, record, wiring, mean, std)
+    if x.dtype == torch.uint8:
+        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1, 1) for v in (mean, std))
+        x = ((x / 255 - mean) / std).to(dtype)
+    a, _ = stem_conv(x, w_packed.triton[int(channels_last(x))], record.size(1), record, False)
     return pool_fwd(a, **reference.stem_pool(wiring))[0]
 
 

@@ -1,0 +1,260 @@
+"""The Hopper kernel of the inference stem against float64: sizes, dtypes, layouts, wirings, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import p3d_kernels as p3d
+from p3d_kernels import _backends, reference
+from p3d_kernels.ops import _cuda
+from p3d_kernels.ops.stem import pack_stem_weight, stem_infer
+from tolerance import check
+
+HALVES = (torch.bfloat16, torch.float16)
+PIXELS = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)
+MEAN, STD = (0.43, 0.39, 0.37, 0.5), (0.23, 0.21, 0.22, 0.25)
+# N, Ci, T, H, W: one tile of each width and several, strips, cut windows, odd and small sizes, 1 to 4 channels.
+SIZES = [
+    (1, 3, 2, 16, 16),
+    (1, 3, 16, 160, 160),
+    (2, 3, 5, 37, 53),
+    (40, 3, 4, 20, 24),
+    (2, 3, 15, 111, 113),
+    (1, 3, 8, 112, 112),
+    (3, 3, 4, 30, 128),
+    (2, 3, 3, 224, 224),
+    (1, 3, 2, 17, 700),
+    (1, 3, 2, 5, 5),
+    (2, 2, 16, 160, 160),
+    (1, 2, 3, 21, 300),
+    (2, 1, 4, 33, 47),
+    (1, 4, 4, 40, 56),
+    (1, 4, 3, 19, 250),
+]
+
+
+def _names(shape):
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernel(request):
+    if "gpu" in request.keywords:
+        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
+        if why:
+            pytest.skip(why)
+
+
+def _pixels(shape, dtype):
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def _laid_out(x, layout):
+    """The same clip in other memory."""
+    if layout == "ndhwc":
+        return x.to(memory_format=torch.channels_last_3d)
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.size(-1) + 16)
+    view = {
+        "planes": wide[..., : x.size(-1)].contiguous(),
+        "cropped": wide[..., 16 : 16 + x.size(-1)],
+        "shifted": wide[..., 1 : 1 + x.size(-1)],
+        "strided": wide[..., : 2 * x.size(-1) : 2],
+        "frames last": wide.new_zeros(*x.shape[:2], *x.shape[3:], x.size(2)).permute(0, 1, 4, 2, 3),
+    }[layout]
+    return view.copy_(x)
+
+
+def _weight(ci):
+    return torch.randn(64, ci, 1, 7, 7, device="cuda") / (49 * ci) ** 0.5
+
+
+def _record():
+    """mean, scale of either sign, bias."""
+    return torch.stack([0.3 * torch.randn(64), torch.randn(64), 0.5 * torch.randn(64)]).cuda()
+
+
+def _statistics(x):
+    return (MEAN[: x.size(1)], STD[: x.size(1)]) if x.dtype == torch.uint8 else (None, None)
+
+
+def _run(x, w, record, wiring, dtype):
+    return _cuda.stem_infer(x, _cuda.stem_pack(w, dtype), record, wiring, *_statistics(x))
+
+
+def _pool(u, wiring):
+    geometry = reference.stem_pool(wiring)
+    return reference.max_pool(u, **geometry)
+
+
+def _reference(x, w, record, wiring, dtype):
+    if x.dtype == torch.uint8:
+        mean, std = (torch.tensor(v, device="cuda").view(1, -1, 1, 1, 1) for v in _statistics(x))
+        x = (x / 255 - mean) / std
+    z = F.conv3d(x.to(dtype).double(), w.to(dtype).double(), stride=(1, 2, 2), padding=(0, 3, 3))
+    mean, scale, bias = (row.double().view(1, -1, 1, 1, 1) for row in record)
+    return _pool(torch.relu((z - mean) * scale + bias), wiring)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+@pytest.mark.parametrize("layout", ["planes", "ndhwc"])
+@pytest.mark.parametrize("shape", SIZES, ids=_names)
+def test_sizes(shape, layout, wiring, dtype):
+    x, w, record = _laid_out(_pixels(shape, dtype), layout), _weight(shape[1]), _record()
+    y = _run(x, w, record, wiring, dtype)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last_3d)
+    check(y, _reference(x, w, record, wiring, dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["planes", "ndhwc", "cropped", "shifted", "strided", "frames last"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pixels_and_layouts(channels, pixels, dtype, layout):
+    w, record = _weight(channels), _record()
+    for width, wiring in ((72, "author"), (45, "port")):
+        x = _laid_out(_pixels((2, channels, 3, 22, width), pixels), layout)
+        check(_run(x, w, record, wiring, dtype), _reference(x, w, record, wiring, dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_channels_far_from_zero(wiring):
+    x, w, record = _pixels((2, 3, 4, 40, 48), torch.bfloat16) + 20, _weight(3), _record()
+    record[0] = 20 * w.bfloat16().float().sum((1, 2, 3, 4))
+    check(_run(x, w, record, wiring, torch.float16), _reference(x, w, record, wiring, torch.float16), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+@pytest.mark.parametrize("width", [48, 45])
+def test_what_is_not_finite_stays_near_its_pixel(width, wiring, value):
+    x, w, record = _pixels((2, 3, 4, 40, width), torch.bfloat16), _weight(3), _record()
+    hit = torch.zeros(2, 1, 4, 40, width, device="cuda")
+    for n, c, t, h, column in ((0, 1, 1, 0, 0), (0, 2, 2, 21, 20), (1, 0, 3, 39, width - 1), (1, 2, 0, 12, 31)):
+        x[n, c, t, h, column], hit[n, 0, t, h, column] = value, 1
+    y = _run(x, w, record, wiring, torch.bfloat16)
+    clean = _run(x.where(hit == 0, 0), w, record, wiring, torch.bfloat16)
+    # A window, and the pixel before it, which meets a zero weight.
+    near = F.conv3d(F.pad(hit, (4, 3, 3, 3)), torch.ones(1, 1, 1, 7, 8, device="cuda"), stride=(1, 2, 2))
+    near = (_pool(near, wiring) > 0).expand_as(y)
+    assert (_reference(x, w, record, wiring, torch.bfloat16).isfinite() | ~y.isfinite()).all()
+    assert (y.isfinite() | near).all() and torch.equal(y[~near], clean[~near])
+    if value != value:
+        assert _reference(x, w, record, wiring, torch.bfloat16).isnan().any()
+
+
+@pytest.mark.gpu
+def test_the_order_of_maximum_and_normalisation_is_the_channel_s_own():
+    x, w, record = _pixels((1, 3, 4, 32, 40), torch.bfloat16), _weight(3), _record()
+    record[1, :8], record[2, 4:8] = 0, -1
+    y = _run(x, w, record, "author", torch.bfloat16)
+    check(y, _reference(x, w, record, "author", torch.bfloat16), torch.bfloat16)
+    assert torch.equal(y[0, :4], record[2, :4].relu().bfloat16().view(-1, 1, 1, 1).expand_as(y[0, :4]))
+    assert (y[0, 4:8] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+def test_runs_are_equal_and_a_batch_is_its_clips(pixels):
+    x, w, record = _pixels((37, 3, 6, 44, 56), pixels), _weight(3), _record()
+    y = _run(x, w, record, "port", torch.bfloat16)
+    assert torch.equal(_run(x, w, record, "port", torch.bfloat16), y)
+    for n in (0, 36):  # planned otherwise, but every output is the same sum
+        assert torch.equal(_run(x[n : n + 1], w, record, "port", torch.bfloat16), y[n : n + 1])
+
+
+@pytest.mark.gpu
+def test_a_graph_can_hold_it():
+    x, w, record = _pixels((2, 3, 4, 40, 48), torch.bfloat16), _cuda.stem_pack(_weight(3), torch.bfloat16), _record()
+    expected = _cuda.stem_infer(x, w, record, "author")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = _cuda.stem_infer(x, w, record, "author")
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_pixels():
+    """The last of 1,800 clips must come out as it does alone."""
+    x = torch.empty(1800, 3, 16, 160, 160, device="cuda", dtype=torch.uint8)
+    x[-1:] = _pixels((1, *x.shape[1:]), torch.uint8)
+    w, record = _weight(3), _record()
+    y = _run(x, w, record, "author", torch.bfloat16)[-1:]
+    assert torch.equal(y, _run(x[-1:], w, record, "author", torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_the_op_takes_it(wiring):
+    w, record = _weight(3), torch.cat([_record(), torch.ones(2, 64, device="cuda")])
+    packed = pack_stem_weight(w, torch.bfloat16)
+    for dtype in PIXELS:
+        x = _pixels((2, 3, 4, 40, 48), dtype)
+        y = stem_infer(x, packed, record, wiring, *_statistics(x))
+        assert torch.equal(y, _run(x, w, record, wiring, torch.bfloat16))
+        with p3d.use_backend("triton"):
+            check(y, stem_infer(x, packed, record, wiring, *_statistics(x)).double(), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_an_empty_batch():
+    y = _run(_pixels((0, 3, 4, 40, 48), torch.bfloat16), _weight(3), _record(), "author", torch.bfloat16)
+    assert y.shape == (0, 64, 2, 10, 12)
+
+
+@pytest.mark.gpu
+def test_native_reasons():
+    x = torch.empty(1, 5, 2, 16, 16, device="cuda", dtype=torch.bfloat16)
+    assert "channels" in _cuda.stem_why_not(x, torch.bfloat16, 64, "port")
+    assert "pool" in _cuda.stem_why_not(x[:, :3, :1], torch.bfloat16, 64, "port")
+    assert _cuda.stem_why_not(x[:, :3], torch.bfloat16, 64, "port") is None
+    assert _cuda.stem_why_not(x[:, :3, :1], torch.bfloat16, 64, "author") is None
+
+
+def test_reasons():
+    x = torch.empty(1, 3, 2, 16, 16)
+    assert "float32" in _cuda.stem_why_not(x, torch.float32, 64, "author")
+    assert "float64" in _cuda.stem_why_not(x.double(), torch.float16, 64, "author")
+    assert "32 output channels" in _cuda.stem_why_not(x, torch.float16, 32, "author")
+
+
+def test_arguments_are_checked_before_any_launch():
+    x, w = torch.zeros(1, 3, 2, 16, 16), torch.zeros(11, 128, 8, dtype=torch.float16)
+    record, frames, ones = torch.zeros(5, 64), x.to(torch.uint8), (1.0, 1.0, 1.0)
+
+    def run(x=x, w=w, record=record, *statistics):
+        _cuda.stem_infer(x, w, record, "author", *statistics)
+
+    for wrong, message in (
+        ({"x": x.double()}, "x, w_packed: expected"),
+        ({"w": w.float()}, "x, w_packed: expected"),
+        ({"x": x[:, :2]}, "w_packed: expected .* 2 channels"),
+        ({"x": x.expand(1, 3, 2, 16, 16).repeat(1, 2, 1, 1, 1)}, "w_packed: expected .* 6 channels"),
+        ({"w": w[:7]}, "w_packed: expected"),
+        ({"w": w.transpose(1, 2).contiguous().transpose(1, 2)}, "w_packed: expected"),
+        ({"record": record[:2]}, r"record: expected float32 \[3, 64\]"),
+        ({"x": frames}, "mean, std: expected both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**wrong)
+    with pytest.raises(ValueError, match="mean, std: expected both"):
+        run(x, w, record, ones, ones)
+    with pytest.raises(ValueError, match="mean, std: expected 3 numbers"):
+        run(frames, w, record, ones[:2], ones)
+
+
+def test_packing_holds_every_weight_once():
+    for channels in (1, 2, 3, 4):
+        w = torch.arange(1, 64 * channels * 49 + 1, dtype=torch.float32).view(64, channels, 1, 7, 7)
+        packed = _cuda.stem_pack(w, torch.float32)
+        assert packed.shape == ({1: 7, 2: 7, 3: 11, 4: 14}[channels], 128, 8)
+        assert torch.equal(packed[packed > 0].sort().values, w.flatten())
