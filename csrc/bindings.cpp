@@ -26,6 +26,14 @@ p3d::DType dtype(const std::string& name) {
     throw py::value_error("dtype: expected bfloat16 or float16, got " + name);
 }
 
+p3d::Join join(const std::string& name) {
+    if (name == "relu") return p3d::Join::relu;
+    if (name == "relu_add") return p3d::Join::relu_add;
+    if (name == "add_relu") return p3d::Join::add_relu;
+    if (name == "mean_relu") return p3d::Join::mean_relu;
+    throw py::value_error("join: expected relu, relu_add, add_relu or mean_relu, got " + name);
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
 }
@@ -173,4 +181,39 @@ PYBIND11_MODULE(_C, m) {
     rows("spatial_conv_partials", p3d::spatial_conv_partials);
     rows("spatial_dgrad_partials", p3d::spatial_dgrad_partials);
     rows("spatial_wgrad_partials", p3d::spatial_wgrad_partials);
+
+    m.def(
+        "tail_infer",
+        [](uintptr_t x, uintptr_t o, uintptr_t r, uintptr_t w_t, uintptr_t w_e, uintptr_t w_r, uintptr_t affine_t,
+           uintptr_t affine_e, uintptr_t affine_r, uintptr_t y, uintptr_t z, int64_t clips, int64_t time, int64_t frame,
+           int64_t channels, const std::string& join_name, const std::string& dtype_name, uintptr_t stream) {
+            p3d::TailInfer p{};
+            p.shape = {clips, time, frame, channels};
+            p.dtype = dtype(dtype_name);
+            p.join = join(join_name);
+            p.x = pointer<const void>(x);
+            p.o = pointer<const void>(o);
+            p.r = pointer<const void>(r);
+            p.w_t = pointer<const void>(w_t);
+            p.w_e = pointer<const void>(w_e);
+            p.w_r = pointer<const void>(w_r);
+            p.affine_t = pointer<const float>(affine_t);
+            p.affine_e = pointer<const float>(affine_e);
+            p.affine_r = pointer<const float>(affine_r);
+            p.y = pointer<void>(y);
+            p.z = pointer<void>(z);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::tail_infer(p));
+        },
+        py::arg("x"), py::arg("o"), py::arg("r"), py::arg("w_t"), py::arg("w_e"), py::arg("w_r"), py::arg("affine_t"),
+        py::arg("affine_e"), py::arg("affine_r"), py::arg("y"), py::arg("z"), py::arg("clips"), py::arg("time"),
+        py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "tail_infer_why_not",
+        [](int64_t clips, int64_t time, int64_t frame, int64_t channels) {
+            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"));
 }

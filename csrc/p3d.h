@@ -124,4 +124,44 @@ const char* stem_infer(const StemInfer& p);
 // Why stem_infer cannot run these sizes with this padding, whatever the other members are; nullptr if it can.
 const char* stem_infer_why_not(const StemInfer& p);
 
+// The tail of one bottleneck and the head of the next, for inference. Positions are n, t and p = h * W + w:
+//
+//     t[n,t,p,:] = join(bn(sum over dt of w_t[:,dt,:] x[n,t+dt-1,p,:]), o[n,t,p,:])   rounded; outside a clip x is zero
+//     y[n,t,p,:] = relu(bn(w_e t[n,t,p,:]) + r[n,t,p,:])                              rounded
+//     z[n,t,p,:] = relu(bn(w_r y[n,t,p,:]))                                           rounded; if w_r is given
+//
+// bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels.
+enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3 };
+// relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2)
+
+struct TailShape {
+    int64_t clips;     // N
+    int64_t time;      // T
+    int64_t frame;     // H * W
+    int64_t channels;  // m
+};
+
+struct TailInfer {
+    TailShape shape;
+    DType dtype;  // of activations and weights; sums are float32
+    Join join;
+    const void* x;          // [N, T, H, W, m]  16-byte aligned, as all pointers are
+    const void* o;          // [N, T, H, W, m], may be x; nullptr with Join::relu
+    const void* r;          // [N, T, H, W, 4m]
+    const void* w_t;        // [m, 3, m]
+    const void* w_e;        // [4m, m]
+    const void* w_r;        // [m, 4m]; or nullptr
+    const float* affine_t;  // [3, m] rows mean, scale, bias
+    const float* affine_e;  // [3, 4m]
+    const float* affine_r;  // [3, m] with w_r
+    void* y;                // [N, T, H, W, 4m]
+    void* z;                // [N, T, H, W, m] with w_r
+    CUstream_st* stream;
+};
+
+const char* tail_infer(const TailInfer& p);
+
+// Why tail_infer cannot run this shape; nullptr if it can.
+const char* tail_infer_why_not(const TailShape& shape);
+
 }  // namespace p3d

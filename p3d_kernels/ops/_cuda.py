@@ -297,3 +297,79 @@ def stem_infer(
     key = "stem_infer", x.shape, x.stride(), x.dtype, x.device, dtype, wiring, mean, std
     plan_for(key, build)(x, w_packed, record, y)
     return y
+
+
+def tail_why_not(x_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Why the tail's kernel cannot run for x [N, M, T, H, W] on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"tail_infer: dtype {dtype} (expected bfloat16 or float16)"
+    n, m, t, h, w = x_shape
+    native = _backends.native()
+    return native if isinstance(native, str) else native.tail_infer_why_not(n, t, h * w, m)
+
+
+def _check_matrix(name: str, w: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if w.dtype != dtype or tuple(w.shape) != shape:
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {w.dtype} {list(w.shape)}")
+    if not w.is_contiguous() or w.data_ptr() % 16:
+        raise ValueError(f"{name}: expected contiguous memory of 16-byte alignment")
+
+
+def tail_infer(
+    x: Tensor,  # [N, M, T, H, W]
+    o: Tensor | None,  # like x, or x itself
+    join: str,
+    residual: Tensor,  # [N, 4M, T, H, W]
+    w_t: Tensor,  # [M, 3, M]
+    record_t: Tensor,  # [3, M] or more rows
+    w_e: Tensor,  # [4M, M]
+    record_e: Tensor,  # [3, 4M] or more rows
+    w_r: Tensor | None = None,  # [M, 4M]
+    record_r: Tensor | None = None,  # [3, M] or more rows
+) -> tuple[Tensor, Tensor | None]:
+    """The tail of a bottleneck in inference and the reduce of the next, in one pass: (y, z).
+
+    u = bn(T x), a 3x1x1 convolution of stride 1 and padding 1; t is relu(u) (`join` "relu", o None), relu(u) + o
+    ("relu_add"), relu(u + o) ("add_relu") or relu(u / 2 + o / 2) ("mean_relu"); y = relu(bn(E t) + residual);
+    z = relu(bn(R y)), or None without w_r. bn is the affine of a record. t, y and z are rounded to the dtype, sums are
+    float32. Runs of the same shape give the same bits.
+
+    Returns:
+        y [N, 4M, T, H, W] and z [N, M, T, H, W], channels_last_3d.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `tail_why_not` says), or CUDA failed.
+    """
+    n, m, t, h, w = x.shape
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
+    if join not in ("relu", "relu_add", "add_relu", "mean_relu") or (join == "relu") != (o is None):
+        raise ValueError(f"join, o: expected relu without o, or relu_add, add_relu or mean_relu with it, got {join!r}")
+    if (w_r is None) != (record_r is None):
+        raise ValueError("w_r, record_r: expected both or neither")
+    _check_activation("x", x, x.shape, x.dtype)
+    if o is not None:
+        _check_activation("o", o, x.shape, x.dtype)
+    _check_activation("residual", residual, (n, 4 * m, t, h, w), x.dtype)
+    layers = [("t", w_t, (m, 3, m), record_t), ("e", w_e, (4 * m, m), record_e), ("r", w_r, (m, 4 * m), record_r)]
+    for name, weight, shape, record in layers:
+        if weight is not None:
+            _check_matrix(f"w_{name}", weight, shape, x.dtype)
+            _check_rows(f"record_{name}", record, 3, shape[0])
+
+    y = alloc((n, 4 * m, t, h, w), x.device, x.dtype)
+    z = None if w_r is None else alloc(tuple(x.shape), x.device, x.dtype)
+    if x.numel() == 0:
+        return y, z
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        sizes = n, t, h * w, m, join, _DTYPES[x.dtype]
+        return NativePlan(lambda stream, *addresses: native.tail_infer(*addresses, *sizes, stream))
+
+    plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, join), build)
+    plan(x, o, residual, w_t, w_e, w_r, record_t, record_e, record_r, y, z)
+    return y, z

@@ -1,0 +1,624 @@
+// The tail of one bottleneck and the head of the next in one pass, for inference:
+//
+//     t = join(bn(T x), o)      3x1x1, m -> m channels, rounded, never stored
+//     y = relu(bn(E t) + r)     1x1x1, m -> 4m, rounded and stored
+//     z = relu(bn(R y))         1x1x1, 4m -> m of the next block, rounded and stored; or absent
+//
+// Positions are the rows of the matrix unit and channels its columns, so that a product's accumulators, normalised and
+// packed, are the next product's operand as they lie in the registers: t and y go from product to product there. A
+// warpgroup owns 64 positions of a clip's T * H * W at a time, a *unit*: taps are the same positions H * W before and
+// after, and zero before the clip's first and past its last, which is where the copy engine fills in zeros. y is made
+// 64 channels at a time, a *slice*, and added up into z at once.
+//
+// One box of 64 positions by 64 channels is 8 KB of shared memory, rows of 128 bytes, swizzled. A unit reads, through a
+// ring of such boxes: the taps before, after and at its positions; o, unless it is x; the slices of r. A slice of y
+// takes the place of its slice of r, element by element, and is stored from there; z has a place of its own. Every warp
+// stores the 16 positions that it computed, so the warps of a unit wait for each other in the matrix unit alone.
+//
+// Weights are boxes in the order of their use: T by tap and 64 channels, then E and R by turns, slice by slice.
+//   m = 64    88 KB stay in shared memory
+//   m = 128   352 KB pass through a ring, from the second-level cache, once for both warpgroups of a block
+//
+// A block is persistent: a warpgroup of producers, one thread for each of the rings, and two that compute. They take
+// units by turns and share nothing but weights: one multiplies while the other normalises.
+//
+// Fragments. Accumulator d[4 j + 2 m + e] of a thread is row 16 warp + 8 m + lane / 4, column 8 j + 2 (lane % 4) + e.
+// Operand register a[i] of step k (16 columns) holds the pair of that row for m = i % 2, j = 2 k + i / 2: so
+// a[i] = pack(d[4 (2 k + i / 2) + 2 (i % 2)], the one after it). ldmatrix and stmatrix give and take the same four
+// registers if matrix i lies at rows 16 warp + 8 (i % 2) and 16-byte piece 2 k + i / 2 of a box.
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+
+#include "p3d.h"
+#include "spatial_plan.h"
+#include "tile.cuh"
+#include "wgmma.cuh"
+
+namespace p3d {
+namespace {
+
+constexpr int kUnit = 64;                      // positions
+constexpr int kBoxBytes = kUnit * kChunk * 2;  // of activations
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8), "registers of the block");
+
+struct TailMaps {
+    CUtensorMap x, o, r;        // [N, T * H * W, C], read in boxes of a unit
+    CUtensorMap y, z;           // likewise, written in boxes of a warp's 16 positions
+    CUtensorMap w_t, w_e, w_r;  // [m, 3 * m], [4 m, m], [m, 4 m], in boxes of m, 64, m rows
+};
+
+struct TailArgs {
+    const float* affine_t;  // [3, m]
+    const float* affine_e;  // [3, 4m]
+    const float* affine_r;  // [3, m]
+    Join join;
+    bool own_o;  // o has boxes of its own; else it is x
+    int frame;   // positions of a frame, H * W
+    int clip_units, turns;
+};
+
+// Where everything lies in shared memory, weights first.
+template <int kMid, bool kReduce>
+struct Layout {
+    static constexpr int kChunks = kMid / kChunk, kSlices = 4 * kChunks;
+    static constexpr int kItems = 3 * kChunks + (kReduce ? 2 : 1) * kSlices;  // of weights, for one unit
+    static constexpr int kItemBytes = kMid * kChunk * 2;
+    static constexpr bool kResident = kMid == kChunk;
+    static constexpr int kStages = kResident ? kItems : 4;
+    static constexpr int kStaged = kReduce ? kChunks * kBoxBytes : 0;  // z of one warpgroup
+    static constexpr int kAffineBytes = (kMid + 4 * kMid + kMid) * 8;
+    static constexpr int kFixed = kStages * (kItemBytes + 16) + 2 * kStaged + kAffineBytes;
+    static constexpr int kSlots = (kSharedLimit - kFixed) / (2 * (kBoxBytes + 16));  // of one warpgroup
+    static constexpr int kBytes = kFixed + 2 * kSlots * (kBoxBytes + 16);
+    static_assert(kSlots >= kChunks + 3,
+                  "a ring holds the centre tap, a slice that is stored and one that is computed");
+
+    uint32_t weights, slots, staging, affine, barriers;
+
+    __device__ __forceinline__ explicit Layout(const void* base)
+        : weights(shared_address(base)),
+          slots(weights + kStages * kItemBytes),
+          staging(slots + 2 * kSlots * kBoxBytes),
+          affine(staging + 2 * kStaged),
+          barriers(affine + kAffineBytes) {}
+};
+
+// ---- Instructions that no other kernel uses.
+
+// d = a * b or, with kAdd, d += a * b; A in registers, B K-major: the rows of its box are columns of d.
+#define P3D_TAIL_ASM(N, TYPE, GROUPS, A0, A1, A2, A3, B, ADD)                                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
+                 "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", %" #ADD ", 1, 1, 0;"            \
+                 : P3D_OPS_##GROUPS                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd))
+#define P3D_TAIL_WGMMA(N, GROUPS, A0, A1, A2, A3, B, ADD)                                                    \
+    template <typename T, int kAdd>                                                                          \
+    __device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) { \
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                                      \
+            P3D_TAIL_ASM(N, "bf16", GROUPS, A0, A1, A2, A3, B, ADD);                                         \
+        else                                                                                                 \
+            P3D_TAIL_ASM(N, "f16", GROUPS, A0, A1, A2, A3, B, ADD);                                          \
+    }
+P3D_TAIL_WGMMA(64, 8, 32, 33, 34, 35, 36, 37)
+P3D_TAIL_WGMMA(128, 16, 64, 65, 66, 67, 68, 69)
+
+__device__ __forceinline__ void load_fragment(uint32_t (&v)[4], uint32_t source) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(source)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_fragment(uint32_t target, const uint32_t (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_affine(uint32_t source) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(source));
+    return v;
+}
+
+__device__ __forceinline__ void store_affine(uint32_t target, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+// pack(relu(a), relu(b)); NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_relu(float a, float b) {
+    uint32_t v;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    else
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    return v;
+}
+
+// Stores a box to memory as a group of its own; what lies outside the tensor is left out.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(i0), "r"(i1), "r"(i2)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's stored boxes have still to be read from shared memory.
+template <int kPending>
+__device__ __forceinline__ void store_wait() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+    if constexpr (kMore)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- Rings.
+
+// Slots in shared memory that are filled, used and freed in one order. Its barriers come in pairs: filled, emptied.
+struct Ring {
+    uint32_t slots, barriers;
+    int bytes, count;
+    int index = 0, freed = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ Ring(uint32_t slots, uint32_t barriers, int bytes, int count)
+        : slots(slots), barriers(barriers), bytes(bytes), count(count) {}
+
+    __device__ __forceinline__ uint32_t full() const { return barriers + 16 * index; }
+    __device__ __forceinline__ uint32_t slot() const { return slots + bytes * index; }
+    __device__ __forceinline__ void advance(bool resident = false) {
+        if (++index == count) index = 0, parity ^= !resident;
+    }
+    // Of a producer: waits until the next slot is empty and announces the bytes to come.
+    __device__ __forceinline__ void claim() const {
+        barrier_wait(full() + 8, parity ^ 1);
+        barrier_expect(full(), bytes);
+    }
+    // Of consumers: waits for the next slot's contents. What stays where it is keeps the parity of its first turn.
+    __device__ __forceinline__ uint32_t take(bool resident = false) {
+        barrier_wait(full(), parity);
+        uint32_t address = slot();
+        advance(resident);
+        return address;
+    }
+    __device__ __forceinline__ void free(bool leader) {
+        if (leader) barrier_arrive(barriers + 16 * freed + 8);
+        if (++freed == count) freed = 0;
+    }
+};
+
+template <typename Place>
+__device__ __forceinline__ Ring activations(const Place& place, int group) {
+    return {place.slots + group * Place::kSlots * kBoxBytes,
+            place.barriers + 16 * (Place::kStages + group * Place::kSlots), kBoxBytes, Place::kSlots};
+}
+
+template <typename Place>
+__device__ __forceinline__ Ring weight_items(const Place& place) {
+    return {place.weights, place.barriers, Place::kItemBytes, Place::kStages};
+}
+
+struct Unit {
+    int clip, position;  // past the last clip there is nothing: the copy engine reads zeros and writes nothing
+
+    __device__ __forceinline__ Unit(const TailArgs& a, int turn, int group) {
+        int unit = 2 * turn + group;
+        clip = unit / a.clip_units;
+        position = (unit - clip * a.clip_units) * kUnit;
+    }
+};
+
+// ---- Producers.
+
+template <int kMid, bool kReduce>
+__device__ __forceinline__ void produce_activations(const TailMaps& maps, const TailArgs& a,
+                                                    const Layout<kMid, kReduce>& place, int group) {
+    using Place = Layout<kMid, kReduce>;
+    Ring ring = activations(place, group);
+    auto bring = [&](const CUtensorMap& map, int channel, int position, int clip) {
+        ring.claim();
+        copy_box(ring.slot(), map, ring.full(), channel, position, clip);
+        ring.advance();
+    };
+    for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
+        Unit unit(a, turn, group);
+#pragma unroll 1
+        for (int tap = 0; tap < 3; ++tap)  // before, after, centre
+#pragma unroll 1
+            for (int c = 0; c < kMid; c += kChunk)
+                bring(maps.x, c, unit.position + (tap == 0 ? -a.frame : tap == 1 ? a.frame : 0), unit.clip);
+        if (a.own_o)
+            for (int c = 0; c < kMid; c += kChunk) bring(maps.o, c, unit.position, unit.clip);
+#pragma unroll 1
+        for (int c = 0; c < 4 * kMid; c += kChunk) bring(maps.r, c, unit.position, unit.clip);
+    }
+}
+
+template <int kMid, bool kReduce>
+__device__ __forceinline__ void produce_weights(const TailMaps& maps, const TailArgs& a,
+                                                const Layout<kMid, kReduce>& place) {
+    using Place = Layout<kMid, kReduce>;
+    Ring ring = weight_items(place);
+    for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
+#pragma unroll 1
+        for (int tap = 0; tap < 3; ++tap)  // of w_t: 0 before, 1 centre, 2 after
+#pragma unroll 1
+            for (int c = 0; c < kMid; c += kChunk) {
+                ring.claim();
+                copy_box(ring.slot(), maps.w_t, ring.full(), (tap == 0 ? 0 : 3 - tap) * kMid + c, 0, 0);
+                ring.advance();
+            }
+#pragma unroll 1
+        for (int slice = 0; slice < Place::kSlices; ++slice) {
+            ring.claim();
+            for (int c = 0; c < Place::kChunks; ++c)
+                copy_box(ring.slot() + c * kBoxBytes, maps.w_e, ring.full(), c * kChunk, slice * kChunk, 0);
+            ring.advance();
+            if (!kReduce) continue;
+            ring.claim();
+            copy_box(ring.slot(), maps.w_r, ring.full(), slice * kChunk, 0, 0);
+            ring.advance();
+        }
+        if (Place::kResident) return;
+    }
+}
+
+// ---- Consumers.
+
+// Pairs of neighbouring channels of one affine [3, C] as (scale, scale, shift, shift), shift = bias - mean * scale: the
+// sums are float32, so centring them first would keep no digits that they have not lost.
+__device__ __forceinline__ void prepare_affine(uint32_t target, const float* affine, int channels, int thread) {
+#pragma unroll 1
+    for (int pair = thread; pair < channels / 2; pair += 256) {
+        auto row = [&](int i) { return reinterpret_cast<const float2*>(affine + i * channels)[pair]; };
+        float2 mean = row(0), scale = row(1), bias = row(2);
+        store_affine(target + 16 * pair,
+                     {scale.x, scale.y, fmaf(-mean.x, scale.x, bias.x), fmaf(-mean.y, scale.y, bias.y)});
+    }
+}
+
+// The affine of a thread's columns, fetched while their sums are still being formed.
+template <int kGroups>
+struct Columns {
+    float4 v[kGroups];
+
+    __device__ __forceinline__ explicit Columns(uint32_t source) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) v[j] = load_affine(source + 64 * j);
+    }
+    __device__ __forceinline__ void apply(float (&d)[4 * kGroups]) const {
+#pragma unroll
+        for (int i = 0; i < 4 * kGroups; ++i)
+            d[i] = i % 2 ? fmaf(d[i], v[i / 4].y, v[i / 4].w) : fmaf(d[i], v[i / 4].x, v[i / 4].z);
+    }
+};
+
+// The pair of accumulators that becomes register i of step k.
+__device__ constexpr int first_of(int k, int i) { return 4 * (2 * k + i / 2) + 2 * (i % 2); }
+
+template <typename T, Join kJoin, int kCount, int kSteps>
+__device__ __forceinline__ void join(uint32_t (&t)[kSteps][4], const float (&d)[kCount],
+                                     const uint32_t (&other)[kSteps][4]) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float a = d[first_of(k, i)], b = d[first_of(k, i) + 1];
+            float2 o = unpack<T>(other[k][i]);
+            if constexpr (kJoin == Join::relu) t[k][i] = pack_relu<T>(a, b);
+            if constexpr (kJoin == Join::relu_add) t[k][i] = pack<T>(relu(a) + o.x, relu(b) + o.y);
+            if constexpr (kJoin == Join::add_relu) t[k][i] = pack_relu<T>(a + o.x, b + o.y);
+            if constexpr (kJoin == Join::mean_relu)
+                t[k][i] = pack_relu<T>(0.5f * a + 0.5f * o.x, 0.5f * b + 0.5f * o.y);
+        }
+}
+
+// d (+)= a * w, w the boxes of one item.
+template <typename T, bool kAdd, int kCount, int kSteps>
+__device__ __forceinline__ void multiply(float (&d)[kCount], const uint32_t (&a)[kSteps][4], uint32_t w) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        uint64_t b = swizzled_descriptor(w + k / 4 * kBoxBytes + k % 4 * 32, 8 * 128);
+        if (!kAdd && k == 0)
+            wgmma_registers<T, 0>(d, a[k], b);
+        else
+            wgmma_registers<T, 1>(d, a[k], b);
+    }
+}
+
+template <typename T, int kMid, bool kReduce>
+__device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a, const Layout<kMid, kReduce>& place,
+                                        int group) {
+    using Place = Layout<kMid, kReduce>;
+    constexpr int kChunks = Place::kChunks, kSlices = Place::kSlices;
+    constexpr bool kResident = Place::kResident;
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    bool leader = lane == 0;
+    Ring ring = activations(place, group), weights = weight_items(place);
+    uint32_t staging = place.staging + group * Place::kStaged;
+    // This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
+    uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
+    uint32_t affine_t = place.affine + 16 * (lane % 4);  // of this thread's columns; group j is at 64 j
+    uint32_t affine_e = affine_t + 8 * kMid, affine_r = affine_e + 32 * kMid;
+
+    bool held = false;  // the box stored last still holds a slot
+    auto store = [&](const CUtensorMap& map, uint32_t source, int channel, const Unit& unit, bool slot) {
+        fence_proxy_async();
+        __syncwarp();
+        if (leader) {
+            store_box(map, source + warp * 16 * 128, channel, unit.position + 16 * warp, unit.clip);
+            store_wait<1>();
+        }
+        if (held) ring.free(leader);
+        held = slot;
+    };
+    for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
+        Unit unit(a, turn, group);
+
+        // T. Of the boxes of x, those at the centre are kept for the join.
+        float d[kMid / 2];
+        uint32_t o[kChunks];
+#pragma unroll
+        for (int i = 0; i < kMid / 2; ++i) d[i] = 0;
+        wgmma_pin(d);
+#pragma unroll
+        for (int i = 0; i < 3 * kChunks; ++i) {
+            uint32_t x = ring.take(), w = weights.take(kResident);
+            if (i == 0 && held) {  // without z: the last slice of the unit before
+                if (leader) store_wait<0>();
+                ring.free(leader);
+                held = false;
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kChunk / 16; ++k)
+                wgmma<T, 0>(d, swizzled_descriptor(x + 32 * k, 8 * 128), swizzled_descriptor(w + 32 * k, 8 * 128));
+            wgmma_commit();
+            if (i >= 2 * kChunks) o[i - 2 * kChunks] = x;
+            if (i == 0) continue;
+            wgmma_wait<1>();  // the item before this one has been read
+            if (i <= 2 * kChunks) ring.free(leader);
+            if (!kResident) weights.free(leader);
+        }
+        if (a.own_o)
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) o[c] = ring.take();
+        uint32_t other[kMid / 16][4] = {}, t[kMid / 16][4];
+        if (a.join != Join::relu)
+#pragma unroll
+            for (int k = 0; k < kMid / 16; ++k) load_fragment(other[k], (o[k / 4] + mine) ^ (k % 4 * 32));
+        {
+            Columns<kMid / 8> columns(affine_t);
+            wgmma_wait<0>();
+            wgmma_pin(d);
+            columns.apply(d);
+        }
+        if (!kResident) weights.free(leader);
+        if (a.join == Join::relu)
+            join<T, Join::relu>(t, d, other);
+        else if (a.join == Join::relu_add)
+            join<T, Join::relu_add>(t, d, other);
+        else if (a.join == Join::add_relu)
+            join<T, Join::add_relu>(t, d, other);
+        else
+            join<T, Join::mean_relu>(t, d, other);
+        __syncwarp();
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) ring.free(leader);
+        if (a.own_o)
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) ring.free(leader);
+
+        // E and R, a slice of y at a time.
+        float e[kChunk / 2], z[kMid / 2];
+        uint32_t y[kChunk / 16][4];
+        if constexpr (kReduce) {
+#pragma unroll
+            for (int i = 0; i < kMid / 2; ++i) z[i] = 0;
+            wgmma_pin(z);
+        }
+#pragma unroll 1
+        for (int slice = 0; slice < kSlices; ++slice) {
+            uint32_t w = weights.take(kResident);
+            wgmma_fence();
+            multiply<T, false>(e, t, w);
+            wgmma_commit();
+            uint32_t slot = ring.take(), r[kChunk / 16][4];
+#pragma unroll
+            for (int k = 0; k < kChunk / 16; ++k) load_fragment(r[k], (slot + mine) ^ (32 * k));
+            Columns<kChunk / 8> columns(affine_e + 8 * kChunk * slice);
+            wgmma_wait<0>();
+            wgmma_pin(e);
+            if (!kResident) weights.free(leader);
+            if (!kResident && kReduce && slice > 0) weights.free(leader);
+            columns.apply(e);
+#pragma unroll
+            for (int k = 0; k < kChunk / 16; ++k) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float2 residual = unpack<T>(r[k][i]);
+                    y[k][i] = pack_relu<T>(e[first_of(k, i)] + residual.x, e[first_of(k, i) + 1] + residual.y);
+                }
+                store_fragment((slot + mine) ^ (32 * k), y[k]);
+            }
+            if constexpr (kReduce) {
+                w = weights.take(kResident);
+                wgmma_fence();
+                multiply<T, true>(z, y, w);
+                wgmma_commit();
+            }
+            store(maps.y, slot, slice * kChunk, unit, true);
+        }
+        if constexpr (kReduce) {
+            Columns<kMid / 8> columns(affine_r);
+            wgmma_wait<0>();
+            wgmma_pin(z);
+            if (!kResident) weights.free(leader);
+            columns.apply(z);
+            __syncwarp();  // the leader has seen the z of the unit before leave
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+                for (int k = 4 * c; k < 4 * c + 4; ++k) {
+                    uint32_t v[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) v[i] = pack_relu<T>(z[first_of(k, i)], z[first_of(k, i) + 1]);
+                    store_fragment((staging + c * kBoxBytes + mine) ^ (k % 4 * 32), v);
+                }
+                store(maps.z, staging + c * kBoxBytes, c * kChunk, unit, false);
+            }
+        }
+    }
+    if (leader) store_wait<0>();
+}
+
+template <typename T, int kMid, bool kReduce>
+__global__ void __launch_bounds__(kThreads, 1)
+    tail_infer_kernel(const __grid_constant__ TailMaps maps, const __grid_constant__ TailArgs a) {
+    using Place = Layout<kMid, kReduce>;
+    extern __shared__ __align__(1024) char memory[];
+    Place place(memory);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Place::kStages + 2 * Place::kSlots; ++i) {
+            barrier_init(place.barriers + 16 * i, 1);
+            barrier_init(place.barriers + 16 * i + 8, i < Place::kStages ? 8 : 4);  // the warps that use a slot
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
+    if (warp < 4) {
+        set_registers<kProducerRegisters, false>();
+        if (threadIdx.x % 32) return;
+        if (warp < 2)
+            produce_activations<kMid, kReduce>(maps, a, place, warp);
+        else if (warp == 2)
+            produce_weights<kMid, kReduce>(maps, a, place);
+    } else {
+        set_registers<kConsumerRegisters, true>();
+        int thread = threadIdx.x - 128;
+        prepare_affine(place.affine, a.affine_t, kMid, thread);
+        prepare_affine(place.affine + 8 * kMid, a.affine_e, 4 * kMid, thread);
+        if (kReduce) prepare_affine(place.affine + 40 * kMid, a.affine_r, kMid, thread);
+        named_sync(1, 256);
+        consume<T, kMid, kReduce>(maps, a, place, warp / 4 - 1);
+    }
+}
+
+// ---- Host.
+
+// A packed tensor [outer, rows, columns], read or written in boxes of 64 columns by `box` rows.
+const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, int64_t outer, int64_t rows, int64_t columns,
+                       int box) {
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    }();
+    if (!encode) return "tail_infer: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
+    cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(outer)};
+    cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
+    cuuint32_t boxes[] = {kChunk, cuuint32_t(box), 1}, steps[] = {1, 1, 1};
+    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    CUresult result =
+        encode(&map, type, 3, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : fail("tail_infer: cuTensorMapEncodeTiled failed with %d", int(result));
+}
+
+template <typename T, int kMid, bool kReduce>
+const char* launch(const TailMaps& maps, const TailArgs& args, int blocks, cudaStream_t stream) {
+    auto kernel = tail_infer_kernel<T, kMid, kReduce>;
+    constexpr int kBytes = Layout<kMid, kReduce>::kBytes;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error == cudaSuccess) {
+        kernel<<<blocks, kThreads, kBytes, stream>>>(maps, args);
+        error = cudaGetLastError();
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T>
+const char* launch(const TailMaps& maps, const TailArgs& args, bool wide, bool reduce, int blocks,
+                   cudaStream_t stream) {
+    if (wide)
+        return reduce ? launch<T, 128, true>(maps, args, blocks, stream)
+                      : launch<T, 128, false>(maps, args, blocks, stream);
+    return reduce ? launch<T, 64, true>(maps, args, blocks, stream) : launch<T, 64, false>(maps, args, blocks, stream);
+}
+
+int64_t clip_units(const TailShape& s) { return (s.time * s.frame + kUnit - 1) / kUnit; }
+
+}  // namespace
+
+const char* tail_infer_why_not(const TailShape& s) {
+    using Long = long long;
+    if (s.channels != 64 && s.channels != 128)
+        return fail("tail_infer: channels: expected 64 or 128, whose sums fit in registers, got %lld",
+                    Long(s.channels));
+    if (std::min({s.clips, s.time, s.frame}) < 1 || double(s.time) * double(s.frame) > 1 << 29)
+        return fail("tail_infer: expected N, T, H * W of at least 1 and T * H * W up to 2^29, got %lld, %lld, %lld",
+                    Long(s.clips), Long(s.time), Long(s.frame));
+    if (double(s.clips) * double(clip_units(s)) > 1 << 30)
+        return fail("tail_infer: expected up to 2^30 times 64 positions, got N, T, H * W = %lld, %lld, %lld",
+                    Long(s.clips), Long(s.time), Long(s.frame));
+    return nullptr;
+}
+
+const char* tail_infer(const TailInfer& p) {
+    if (const char* reason = tail_infer_why_not(p.shape)) return reason;
+    if ((p.join == Join::relu) != !p.o) return "tail_infer: expected o with every join but relu";
+    if (bool(p.w_r) != bool(p.z) || bool(p.w_r) != bool(p.affine_r))
+        return "tail_infer: expected w_r, affine_r and z, or none of them";
+    int device, processors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+
+    int64_t clips = p.shape.clips, length = p.shape.time * p.shape.frame, m = p.shape.channels;
+    TailMaps maps{};
+    TailArgs args{};
+    args.affine_t = p.affine_t;
+    args.affine_e = p.affine_e;
+    args.affine_r = p.affine_r;
+    args.join = p.join;
+    args.own_o = p.o && p.o != p.x;
+    args.frame = int(p.shape.frame);
+    args.clip_units = int(clip_units(p.shape));
+    args.turns = int((clips * args.clip_units + 1) / 2);
+    const char* failed = nullptr;
+    auto encode = [&](CUtensorMap& map, const void* base, int64_t outer, int64_t rows, int64_t columns, int64_t box) {
+        if (!failed) failed = tensor_map(map, base, p.dtype, outer, rows, columns, int(box));
+    };
+    encode(maps.x, p.x, clips, length, m, kUnit);
+    if (args.own_o) encode(maps.o, p.o, clips, length, m, kUnit);
+    encode(maps.r, p.r, clips, length, 4 * m, kUnit);
+    encode(maps.y, p.y, clips, length, 4 * m, 16);
+    encode(maps.w_t, p.w_t, 1, m, 3 * m, m);
+    encode(maps.w_e, p.w_e, 1, 4 * m, m, kChunk);
+    if (p.w_r) {
+        encode(maps.z, p.z, clips, length, m, 16);
+        encode(maps.w_r, p.w_r, 1, m, 4 * m, m);
+    }
+    if (failed) return failed;
+    int blocks = std::min(args.turns, processors);
+    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, m == 128, p.w_r, blocks, p.stream)
+                                  : launch<__half>(maps, args, m == 128, p.w_r, blocks, p.stream);
+}
+
+}  // namespace p3d
