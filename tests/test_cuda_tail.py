@@ -18,10 +18,10 @@ SHAPES = [
     (3, 64, 1, 9, 5),
     (1, 64, 5, 13, 10),
     (1, 64, 2, 8, 8),
-    (5, 64, 8, 40, 40),
+    (2, 64, 8, 40, 40),
     (2, 128, 3, 5, 7),
     (1, 128, 1, 9, 13),
-    (9, 128, 4, 20, 20),
+    (11, 128, 4, 20, 20),
 ]
 # Of kind A; B in the wirings port and author; C likewise: how T is joined, and with what.
 JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", "x"), ("mean_relu", "x")]
