@@ -1,11 +1,11 @@
-"""Fail if ptxas left a matrix product out of a Triton kernel, or if a kernel spills registers or has a stack frame.
+"""Fail if ptxas left a matrix product out of a Triton kernel, or if one spills or wants more shared memory than exists.
 
     python scripts/check_triton.py               the kernels of P3D-63, compiled for a Hopper card; no GPU is needed
     python scripts/check_triton.py --allow RE    kernels that RE matches may spill, beside those of ALLOWED
 
 Training and inference of P3D-63 pass here at 32 clips of 16x160x160, in both wirings, but a launch only compiles: no
-kernel runs. In float16 only those compile whose constants differ from bfloat16's. Compiled kernels stay in Triton's
-cache: a second run takes half the time or less.
+kernel runs. In float16 and TF32 only those compile whose constants differ from bfloat16's. Compiled kernels stay in
+Triton's cache: a second run takes half the time or less.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS = 32, 3, 16, 160, 160
 H200 = 132  # multiprocessors, which decide how sums are split
+SHARED = 227 * 1024  # bytes a program may have
 
 _OPEN = "open: seen by this check, not tuned yet"
 # Kernels that may spill, by a pattern searched for in their description: how much with ptxas 12.8 at most, and why.
 ALLOWED = {
     r"^conv_wgrad_kernel\(.* BLOCK_CO=128, BLOCK_K=128, num_warps=4,": "240 bytes; the fastest of a sweep on an H200",
     r"^gram_dgrad_kernel\(.* READ=join_[bc],.* BLOCK_CI=128,": f"112 bytes, 472 in float16; {_OPEN}",
-    r"^expand_stats_kernel\(.* CI=(256|512),": f"416 bytes; {_OPEN}",
+    r"^expand_stats_kernel\(.* CI=(256|512),": f"416 bytes, 696 in float32; {_OPEN}",
     r"^conv_kernel\(.* CI=256, CO=1024,.* READ=join_\w+, JOIN=add_relu,": f"48 bytes; {_OPEN}",
-    r"^stem_(conv|wgrad|dz)_kernel\(": f"240, 48 and 8 bytes; {_OPEN}",
+    r"^stem_(conv|wgrad|dz|dgrad)_kernel\(": f"240, 48, 8 and, in float32, 232 bytes; {_OPEN}",
 }
 
 _PRODUCT = "wgmma.mma_async"  # of PTX; HGMMA in SASS. Where ptxas leaves one out, its result goes to the zero register:
@@ -48,16 +49,17 @@ class Code(NamedTuple):
     dead: int  # left out, in SASS
     registers: int  # a thread
     stack: int  # bytes
+    shared: int  # bytes a program
 
 
-def parse(ptx: str, dump: str) -> Code:
+def parse(ptx: str, dump: str, shared: int = 0) -> Code:
     """Of a kernel's PTX and of what `disassemble` says of its cubin; ValueError if that is nothing."""
     usage = _USAGE.search(dump)
     if usage is None:
         raise ValueError("no registers and stack in what cuobjdump says")
     results = _RESULT.findall(dump)
     dead = results.count("RZ")
-    return Code(ptx.count(_PRODUCT), len(results) - dead, dead, int(usage[1]), int(usage[2]))
+    return Code(ptx.count(_PRODUCT), len(results) - dead, dead, int(usage[1]), int(usage[2]), shared)
 
 
 def check(kernels: Iterable[tuple[str, Code]], allow: Iterable[str]) -> list[str]:
@@ -68,6 +70,8 @@ def check(kernels: Iterable[tuple[str, Code]], allow: Iterable[str]) -> list[str
             wrong.append(f"{name}: ptxas kept {code.kept} of {code.products} products, {code.dead} are dead")
         if code.stack and not any(re.search(pattern, name) for pattern in allow):
             wrong.append(f"{name}: {code.stack} bytes of stack")
+        if code.shared > SHARED:
+            wrong.append(f"{name}: {code.shared} bytes of shared memory, {SHARED} at most")
     return sorted(wrong)
 
 
@@ -103,7 +107,7 @@ def compile_all() -> list[tuple[str, Code]]:
 
     import p3d_kernels as p3d
     from p3d_kernels import _backends
-    from p3d_kernels.ops import _conv, _gram, _stem, _tape
+    from p3d_kernels.ops import _conv, _fused, _gram, _stem, _tape
 
     class Card:
         """All that Triton asks a driver before it compiles."""
@@ -126,19 +130,22 @@ def compile_all() -> list[tuple[str, Code]]:
         """Once it has compiled, now or in an earlier run."""
         files = {Path(name).suffix: path for name, path in metadata_group.items()}
         ptx = Path(files[".ptx"]).read_text()
-        kernels.append((describe(src, metadata), parse(ptx, disassemble(ptx, files[".cubin"]))))
+        code = parse(ptx, disassemble(ptx, files[".cubin"]), metadata["shared"])
+        kernels.append((describe(src, metadata), code))
 
     driver.set_active(Card())
     knobs.runtime.jit_cache_hook, knobs.compilation.listener = skip, inspect
     _backends.interpreting = lambda: True  # so the kernels take tensors on the CPU
     for module in (_conv, _gram, _stem):
         module.sm_count = lambda device: H200
+    for module in (_conv, _gram, _stem, _fused):
+        module.input_precision = lambda dtype, device: "tf32" if dtype == torch.float32 else "ieee"
     with p3d.use_backend("triton"), _tape._compiling_ahead():
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for wiring, layout in (("author", torch.channels_last_3d), ("port", torch.contiguous_format)):
                 net = p3d.p3d63(wiring=wiring)
                 clips = torch.empty(CLIPS, memory_format=layout).requires_grad_()
-                with torch.autocast("cpu", dtype):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     net(clips).sum().backward()
                 p3d.freeze(net.eval(), dtype)(clips.detach())
     return kernels

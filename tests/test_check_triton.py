@@ -31,7 +31,7 @@ def check(ptx: str, sass: str, stack: int = 0, allow: tuple[str, ...] = ()) -> l
 
 
 def test_kept_products_pass():
-    assert check_triton.parse(FENCE + 2 * PTX, dump(FIRST + NEXT)) == check_triton.Code(2, 2, 0, 141, 0)
+    assert check_triton.parse(FENCE + 2 * PTX, dump(FIRST + NEXT)) == check_triton.Code(2, 2, 0, 141, 0, 0)
     assert check(FENCE + 2 * PTX, FIRST + NEXT) == []
     assert check(FENCE + 2 * PTX, 4 * NEXT) == []  # an unrolled loop
     assert check("", "") == []
@@ -50,6 +50,12 @@ def test_dead_product_beside_an_unrolled_loop():
 def test_product_without_a_trace():
     (line,) = check(2 * PTX, NEXT)
     assert "kept 1 of 2" in line
+
+
+def test_too_much_shared_memory_is_named():
+    code = check_triton.parse(PTX, dump(NEXT), 401408)
+    assert check_triton.check([(NAME, code)], ()) == [f"{NAME}: 401408 bytes of shared memory, 232448 at most"]
+    assert check_triton.check([(NAME, code._replace(shared=check_triton.SHARED))], ()) == []
 
 
 def test_stack_frame_is_named_unless_allowed():

@@ -1,10 +1,10 @@
-"""What the kernels leave in parts, added up: statistics, sums of a BN backward, weight gradients."""
+"""Pieces of the Triton kernels: what they leave in parts, added up (statistics, sums, weight gradients), and TF32."""
 
 import pytest
 import torch
 
 from p3d_kernels import Norm, _backends, use_backend
-from p3d_kernels.ops._triton import FOLD, bn_bwd_finalise, bn_finalise, sum_splits
+from p3d_kernels.ops._triton import FOLD, bn_bwd_finalise, bn_finalise, sum_splits, tl, to_tf32, triton
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,23 @@ def test_sum_of_splits(device, splits, co, taps, ci):
     part = torch.randn(splits, co, taps, ci, device=device)
     got = sum_splits(part.flatten(1), taps, ci)
     torch.testing.assert_close(got.view(co, ci, taps).double(), part.double().sum(0).mT, rtol=1e-6, atol=2e-6)
+
+
+@triton.jit
+def to_tf32_kernel(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, to_tf32(tl.load(x + at)))
+
+
+def test_to_tf32(device):
+    exact = torch.tensor([0.0, 1.0, 1 + 2**-10, 3.0, 2.0**-120, float("inf")])
+    halfway = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 - 2**-23])
+    rounded = torch.tensor([1 + 2**-10, 1 + 2**-9, 1.0])
+    x, want = torch.cat([exact, halfway]), torch.cat([exact, rounded])
+    nan = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    x, want = (torch.cat([v, -v, nan, 1 + torch.rand(12)]).to(device) for v in (x, want))
+    want[-12:] = (x[-12:].double() * (1 + 2**-40)).half().float()  # TF32 has the fraction of float16
+    y = torch.empty_like(x)
+    assert x.numel() == 32
+    to_tf32_kernel[(1,)](x, y, BLOCK=32)
+    torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)

@@ -28,6 +28,7 @@ from ._triton import (
     Operand,
     affine,
     block,
+    dot,
     empty_ndhwc,
     input_precision,
     read_operand,
@@ -135,7 +136,7 @@ def conv_kernel(
         else:
             w_offsets = co[None, :] * (TAPS * CI) + tap * CI + ci[:, None]
         w = tl.load(w_ptr + w_offsets, mask=ci_mask[:, None] & co_mask[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = dot(x, w, acc, PRECISION)
 
     mask = p_mask[:, None] & co_mask[None, :]
     offsets = p.to(tl.int64)[:, None] * CO + co[None, :]
@@ -247,7 +248,7 @@ def conv_wgrad_kernel(
         x_offsets = row.to(tl.int64) * CI + ci[None, :]
         x_mask = exists & k_mask[None, :]
         x = read_operand(x_a, x_b, x_record_a, x_record_b, x_sums, x_offsets, x_mask, ci, k_mask, CI, READ_X)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(g), x, acc, PRECISION)
     out = part + split.to(tl.int64) * (CO * COLUMNS + CO * TOTALS)
     tl.store(out + co[:, None] * COLUMNS + k[None, :], acc, mask=co_mask[:, None] & k_mask[None, :])
     if TOTALS and tl.program_id(0) < CO_TILES:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .._norm import Norm
 from ._conv import conv_wgrad, pointwise, sm_count, tap_row
 from ._tape import Plan, alloc, cdiv, plan_for
-from ._triton import Operand, block, empty_ndhwc, input_precision, read_operand, tl, triton
+from ._triton import Operand, block, dot, empty_ndhwc, input_precision, read_operand, tl, triton
 from .pseudo3d import join_bwd, join_parts
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def expand_stats_kernel(
             a = read_operand(a_ptr, b_ptr, record_a, record_b, None, offsets, mask, ci, ci_mask, CI, READ)
             w_mask = ci_mask[:, None] & co_mask[None, :]
             w = tl.load(w_ptr + co[None, :] * CI + ci[:, None], mask=w_mask, other=0.0)
-            z = tl.dot(a, w, z, input_precision=PRECISION)
+            z = dot(a, w, z, PRECISION)
         if start < begin:
             about = tl.sum(z, 0) / tl.minimum(end - begin, BLOCK_P).to(tl.float32)
         else:
@@ -146,7 +146,7 @@ def gram_dgrad_kernel(
             a = read_operand(a_ptr, b_ptr, record_a, record_b, None, offsets, mask, k, k < CI, CI, READ)
             q_mask = (k < CI)[:, None] & ci_mask[None, :]
             q = tl.load(q_ptr + k[:, None] * CI + ci[None, :], mask=q_mask, other=0.0)
-            acc = tl.dot(a, q, acc, input_precision=PRECISION)
+            acc = dot(a, q, acc, PRECISION)
         # Scaled, it is a sum of its own until the end: were it scaled here and the next loop added to it, ptxas 12.8
         # would leave out every product of the loop above (HGMMA of nothing in its place) where that loop is long.
         if SCALED:
@@ -158,7 +158,7 @@ def gram_dgrad_kernel(
         mask = p_mask[:, None] & (k < CO)[None, :]
         g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
         w = tl.load(w_ptr + k[:, None] * CI + ci[None, :], mask=(k < CO)[:, None] & ci_mask[None, :], other=0.0)
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        acc = dot(g, w, acc, PRECISION)
     if q_ptr is not None:
         c = tl.zeros((BLOCK_CI,), tl.float32)
         for i in range(C_PARTS):
@@ -271,7 +271,7 @@ def q_tile(
         for part in tl.static_range(PARTS):
             offsets = part * CI * CO + j[None, :] * CO + co[:, None]
             qw = tl.load(qw_ptr + offsets, mask=co_mask[:, None] & j_mask[None, :], other=0.0)
-            acc = tl.dot(w.to(qw.dtype), qw, acc, input_precision=PRECISION)
+            acc = dot(w.to(qw.dtype), qw, acc, PRECISION)
             if SCALED:  # no element of the column is larger
                 scale += tl.sum(tl.abs(qw) * tl.load(sums + CO + co, mask=co_mask, other=0.0)[:, None], 0)
     if SCALED:
@@ -311,7 +311,7 @@ def dw_tile(
         for part in tl.static_range(PARTS):
             offsets = part * CI * CI + j[None, :] * CI + k[:, None]  # symmetric: read along its rows
             s = tl.load(centred_ptr + offsets, mask=k_mask[:, None] & j_mask[None, :], other=0.0)
-            acc = tl.dot(w.to(s.dtype), s, acc, input_precision=PRECISION)
+            acc = dot(w.to(s.dtype), s, acc, PRECISION)
     offsets = co[:, None] * CI + j[None, :]
     mask = co_mask[:, None] & j_mask[None, :]
     g = tl.load(sum_g + co, mask=co_mask, other=0.0)
@@ -405,7 +405,9 @@ def _stats_tile(ci: int, co: int, dtype: torch.dtype) -> dict:
     wide = dtype == torch.float32
     block_ci = block(ci, 16, 32 if wide else 64)
     block_p, block_co = (32, 128) if ci <= 128 and not wide else (64, 64)
-    return {"BLOCK_P": block_p, "BLOCK_CO": block(co, 16, block_co), "BLOCK_CI": block_ci, "num_warps": 4}
+    # Stages hold all channels of a tile: of float32 they would not fit.
+    tile = {"BLOCK_P": block_p, "BLOCK_CO": block(co, 16, block_co), "BLOCK_CI": block_ci}
+    return {**tile, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 3}
 
 
 def gram_bwd(
@@ -429,7 +431,7 @@ def gram_bwd(
     m, sum_g = conv_wgrad(Operand("masked", dy, y), x, geometry, totals=True)  # [Co * Ci], [Co]
     gram, sum_a = conv_wgrad(x, x, geometry, totals=True) if norm.training else (None, None)
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
-    key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind
+    key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
     operands, products, dgrad = plan_for(("gram_bwd", *key), lambda: _gram_plans(dy, x, stride, norm.training, needs_x))
     centred = qw = wg = q = q_scale = c = None
     if norm.training:
@@ -454,7 +456,7 @@ def _gram_plans(dy: Tensor, x: Operand, stride: int, training: bool, needs_x: bo
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
     parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
-    precision = "ieee" if dy.dtype == torch.float32 else "tf32"
+    precision = "tf32" if scaled else "ieee"
     tile = _operands_tile(ci)
     blocks = cdiv(co, tile["BLOCK_R"])
     operands = Plan(
@@ -481,13 +483,16 @@ def _gram_plans(dy: Tensor, x: Operand, stride: int, training: bool, needs_x: bo
 
 
 def _operands_tile(ci: int) -> dict:
-    return {"BLOCK_R": 16, "BLOCK_K": block(ci, 16, 256), "num_warps": 8}
+    rows, warps = (16, 4) if ci <= 128 else (8, 4) if ci <= 256 else (16, 8)
+    return {"BLOCK_R": rows, "BLOCK_K": block(ci, 16, 512), "num_warps": warps}
 
 
 def _products_tile(co: int, ci: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+    if ci <= 256:
+        return {"BLOCK_M": 64, "BLOCK_N": block(ci, 16, 32), "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
 def _gram_tile(positions: int, ci: int, dtype: torch.dtype) -> dict:

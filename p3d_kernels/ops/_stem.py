@@ -27,6 +27,7 @@ from ._triton import (
     bn_bwd_finalise,
     bn_finalise,
     cdiv,
+    dot,
     empty_ndhwc,
     input_precision,
     ndhwc,
@@ -156,7 +157,7 @@ def stem_conv_kernel(
             for kh in range(7):
                 patch = _read_patch(x, base, h, w, kh, H, W, sC, sH, sW, CI, COLS, KB, 1, LAST, dtype)
                 row = packed + (kh * KB + tl.arange(0, KB))[:, None] * J + j[None, :]
-                acc = tl.dot(patch, tl.load(row), acc, input_precision=PRECISION)
+                acc = dot(patch, tl.load(row), acc, PRECISION)
 
         ok = ho < Ho
         valid = ok[:, None] & (wo[:, None] + (j // BLOCK_C)[None, :] < Wo) & co_mask[None, :]
@@ -281,9 +282,9 @@ def stem_wgrad_kernel(
                 dz = _read_dz(g, tap_of, z, mean, c0, c1, n, t, ho, wo, ok, c, T, Ho, Wo, Tp, Hp, Wp,
                               Co, PAD, 2 - (dh + PAD) % 2, 2 - (dw + PAD) % 2)  # fmt: skip
                 if dw == 0 or G == 1:
-                    left = tl.dot(tl.trans(patch), dz.to(dtype), left, input_precision=PRECISION)
+                    left = dot(tl.trans(patch), dz.to(dtype), left, PRECISION)
                 else:
-                    right = tl.dot(tl.trans(patch), dz.to(dtype), right, input_precision=PRECISION)
+                    right = dot(tl.trans(patch), dz.to(dtype), right, PRECISION)
     k = tl.arange(0, 8 * KB)
     row = part + tl.program_id(0).to(tl.int64) * G * 8 * KB * Co + k[:, None] * Co + c[None, :]
     tl.store(row, left, mask=c_mask[None, :])
@@ -400,7 +401,7 @@ def stem_dgrad_kernel(
             gradient = tl.load(dz + at, mask=seen[:, None] & (c < Co)[None, :], other=0.0)
             at = w + ((c[:, None] * CI + ci[None, :]) * 7 + kh) * 7 + kw
             taps = tl.load(at, mask=(c < Co)[:, None] & (ci < CI)[None, :] & (kh < 7) & (kw < 7), other=0.0)
-            acc = tl.dot(gradient, taps.to(gradient.dtype), acc, input_precision=PRECISION)
+            acc = dot(gradient, taps.to(gradient.dtype), acc, PRECISION)
     row = ((frame * H + h_in) * W + w_in) * CI
     tl.store(dx + row[:, None] + ci[None, :], acc.to(dx.dtype.element_ty), mask=ok[:, None] & (ci < CI)[None, :])
 

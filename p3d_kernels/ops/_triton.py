@@ -80,6 +80,21 @@ def relu(v):
 
 
 @triton.jit
+def to_tf32(v):
+    """float32 to the nearest TF32, away from zero if halfway (cvt.rna.tf32): the tensor core only drops bits."""
+    rounded = ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(v == v, rounded, v)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, of float32 as `input_precision` says."""
+    if PRECISION == "tf32":
+        a, b = to_tf32(a), to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def affine(v, record, c, c_mask, C: tl.constexpr):
     mean = tl.load(record + c, mask=c_mask, other=0.0)
     scale = tl.load(record + C + c, mask=c_mask, other=0.0)
@@ -337,12 +352,18 @@ def sum_splits_kernel(
     tl.store(out + (co * CI + ci) * TAPS + tap, total, mask=(ci < CI) & (tap < TAPS))
 
 
-def _sum_tile(splits: int, n: int, taps: int) -> dict:
-    """Tiles of 16 KiB or so a step; few outputs are spread over more programs."""
+def _sum_tile(splits: int, taps: int) -> dict:
+    """Tiles that were fastest on an H200 at the sizes of P3D-63 in training: the more rows, the fewer columns."""
     block_t = block(taps, 1, 32)
-    block_r = block(splits, 2, 8 if taps > 1 else 64)
-    block_ci = max(16, min(4096 // block_r, block(n // 128, 32, 4096)) // block_t)
-    return {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_CI": block_ci, "num_warps": 8}
+    if splits <= 16 and taps == 1:
+        block_r, columns, warps = 2, 1024, 8
+    elif splits <= 40:
+        block_r, columns, warps = (8, 512, 8) if taps == 1 else (2, 512, 4)
+    elif taps > 1:
+        block_r, columns, warps = 16, 16 * block_t, 8 if taps > 4 else 4
+    else:
+        block_r, columns, warps = (16, 256, 8) if splits <= 100 else (64, 32, 8)
+    return {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_CI": max(16, columns // block_t), "num_warps": warps}
 
 
 def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
@@ -357,16 +378,16 @@ def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
 def _sum_plan(splits: int, n: int, taps: int, ci: int) -> Plan:
     if taps == 1:
         ci = n  # nothing to turn: one row
-    tile = _sum_tile(splits, n, taps)
+    tile = _sum_tile(splits, taps)
     grid = n // (taps * ci) * cdiv(ci, tile["BLOCK_CI"])
     return Plan(sum_splits_kernel, (grid,), (n, ci, splits), TAPS=taps, **tile)
 
 
 def _finalise_tile(rows: int) -> dict:
-    """An element a thread: 32 bytes of a row to eight threads, so that few sums cross threads."""
-    block_r = block(cdiv(rows, 4), 16, 64)
+    """An element a thread; many rows: fewer channels to a program. Fastest on an H200 at the sizes of P3D-63."""
+    block_r, block_c = (64, 4) if rows > 64 else (32, 8) if rows > 32 else (16, 8)
     unroll = block(cdiv(rows, block_r), 1, 8)
-    return {"BLOCK_R": block_r, "BLOCK_C": 8, "UNROLL": unroll, "num_warps": block_r // 4}
+    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": block_r * block_c // 32}
 
 
 FOLD = 1024  # rows that one launch finalises well: it has a few channels a program
