@@ -74,9 +74,10 @@ class _FrozenStem(nn.Module):
         super().__init__()
         self.wiring, self.dtype = net.wiring, dtype
         self.maxpool = net.maxpool
-        self.register_buffer("weight", net.conv1_custom.weight.detach().to(dtype).clone())
+        weight = net.conv1_custom.weight.detach().to(dtype)
+        self.register_buffer("weight", weight.clone())
         self.register_buffer("record", _record(Norm.of(net.bn1)))
-        self._packed: tuple[Tensor | None, int, Tensor | None] = None, 0, None  # of which weight, its version, packed
+        self.register_buffer("packed", pack_stem_weight(weight, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         def reason(backend: str) -> str | None:
@@ -87,17 +88,7 @@ class _FrozenStem(nn.Module):
             norm = _norm(self.record, self.dtype)
             z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
             return self.maxpool(reference.bn_relu(z, norm))
-        return stem_infer(x, self._pack(), self.record, self.wiring)
-
-    def _pack(self) -> Tensor:
-        """The weight as the kernel reads it. Packed again, in place, it stays where CUDA graphs look for it."""
-        weight, version, packed = self._packed
-        if weight is not self.weight:
-            packed = pack_stem_weight(self.weight, self.dtype)
-        elif version != self.weight._version:
-            packed.copy_(pack_stem_weight(self.weight, self.dtype))
-        self._packed = self.weight, self.weight._version, packed
-        return packed
+        return stem_infer(x, self.weight, self.packed, self.record, self.wiring)
 
 
 def freeze(

@@ -273,4 +273,7 @@ def test_cuda_graph(case, backend, device):
         t.copy_(given.buffers[name])
     graph.replay()
     for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
+        if case.op == "max_pool" and backend == "aten":  # its backward adds in any order
+            torch.testing.assert_close(actual[name], expected[name])
+        else:
+            assert torch.equal(actual[name], expected[name]), name

@@ -256,7 +256,7 @@ def stem_infer(
 ) -> Tensor:
     """max_pool(relu((conv(u) - mean) * scale + bias)), conv 1x7x7 of stride (1, 2, 2), `record` the affine; one pass.
 
-    u is x in the dtype of w_packed, or of uint8 frames (x / 255 - mean) / std, a number each a channel, rounded to it;
+    u is x in the dtype of w_packed, or of uint8 frames (x - mean) / std, a number each a channel, rounded to it;
     the padding is zero after that. float32 accumulation and normalisation, one rounding. Fastest where x lies in planes
     or pixel by pixel, rows are multiples of 8 pixels and everything is 16-byte aligned. An infinity or NaN in the clip
     also reaches outputs one position beside those whose window it lies in; -inf is 0 where the scale is 0.
@@ -290,7 +290,7 @@ def stem_infer(
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        scale, bias = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+        scale, bias = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
         rest = *x.shape, x.stride(), _PIXELS[x.dtype], _DTYPES[dtype], _padded(wiring), scale, bias
         return NativePlan(lambda stream, *addresses: native.stem_infer(*addresses, *rest, stream))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,41 +121,33 @@ def why_not(backend: str, x: Tensor, w: Tensor) -> str | None:
     return None
 
 
-class StemWeight(NamedTuple):
-    """What `pack_stem_weight` makes."""
-
-    triton: Tensor  # for clips in planes and for NDHWC memory
-    cuda: Tensor | None  # where the Hopper kernel takes the weight
-
-
-def pack_stem_weight(w: Tensor, dtype: torch.dtype) -> StemWeight:
-    """w [Co, Ci, 1, 7, 7] packed once for `stem_infer`, in `dtype`."""
+def pack_stem_weight(w: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """w [64, Ci, 1, 7, 7] as the Hopper kernel of `stem_infer` reads it, or None where that does not take it."""
     half = dtype in (torch.bfloat16, torch.float16)
-    fits = half and w.size(0) == _cuda.STEM_COUTS and w.size(1) <= 4
-    triton = torch.stack([stem_pack(w, dtype, False), stem_pack(w, dtype, True)])
-    return StemWeight(triton, _cuda.stem_pack(w, dtype) if fits else None)
+    return _cuda.stem_pack(w, dtype) if half and w.size(0) == _cuda.STEM_COUTS and w.size(1) <= 4 else None
 
 
 def stem_infer(
     x: Tensor,
-    w_packed: StemWeight,
+    w: Tensor,
+    packed: Tensor | None,
     record: Tensor,
     wiring: str = "author",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """The stem with a weight from `pack_stem_weight` and a BN record [5, Co] (see `_triton.py`); no gradient.
+    """The stem in the dtype of w, `packed` by `pack_stem_weight`; record: of BN, [5, Co] (`_triton.py`). No gradient.
 
-    x may also be uint8 frames, with `mean` and `std` a channel: the stem of (x / 255 - mean) / std.
+    x may also be uint8 frames, with `mean` and `std` a channel: the stem of (x - mean) / std.
     """
-    packed, dtype = w_packed.cuda, w_packed.triton.dtype
+    dtype, co = w.dtype, w.size(0)
     if packed is not None and _backends.forced() != "triton" and _backends.why_not("cuda", packed) is None:
-        if _cuda.stem_why_not(x, dtype, record.size(1), wiring) is None:
+        if _cuda.stem_why_not(x, dtype, co, wiring) is None:
             return _cuda.stem_infer(x, packed, record, wiring, mean, std)
     if x.dtype == torch.uint8:
         mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1, 1) for v in (mean, std))
-        x = ((x / 255 - mean) / std).to(dtype)
-    a, _ = stem_conv(x, w_packed.triton[int(channels_last(x))], record.size(1), record, False)
+        x = ((x - mean) / std).to(dtype)
+    a, _ = stem_conv(x, stem_pack(w, dtype, channels_last(x)), co, record, False)
     return pool_fwd(a, **reference.stem_pool(wiring))[0]
 
 
