@@ -186,7 +186,8 @@ PYBIND11_MODULE(_C, m) {
         "tail_infer",
         [](uintptr_t x, uintptr_t o, uintptr_t r, uintptr_t w_t, uintptr_t w_e, uintptr_t w_r, uintptr_t affine_t,
            uintptr_t affine_e, uintptr_t affine_r, uintptr_t y, uintptr_t z, int64_t clips, int64_t time, int64_t frame,
-           int64_t channels, const std::string& join_name, const std::string& dtype_name, uintptr_t stream) {
+           int64_t channels, const std::string& join_name, const std::string& dtype_name, int64_t thin_width,
+           uintptr_t stream) {
             p3d::TailInfer p{};
             p.shape = {clips, time, frame, channels};
             p.dtype = dtype(dtype_name);
@@ -202,12 +203,14 @@ PYBIND11_MODULE(_C, m) {
             p.affine_r = pointer<const float>(affine_r);
             p.y = pointer<void>(y);
             p.z = pointer<void>(z);
+            p.thin_width = thin_width;
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::tail_infer(p));
         },
         py::arg("x"), py::arg("o"), py::arg("r"), py::arg("w_t"), py::arg("w_e"), py::arg("w_r"), py::arg("affine_t"),
         py::arg("affine_e"), py::arg("affine_r"), py::arg("y"), py::arg("z"), py::arg("clips"), py::arg("time"),
-        py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"), py::arg("stream"));
+        py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"), py::arg("thin_width"),
+        py::arg("stream"));
 
     m.def(
         "tail_infer_why_not",

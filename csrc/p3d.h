@@ -154,8 +154,9 @@ struct TailInfer {
     const float* affine_t;  // [3, m] rows mean, scale, bias
     const float* affine_e;  // [3, 4m]
     const float* affine_r;  // [3, m] with w_r
-    void* y;                // [N, T, H, W, 4m]
+    void* y;                // [N, T, H, W, 4m], or, thin, [N, T, ceil(H / 2), ceil(W / 2), 4m]
     void* z;                // [N, T, H, W, m] with w_r
+    int64_t thin_width;     // W, and y is stored at even rows and columns only; 0: all of it
     CUstream_st* stream;
 };
 

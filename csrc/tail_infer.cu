@@ -13,7 +13,8 @@
 // One box of 64 positions by 64 channels is 8 KB of shared memory, rows of 128 bytes, swizzled. A unit reads, through a
 // ring of such boxes: the taps before, after and at its positions; o, unless it is x; the slices of r. A slice of y
 // takes the place of its slice of r, element by element, and is stored from there; z has a place of its own. Every warp
-// stores the 16 positions that it computed, so the warps of a unit wait for each other in the matrix unit alone.
+// stores the 16 positions that it computed, so the warps of a unit wait for each other in the matrix unit alone. A thin
+// y, of every second row and column, is stored by the threads, 16 bytes each: boxes have no such gaps.
 //
 // Weights are boxes in the order of their use: T by tap and 64 channels, then E and R by turns, slice by slice.
 //   m = 64    88 KB stay in shared memory
@@ -58,6 +59,8 @@ struct TailArgs {
     bool own_o;  // o has boxes of its own; else it is x
     int frame;   // positions of a frame, H * W
     int clip_units, turns;
+    char* thin;  // [N, T, Ht, Wt, 4m], y at even rows and columns; or nullptr: all of y
+    int clips, time, width, thin_width, thin_frame;  // N, T, W, Wt, Ht * Wt
 };
 
 // Where everything lies in shared memory, weights first.
@@ -70,20 +73,22 @@ struct Layout {
     static constexpr int kStages = kResident ? kItems : 4;
     static constexpr int kStaged = kReduce ? kChunks * kBoxBytes : 0;  // z of one warpgroup
     static constexpr int kAffineBytes = (kMid + 4 * kMid + kMid) * 8;
-    static constexpr int kFixed = kStages * (kItemBytes + 16) + 2 * kStaged + kAffineBytes;
+    static constexpr int kRowBytes = 2 * kUnit * 4;  // where the rows of a unit go in a thin y
+    static constexpr int kFixed = kStages * (kItemBytes + 16) + 2 * kStaged + kAffineBytes + kRowBytes;
     static constexpr int kSlots = (kSharedLimit - kFixed) / (2 * (kBoxBytes + 16));  // of one warpgroup
     static constexpr int kBytes = kFixed + 2 * kSlots * (kBoxBytes + 16);
     static_assert(kSlots >= kChunks + 3,
                   "a ring holds the centre tap, a slice that is stored and one that is computed");
 
-    uint32_t weights, slots, staging, affine, barriers;
+    uint32_t weights, slots, staging, affine, rows, barriers;
 
     __device__ __forceinline__ explicit Layout(const void* base)
         : weights(shared_address(base)),
           slots(weights + kStages * kItemBytes),
           staging(slots + 2 * kSlots * kBoxBytes),
           affine(staging + 2 * kStaged),
-          barriers(affine + kAffineBytes) {}
+          rows(affine + kAffineBytes),
+          barriers(rows + kRowBytes) {}
 };
 
 // ---- Instructions that no other kernel uses.
@@ -127,6 +132,25 @@ __device__ __forceinline__ float4 load_affine(uint32_t source) {
 __device__ __forceinline__ void store_affine(uint32_t target, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
+}
+
+__device__ __forceinline__ uint4 load_piece(uint32_t source) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(source)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ int load_int(uint32_t source) {
+    int v;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(source) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_int(uint32_t target, int v) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(target), "r"(v) : "memory");
 }
 
 // pack(relu(a), relu(b)); NaN stays NaN.
@@ -303,6 +327,13 @@ struct Columns {
     }
 };
 
+// The row of a clip's thin y that a position becomes; -1: none.
+__device__ __forceinline__ int thin_row(const TailArgs& a, int position) {
+    int t = position / a.frame, p = position - t * a.frame;
+    int h = p / a.width, w = p - h * a.width;
+    return t < a.time && (h | w) % 2 == 0 ? t * a.thin_frame + h / 2 * a.thin_width + w / 2 : -1;
+}
+
 // The pair of accumulators that becomes register i of step k.
 __device__ constexpr int first_of(int k, int i) { return 4 * (2 * k + i / 2) + 2 * (i % 2); }
 
@@ -362,8 +393,28 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
         if (held) ring.free(leader);
         held = slot;
     };
+    uint32_t rows = place.rows + group * (Place::kRowBytes / 2) + warp * 64;
+    auto store_thin = [&](uint32_t source, int slice, const Unit& unit) {
+        __syncwarp();
+        char* clip = a.thin + int64_t(unit.clip) * a.time * a.thin_frame * (8 * kMid) + slice * (2 * kChunk);
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            int row = i + lane / 8, piece = lane % 8, to = load_int(rows + 4 * row);
+            if (to < 0) continue;
+            uint4 v = load_piece(source + (16 * warp + row) * 128 + ((piece ^ row % 8) << 4));
+            *reinterpret_cast<uint4*>(clip + int64_t(to) * (8 * kMid) + 16 * piece) = v;
+        }
+        fence_proxy_async();  // the copy engine fills the slot next
+        __syncwarp();
+        ring.free(leader);
+    };
     for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
         Unit unit(a, turn, group);
+        if (a.thin) {
+            __syncwarp();  // the rows of the unit before have been read
+            if (lane < 16)
+                store_int(rows + 4 * lane, unit.clip < a.clips ? thin_row(a, unit.position + 16 * warp + lane) : -1);
+        }
 
         // T. Of the boxes of x, those at the centre are kept for the join.
         float d[kMid / 2];
@@ -457,7 +508,10 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
                 multiply<T, true>(z, y, w);
                 wgmma_commit();
             }
-            store(maps.y, slot, slice * kChunk, unit, true);
+            if (a.thin)
+                store_thin(slot, slice, unit);
+            else
+                store(maps.y, slot, slice * kChunk, unit, true);
         }
         if constexpr (kReduce) {
             Columns<kMid / 8> columns(affine_r);
@@ -465,7 +519,8 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
             wgmma_pin(z);
             if (!kResident) weights.free(leader);
             columns.apply(z);
-            __syncwarp();  // the leader has seen the z of the unit before leave
+            if (a.thin && leader) store_wait<0>();  // else boxes of y have waited for it
+            __syncwarp();                           // the leader has seen the z of the unit before leave
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
@@ -601,6 +656,15 @@ const char* tail_infer(const TailInfer& p) {
     args.frame = int(p.shape.frame);
     args.clip_units = int(clip_units(p.shape));
     args.turns = int((clips * args.clip_units + 1) / 2);
+    if (p.thin_width) {
+        if (p.thin_width < 1 || p.shape.frame % p.thin_width) return "tail_infer: expected a width that divides H * W";
+        args.thin = static_cast<char*>(p.y);
+        args.clips = int(clips);
+        args.time = int(p.shape.time);
+        args.width = int(p.thin_width);
+        args.thin_width = (args.width + 1) / 2;
+        args.thin_frame = (args.frame / args.width + 1) / 2 * args.thin_width;
+    }
     const char* failed = nullptr;
     auto encode = [&](CUtensorMap& map, const void* base, int64_t outer, int64_t rows, int64_t columns, int64_t box) {
         if (!failed) failed = tensor_map(map, base, p.dtype, outer, rows, columns, int(box));
@@ -608,7 +672,7 @@ const char* tail_infer(const TailInfer& p) {
     encode(maps.x, p.x, clips, length, m, kUnit);
     if (args.own_o) encode(maps.o, p.o, clips, length, m, kUnit);
     encode(maps.r, p.r, clips, length, 4 * m, kUnit);
-    encode(maps.y, p.y, clips, length, 4 * m, 16);
+    if (!args.thin) encode(maps.y, p.y, clips, length, 4 * m, 16);
     encode(maps.w_t, p.w_t, 1, m, 3 * m, m);
     encode(maps.w_e, p.w_e, 1, 4 * m, m, kChunk);
     if (p.w_r) {

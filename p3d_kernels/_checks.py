@@ -20,6 +20,13 @@ def check_activation(name: str, x: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected {channels} channels, got {x.size(1)} (shape {tuple(x.shape)})")
 
 
+def check_clips(name: str, x: Tensor, channels: int) -> None:
+    """x must be clips that a net of `channels` input channels takes: of no axis but the batch empty."""
+    check_activation(name, x, channels)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{name}: expected at least one frame, row and column, got shape {tuple(x.shape)}")
+
+
 def check_weight(
     name: str, w: Tensor, shape: tuple[int | None, ...], x: Tensor, dtype: torch.dtype | None = None
 ) -> None:

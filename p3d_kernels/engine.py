@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .models import P3D
-
 FORMAT = "p3d_kernels engine 1"
 
 
@@ -51,6 +49,9 @@ class _Graph(NamedTuple):
 
 class Engine(nn.Module):
     """A frozen net: clips x [N, C, T, H, W] to logits, or whatever the net returns. Made by `freeze` or `load_engine`.
+
+    Of a `P3D`, x may also be decoded video, uint8 [N, T, H, W, C] or [T, H, W, C] as `models.normalise` takes it: the
+    stem normalises as it reads.
 
     While the net it was made from lives, the engine follows it: after a change of parameters or running statistics
     (an optimiser's step, `load_state_dict`) the next call packs the weights again. Changes through `.data` are not
@@ -96,12 +97,13 @@ class Engine(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the engine to a file that `load_engine` reads. TypeError unless it was made from a `P3D`."""
-        if not isinstance(self.net, P3D):
-            raise TypeError(f"engine: expected one made from a P3D to save, got one of a {type(self.net).__name__}")
+        options = getattr(self.net, "options", None)
+        if options is None:
+            raise TypeError("engine: expected one made from a P3D to save, with a Linear as fc, got one of another net")
         with self._lock:
             self._follow()
             state = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        torch.save({"format": FORMAT, "dtype": self.dtype, "net": self.net.options, "state": state}, path)
+        torch.save({"format": FORMAT, "dtype": self.dtype, "net": options, "state": state}, path)
 
     @torch.no_grad()
     def _call(self, method: str, x: Tensor) -> Tensor:
@@ -119,8 +121,9 @@ class Engine(nn.Module):
             raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
         if x.requires_grad:
             raise ValueError("x: expected a tensor that requires no grad (an engine has no backward), got one with")
-        if not x.is_floating_point():
-            raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}; `models.normalise` takes uint8 frames")
+        frames = x.dtype == torch.uint8 and getattr(self.net, "takes_frames", False)
+        if not x.is_floating_point() and not frames:
+            raise TypeError(f"x: expected a floating-point dtype (of a P3D also uint8 frames), got {x.dtype}")
         device = next(self.buffers()).device
         if x.device != device:
             raise ValueError(f"x: expected device {device} (that of the engine), got {x.device}")

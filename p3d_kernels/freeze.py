@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from . import _backends, reference
-from ._checks import FLOATS, check_positive
+from ._checks import FLOATS, check_clips, check_positive
 from ._norm import Norm
 from .checkpoints import read_file
 from .engine import FORMAT, Engine
 from .models import P3D
-from .models._common import stem_pool_fits
-from .nn import Bottleneck, why_not_fused
+from .models._common import normalise, stem_pool_fits
+from .nn import Bottleneck, hooked, why_not_fused
 from .ops._conv import pack_weight
-from .ops._fused import SCHEDULES, Config, infer
+from .ops._fused import Config
 from .ops._triton import ndhwc, why_not
+from .ops.bottleneck import Frozen, infer_chain
 from .ops.stem import pack_stem_weight, stem_infer
 from .ops.stem import why_not as why_not_stem
 
@@ -47,24 +49,44 @@ class _FrozenBlock(nn.Module):
         super().__init__()
         arguments = block.arguments()
         self.config = Config(block.kind, block.wiring, block.stride)
-        self.present = [w is not None for w in arguments[::2]]
         self.dtype = dtype
-        for i, (w, norm) in enumerate(p for p in zip(arguments[::2], arguments[1::2], strict=True) if p[0] is not None):
+        pairs = [pair for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[0] is not None]
+        self.count = len(pairs)
+        for i, (w, norm) in enumerate(pairs):
             self.register_buffer(f"weight{i}", pack_weight(w, dtype).clone())
             self.register_buffer(f"record{i}", _record(norm))
 
+    def frozen(self) -> Frozen:
+        of = range(self.count)
+        return Frozen([self._buffers[f"weight{i}"] for i in of], [self._buffers[f"record{i}"] for i in of], self.config)
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:  # a 2-D block inside a net that folds frames into the batch
-            return self.forward(x.unsqueeze(2)).squeeze(2)
-        x, count = x.to(self.dtype), sum(self.present)
-        weights = [self._buffers[f"weight{i}"] for i in range(count)]
-        records = [self._buffers[f"record{i}"] for i in range(count)]
-        if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
-            return infer(SCHEDULES["bottleneck"], ndhwc(x), weights, records, self.config)
-        pairs = ((w, _norm(r, self.dtype)) for w, r in zip(weights, records, strict=True))
-        arguments = [a for present in self.present for a in (next(pairs) if present else (None, None))]
-        config = self.config
-        return reference.bottleneck(x, *arguments, kind=config.kind, wiring=config.wiring, stride=config.stride)
+        return _run(x, [self.frozen()], self.dtype)
+
+
+class _FrozenStage(nn.Sequential):
+    """Blocks in a row, which pass more to each other than a tensor."""
+
+    def forward(self, x: Tensor, thin: bool = False, thinned: bool = False) -> Tensor:
+        """thin: of the output, only every second row and column is wanted. thinned: so is x, for the first stride."""
+        blocks = [block.frozen() for block in self]
+        if thinned:
+            blocks[0] = blocks[0]._replace(config=dataclasses.replace(blocks[0].config, stride=1))
+        return _run(x, blocks, self[0].dtype, thin)
+
+
+def _run(x: Tensor, blocks: list[Frozen], dtype: torch.dtype, thin: bool = False) -> Tensor:
+    if x.dim() == 4:  # 2-D blocks inside a net that folds frames into the batch
+        return _run(x.unsqueeze(2), blocks, dtype, thin).squeeze(2)
+    x = x.to(dtype)
+    if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
+        return infer_chain(ndhwc(x), blocks, thin)
+    for weights, records, config in blocks:
+        pairs = [a for w, r in zip(weights, records, strict=True) for a in (w, _norm(r, dtype))]
+        if config.kind == "2d":
+            pairs[4:4] = None, None
+        x = reference.bottleneck(x, *pairs, kind=config.kind, wiring=config.wiring, stride=config.stride)
+    return x[..., ::2, ::2] if thin else x
 
 
 class _FrozenStem(nn.Module):
@@ -76,19 +98,84 @@ class _FrozenStem(nn.Module):
         self.maxpool = net.maxpool
         weight = net.conv1_custom.weight.detach().to(dtype)
         self.register_buffer("weight", weight.clone())
-        self.register_buffer("record", _record(Norm.of(net.bn1)))
         self.register_buffer("packed", pack_stem_weight(weight, dtype))
+        self.register_buffer("record", _record(Norm.of(net.bn1)))
+        # of frames as they are decoded: mean, std and weights in the order of their channels
+        spec = net.input_spec if weight.size(1) == len(net.input_spec.mean) else None
+        step = -1 if spec is not None and spec.order == "BGR" else 1
+        self.statistics = None if spec is None else (spec.mean[::step], spec.std[::step])
+        weight = weight.flip(1) if step < 0 else weight.clone()
+        self.register_buffer("frames_weight", None if spec is None else weight)
+        self.register_buffer("frames_packed", None if spec is None else pack_stem_weight(weight, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._fused(x, x):
+            return stem_infer(x, self.weight, self.packed, self.record, self.wiring)
+        norm = _norm(self.record, self.dtype)
+        z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
+        return self.maxpool(reference.bn_relu(z, norm))
+
+    def frames(self, frames: Tensor) -> Tensor:
+        """Of uint8 frames [N, T, H, W, C] or [T, H, W, C], as `normalise` takes them."""
+        channels = self.weight.size(1)
+        if self.statistics is None:
+            raise TypeError(f"x: expected a floating-point dtype of a net with {channels} input channels, got uint8")
+        if frames.dim() not in (4, 5) or frames.size(-1) != channels or frames.numel() == 0:
+            raise ValueError(
+                f"x: expected uint8 frames [N, T, H, W, {channels}] or [T, H, W, {channels}], got {list(frames.shape)}"
+            )
+        x = (frames if frames.dim() == 5 else frames.unsqueeze(0)).permute(0, 4, 1, 2, 3)
+        if self._fused(x, self.frames_weight):
+            return stem_infer(x, self.frames_weight, self.frames_packed, self.record, self.wiring, *self.statistics)
+        return self(normalise(frames, self.wiring))
+
+    def _fused(self, x: Tensor, like: Tensor) -> bool:
+        """Whether kernels of this package take the clips x; like: a tensor of a dtype that backends know."""
+
         def reason(backend: str) -> str | None:
             return why_not(x) or why_not_stem(backend, x, self.weight)
 
-        small = not stem_pool_fits(x, self.wiring)  # the pool's window is cut there: nn.MaxPool3d
-        if small or _backends.choose("stem", x, reason, ("triton", "aten")) == "aten":
-            norm = _norm(self.record, self.dtype)
-            z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
-            return self.maxpool(reference.bn_relu(z, norm))
-        return stem_infer(x, self.weight, self.packed, self.record, self.wiring)
+        fits = stem_pool_fits(x, self.wiring)  # else the pool's window is cut: nn.MaxPool3d
+        return fits and _backends.choose("stem", like, reason, ("triton", "aten")) != "aten"
+
+
+class _FrozenP3D(nn.Module):
+    """A `P3D` in eval mode. What the next stage would not read is not computed."""
+
+    takes_frames = True
+
+    def __init__(self, net: P3D, dtype: torch.dtype):
+        super().__init__()
+        stages = {name: net.get_submodule(name) for name in ("layer1", "layer2", "layer3", "layer4")}
+        why = why_not_fused([(name, net.get_submodule(name)) for name in ("conv1_custom", "bn1", "relu")])
+        for name, module in {"it": net, **stages}.items():
+            why = f"{name} has hooks or a forward of its own" if hooked(module) else why
+        if why is not None:
+            raise ValueError(f"model: cannot be frozen ({why})")
+        self.options = net.options if isinstance(net.fc, nn.Linear) else None
+        self.in_channels = net.in_channels
+        self.stem = _FrozenStem(net, dtype)
+        for name, stage in stages.items():
+            self.add_module(name, stage)
+        self.maxpool_2, self.fc = net.maxpool_2, net.fc
+
+    def features(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = self.stem.frames(x)
+        else:
+            check_clips("x", x, self.in_channels)
+            x = self.stem(x)
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        thinned = False
+        for stage, after in zip(stages, (*stages[1:], None), strict=True):
+            thin = after is not None and after[0].config.stride == 2
+            x = stage(x, thin, thinned)
+            if after is not None:
+                x, thinned = self.maxpool_2(x), thin
+        return x.mean((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).to(self.fc.weight.dtype))
 
 
 def freeze(
@@ -139,7 +226,8 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not blocks:
         raise ValueError("model: expected a P3D net or one that accelerate() has swapped, got none of their blocks")
     for name, block in blocks:
-        why = why_not_fused((n, layer) for n, layer in block._modules.items() if layer is not None)
+        why = "it has hooks or a forward of its own" if hooked(block) else None
+        why = why or why_not_fused((n, layer) for n, layer in block._modules.items() if layer is not None)
         if why is not None:
             raise ValueError(f"model: {name} cannot be frozen ({why})")
     net = copy.deepcopy(model).eval().requires_grad_(False)
@@ -147,11 +235,14 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         parent, _, child = name.rpartition(".")
         holder = net.get_submodule(parent)
         setattr(holder, child, _FrozenBlock(getattr(holder, child), dtype))
-    if isinstance(net, P3D):
-        net.frozen_stem = _FrozenStem(net, dtype)
-        object.__setattr__(net, "_stem", net.frozen_stem)  # shadows the method
-        del net.conv1_custom, net.bn1
-    return net
+    for name, row in [(name, m) for name, m in net.named_modules() if type(m) is nn.Sequential and not hooked(m)]:
+        if not len(row) or not all(isinstance(m, _FrozenBlock) for m in row):
+            continue
+        if not name:
+            return _FrozenStage(*row).eval()
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, _FrozenStage(*row))
+    return _FrozenP3D(net, dtype).eval() if type(net) is P3D else net
 
 
 def load_engine(

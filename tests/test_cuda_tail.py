@@ -104,6 +104,18 @@ def test_against_float64(shape, join, reduce, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=_names)
+def test_a_thin_y_is_every_second_row_and_column(shape, reduce):
+    for join in JOINS:
+        arguments = _arguments(shape, torch.bfloat16, *join, reduce)
+        y, z = _cuda.tail_infer(*arguments)
+        thin, same = _cuda.tail_infer(*arguments, thin=True)
+        assert thin.is_contiguous(memory_format=torch.channels_last_3d) and torch.equal(thin, y[..., ::2, ::2])
+        assert z is same is None or torch.equal(z, same)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 64, 3, 5, 7), (2, 128, 3, 5, 7)], ids=_names)
 @pytest.mark.parametrize("join", JOINS, ids=lambda j: f"{j[0]}_{j[1]}")
 def test_nan_passes_through_every_relu_and_reaches_its_neighbours_in_time_only(shape, join):

@@ -43,6 +43,25 @@ def test_dtype_is_the_engine_s_own(net):
     assert {b.dtype for name, b in engine.named_buffers() if "record" in name} == {torch.float32}
 
 
+@pytest.mark.parametrize("wiring, modality", [("author", "rgb"), ("port", "rgb"), ("author", "flow"), ("port", "flow")])
+def test_decoded_frames(wiring, modality, device):
+    net = randomise(p3d.models.P3D((1, 1, 1, 1), 10, wiring=wiring, modality=modality)).eval().to(device)
+    engine = p3d.freeze(net, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    frames = torch.randint(0, 256, (2, 4, 32, 40, 3 if modality == "rgb" else 2), dtype=torch.uint8, device=device)
+    want = engine(p3d.models.normalise(frames, wiring))
+    assert distance(engine(frames), want) < (1e-2 if device.type == "cuda" else 1e-5)
+    assert torch.equal(engine(frames[0]), engine(frames[:1]))
+
+
+def test_frames_of_another_net():
+    engine = p3d.freeze(p3d.models.P3D((1, 1, 1, 1), 10, in_channels=4).eval())
+    with pytest.raises(TypeError, match="x: expected a floating-point dtype of a net with 4 input channels, got uint8"):
+        engine(torch.zeros(1, 4, 32, 32, 4, dtype=torch.uint8))
+    engine = p3d.freeze(torch.nn.Sequential(p3d.nn.Bottleneck(64, 16)).eval())
+    with pytest.raises(TypeError, match=r"x: expected a floating-point dtype \(of a P3D also uint8 frames\)"):
+        engine(torch.zeros(1, 64, 2, 8, 8, dtype=torch.uint8))
+
+
 def test_the_engine_follows_the_net(net):
     x = torch.randn(1, 3, 2, 16, 16)
     engine = p3d.freeze(net)
@@ -137,6 +156,13 @@ def test_refusals(net):
         p3d.freeze(net)
 
 
+@pytest.mark.parametrize("name, who", [("", "it"), ("layer2", "layer2"), ("layer2.1", "it"), ("bn1", "bn1")])
+def test_a_hook_is_not_passed_over(net, name, who):
+    net.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=rf"cannot be frozen \({who} has hooks"):
+        p3d.freeze(net)
+
+
 def test_save_and_load(net, tmp_path):
     x = torch.randn(1, 3, 2, 16, 16)
     engine = p3d.freeze(net, torch.bfloat16)
@@ -167,7 +193,9 @@ def test_save_and_load(net, tmp_path):
 BAD_CLIPS = [
     ([1.0], TypeError, "x: expected a Tensor, got list"),
     (torch.zeros(1, 3, 2, 16, 16, requires_grad=True), ValueError, "x: expected a tensor that requires no grad"),
-    (torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), TypeError, "x: expected a floating-point dtype, got torch.uint8"),
+    (torch.zeros(1, 3, 2, 16, 16, dtype=torch.int8), TypeError, "x: expected a floating-point dtype .* got torch.int8"),
+    (torch.zeros(1, 3, 2, 16, 16, dtype=torch.uint8), ValueError, r"x: expected uint8 frames \[N, T, H, W, 3\]"),
+    (torch.zeros(1, 3, 0, 16, 16), ValueError, "x: expected at least one frame, row and column"),
     (torch.zeros(1, 3, 2, 16, 16, device="meta"), ValueError, "x: expected device cpu"),
     (torch.zeros(1, 2, 2, 16, 16), ValueError, "x: expected 3 channels, got 2"),
     (torch.zeros(3, 2, 16, 16), ValueError, "x: expected 5 dimensions"),

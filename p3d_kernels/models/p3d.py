@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_activation, check_choice, check_positive
+from .._checks import check_choice, check_clips, check_positive
 from .._norm import Norm
 from ..nn import Bottleneck, MaxPool3d, explain_unfused, why_not_fused
 from ..reference import WIRINGS
@@ -90,9 +90,7 @@ class P3D(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """pool5: clips [N, C, T, H, W] to the mean of the last stage [N, 2048], float32 (float64 of a float64 net)."""
-        check_activation("x", x, self.in_channels)
-        if 0 in x.shape[2:]:
-            raise ValueError(f"x: expected at least one frame, row and column, got shape {tuple(x.shape)}")
+        check_clips("x", x, self.in_channels)
         x = self._stem(x)
         for stage in (self.layer1, self.layer2, self.layer3):
             x = self.maxpool_2(stage(x))

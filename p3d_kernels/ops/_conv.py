@@ -506,28 +506,31 @@ def weight_grad(dw: Tensor, w: Tensor) -> Tensor:
     return dw.view(w.shape).to(w.dtype)
 
 
-# --- 1x3x3 in CUDA ---------------------------------------------------------------------------------------------------
+# --- in CUDA --------------------------------------------------------------------------------------------------------
 
 
-def _cuda_allowed(x: Tensor) -> bool:
+def cuda_allowed(x: Tensor) -> bool:
+    """Whether CUDA kernels may run on tensors like x."""
     return _backends.forced() != "triton" and _backends.why_not("cuda", x) is None
 
 
-def _taps(w: Tensor) -> Tensor:
-    """A packed w [Co, Ci, 1, 3, 3] by the order of its memory: [Co, 9, Ci]."""
-    return w.permute(0, 2, 3, 4, 1).view(w.size(0), 9, w.size(1))
+def taps_of(w: Tensor) -> Tensor:
+    """A packed w [Co, Ci, kT, kH, kW] by the order of its memory: [Co, taps, Ci]."""
+    return w.permute(0, 2, 3, 4, 1).view(w.size(0), -1, w.size(1))
 
 
-def spatial_fwd(x: Operand, w: Tensor, epilogue: Epilogue | None = None) -> tuple[Tensor, Tensor | None]:
-    """1x3x3, stride 1: the CUDA kernel where it has one for this operand and epilogue, else `conv`."""
+def spatial_fwd(
+    x: Operand, w: Tensor, epilogue: Epilogue | None = None, stride: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """1x3x3: the CUDA kernel where it has one for this operand, epilogue and stride, else `conv`."""
     epilogue = epilogue or Epilogue()
-    plain = x.read in ("raw", "bn_relu") and epilogue.below is None
+    plain = x.read in ("raw", "bn_relu") and epilogue.below is None and stride == 1
     plain = plain and (epilogue.record is not None, epilogue.join) in ((False, "none"), (True, "relu"))
-    if plain and _cuda_allowed(x.a):
+    if plain and cuda_allowed(x.a):
         if _cuda.why_not(tuple(x.a.shape), x.a.dtype, w.size(1), w.size(0)) is None:
             affines = (None if r is None else r[:3] for r in (x.record_a, epilogue.record))
-            return _cuda.spatial_conv_fwd(x.a, _taps(w), *affines, epilogue.stats)
-    return conv(x, w, spatial(), epilogue)
+            return _cuda.spatial_conv_fwd(x.a, taps_of(w), *affines, epilogue.stats)
+    return conv(x, w, spatial(stride), epilogue)
 
 
 def spatial_dgrad(
@@ -537,16 +540,16 @@ def spatial_dgrad(
     epilogue = epilogue or Epilogue()
     plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
     plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
-    if plain and _cuda_allowed(dz.a):
+    if plain and cuda_allowed(dz.a):
         if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
-            return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, _taps(w), epilogue.o, epilogue.below)
+            return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps_of(w), epilogue.o, epilogue.below)
     return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))
 
 
 def spatial_wgrad(dz: Operand, x: Operand) -> Tensor:
     """The weight gradient [Co * Ci * 9] of `spatial_fwd`: the CUDA kernel where it has one, else `conv_wgrad`."""
     plain = dz.read in ("raw", "bn_bwd") and x.read in ("raw", "bn_relu")
-    if plain and _cuda_allowed(dz.a):
+    if plain and cuda_allowed(dz.a):
         if _cuda.wgrad_why_not(tuple(x.a.shape), x.a.dtype, x.channels, dz.channels) is None:
             part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a)
             return sum_splits(part, 9, x.channels)

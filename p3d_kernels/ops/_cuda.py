@@ -326,6 +326,7 @@ def tail_infer(
     record_e: Tensor,  # [3, 4M] or more rows
     w_r: Tensor | None = None,  # [M, 4M]
     record_r: Tensor | None = None,  # [3, M] or more rows
+    thin: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The tail of a bottleneck in inference and the reduce of the next, in one pass: (y, z).
 
@@ -335,7 +336,7 @@ def tail_infer(
     float32. Runs of the same shape give the same bits.
 
     Returns:
-        y [N, 4M, T, H, W] and z [N, M, T, H, W], channels_last_3d.
+        y [N, 4M, T, H, W], of which `thin` stores [..., ::2, ::2] only, and z [N, M, T, H, W]; channels_last_3d.
 
     Raises:
         ValueError: layout, shape, dtype or alignment differ from the above.
@@ -358,7 +359,8 @@ def tail_infer(
             _check_matrix(f"w_{name}", weight, shape, x.dtype)
             _check_rows(f"record_{name}", record, 3, shape[0])
 
-    y = alloc((n, 4 * m, t, h, w), x.device, x.dtype)
+    step = 2 if thin else 1
+    y = alloc((n, 4 * m, t, -(-h // step), -(-w // step)), x.device, x.dtype)
     z = None if w_r is None else alloc(tuple(x.shape), x.device, x.dtype)
     if x.numel() == 0:
         return y, z
@@ -367,9 +369,9 @@ def tail_infer(
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        sizes = n, t, h * w, m, join, _DTYPES[x.dtype]
+        sizes = n, t, h * w, m, join, _DTYPES[x.dtype], w if thin else 0
         return NativePlan(lambda stream, *addresses: native.tail_infer(*addresses, *sizes, stream))
 
-    plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, join), build)
+    plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, join, thin), build)
     plan(x, o, residual, w_t, w_e, w_r, record_t, record_e, record_r, y, z)
     return y, z

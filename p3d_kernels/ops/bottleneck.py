@@ -7,16 +7,21 @@ Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outpu
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from .. import reference
+from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
-from ._conv import Epilogue, conv, conv_wgrad, pointwise
+from . import _cuda
+from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import expand_stats, gram_bwd
-from ._triton import Operand, bn_bwd_finalise, bn_finalise
-from .pseudo3d import check_st, join_of, st_bwd, st_fwd, st_infer
+from ._tape import taped
+from ._triton import Operand, bn_bwd_finalise, bn_finalise, input_precision
+from .max_pool import pool_fwd
+from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
 # --- schedule --------------------------------------------------------------------------------------------------------
 
@@ -80,13 +85,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
 
 
 def _infer(x, weights, records, config):
-    (w_r,), w_st, (w_e,), w_d = _split(weights, config)
-    (record_r,), records_st, (record_e,), record_d = _split(records, config)
-    stride, source = pointwise(config.stride), Operand("raw", x)
-    a, _ = conv(source, w_r, stride, Epilogue(record_r, "relu"))
-    a = st_infer(a, w_st, records_st, config)
-    residual = conv(source, w_d[0], stride, Epilogue(record_d[0]))[0] if w_d else x
-    return conv(Operand("raw", a), w_e, pointwise(), Epilogue(record_e, "add_relu", residual))[0]
+    return _chain(x, [Frozen(weights, records, config)], False)
 
 
 def _dims(x, config):
@@ -105,6 +104,72 @@ def _raw_shapes(x, weights, config):
 
 
 SCHEDULES["bottleneck"] = Schedule("bottleneck", _fwd, _bwd, _infer, _out_shape, _raw_shapes)
+
+
+# --- blocks in a row, in inference ----------------------------------------------------------------------------------
+
+
+class Frozen(NamedTuple):
+    """A block in inference: packed weights and records [5, C], one a convolution, in the order of the schedule."""
+
+    weights: list[Tensor]
+    records: list[Tensor]
+    config: Config
+
+
+def infer_chain(x: Tensor, blocks: list[Frozen], thin: bool = False) -> Tensor:
+    """The output of blocks in a row on NDHWC x; `thin`: at every second row and column, the rest is not computed."""
+    shapes, configs = tuple([w.shape for b in blocks for w in b.weights]), tuple([b.config for b in blocks])
+    key = "chain", configs, thin, x.shape, x.dtype, x.device, shapes, input_precision(x.dtype, x.device)
+    inputs = [x, *(t for b in blocks for t in (*b.weights, *b.records))]
+    return taped((*key, _backends.forced()), lambda: ([_chain(x, blocks, thin)], []), inputs)[0][0]
+
+
+def _chain(x: Tensor, blocks: list[Frozen], thin: bool) -> Tensor:
+    a = None
+    for i, block in enumerate(blocks):
+        x, a = _link(x, a, block, blocks[i + 1 :], thin)
+    return x
+
+
+def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, relu(bn_r(R y)) of the next block or None) of one block, given its own a = relu(bn_r(R x)) if that exists.
+
+    The last block of a thin chain works on every second row and column from S on. The one before stores only those of
+    y, if the next block's a is made of y on the way.
+    """
+    config = block.config
+    (w_r,), w_st, (w_e,), w_d = _split(block.weights, config)
+    (record_r,), records_st, (record_e,), record_d = _split(block.records, config)
+    step = 2 if thin and not after else 1
+    source, stride = Operand("raw", x), config.stride
+    if a is None:
+        a, _ = conv(source, w_r, pointwise(stride), Epilogue(record_r, "relu"))
+    residual = conv(source, w_d[0], pointwise(stride * step), Epilogue(record_d[0]))[0] if w_d else x
+    s = s_infer(a, w_st, records_st, step)
+    if residual.shape[3:] != s.shape[3:]:
+        residual = pool_fwd(residual, (1, 1, 1), (1, step, step), (0, 0, 0), False)[0]
+    if config.kind == "2d":
+        t = s
+    elif _tail_fits(a, s, w_st[1], w_e, config):
+        w_z = record_z = None
+        if after and after[0].config.stride == 1 and tuple(after[0].weights[0].shape[:2]) == w_e.shape[1::-1]:
+            w_z, record_z = taps_of(after[0].weights[0])[:, 0], after[0].records[0]
+        unread = thin and len(after) == 1 and w_z is not None and not _split(after[0].weights, after[0].config)[3]
+        weights = taps_of(w_st[1]), records_st[1], taps_of(w_e)[:, 0], record_e, w_z, record_z
+        t, o, join = t_operands(a, s, config)
+        return _cuda.tail_infer(t, o, join, residual, *weights, thin=unread)
+    else:
+        t = t_infer(a, s, w_st, records_st, config, step)
+    return conv(Operand("raw", t), w_e, pointwise(), Epilogue(record_e, "add_relu", residual))[0], None
+
+
+def _tail_fits(a: Tensor, s: Tensor, w_t: Tensor, w_e: Tensor, config: Config) -> bool:
+    """Whether one CUDA kernel takes T, expand and the next reduce."""
+    m = s.size(1)
+    if (config.kind == "B" and a.shape != s.shape) or tuple(w_t.shape[:2]) != (m, m) or w_e.size(0) != 4 * m:
+        return False
+    return cuda_allowed(a) and _cuda.tail_why_not(tuple(s.shape), s.dtype) is None
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------

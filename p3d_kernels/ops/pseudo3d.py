@@ -20,7 +20,7 @@ from .. import reference
 from .._checks import check_activation, check_choice, check_weight
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
-from ._conv import Epilogue, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
+from ._conv import Epilogue, Geometry, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._triton import (
     Operand,
@@ -218,15 +218,29 @@ def st_bwd(
     return dx, part, dws, sums
 
 
-def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
+def s_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], stride: int = 1) -> Tensor:
+    """relu(bn_s(S x)) of the activation x, at every stride-th row and column."""
+    return spatial_fwd(Operand("raw", x), weights[0], Epilogue(record=records[0], join="relu"), stride)[0]
+
+
+def t_operands(x: Tensor, s: Tensor, config: Config) -> tuple[Tensor, Tensor | None, str]:
+    """What T reads, what its result is joined with, and how (`Epilogue.join`), of activations x and s = `s_infer`."""
+    return x if config.kind == "B" else s, None if config.kind == "A" else s, _INFER_JOINS[join_read(config)]
+
+
+def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Config, stride: int = 1) -> Tensor:
     """The join, from activations to activations: BN and ReLU in the epilogues of S and T."""
-    a_s, _ = spatial_fwd(Operand("raw", x), weights[0], Epilogue(record=records[0], join="relu"))
-    if config.kind == "2d":
-        return a_s
-    source = Operand("raw", x if config.kind == "B" else a_s)
-    o = None if config.kind == "A" else a_s
-    epilogue = Epilogue(record=records[1], join=_INFER_JOINS[join_read(config)], o=o)
-    return conv(source, weights[1], temporal(), epilogue)[0]
+    s = s_infer(x, weights, records, stride)
+    return s if config.kind == "2d" else t_infer(x, s, weights, records, config, stride)
+
+
+def t_infer(
+    x: Tensor, s: Tensor, weights: list[Tensor], records: list[Tensor], config: Config, stride: int = 1
+) -> Tensor:
+    """The join of s = `s_infer(x, ..., stride)` and T."""
+    source, o, join = t_operands(x, s, config)
+    geometry = Geometry((3, 1, 1), (1, stride if source is x else 1))
+    return conv(Operand("raw", source), weights[1], geometry, Epilogue(record=records[1], join=join, o=o))[0]
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
