@@ -168,6 +168,7 @@ __global__ void __launch_bounds__(Warpgroups<kPass>::kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
+    dependency_wait();
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same register for the warp, as the compiler can tell
     if (group < Groups::kProducers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Groups::kProducerRegisters));
@@ -224,12 +225,9 @@ inline const char* weight_map(CUtensorMap& map, const void* weights, DType dtype
 
 template <typename T, int kN, bool kResident, Pass kPass>
 const char* launch(const SpatialPlan& plan, const CUtensorMap& map, const Args& args, cudaStream_t stream) {
-    auto kernel = spatial_conv_kernel<T, kN, kResident, kPass>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-    if (error == cudaSuccess) {
-        kernel<<<dim3(plan.blocks, plan.cout_blocks), Warpgroups<kPass>::kThreads, plan.shared, stream>>>(map, args);
-        error = cudaGetLastError();
-    }
+    dim3 grid(plan.blocks, plan.cout_blocks);
+    cudaError_t error = launch_dependent(spatial_conv_kernel<T, kN, kResident, kPass>, grid,
+                                         Warpgroups<kPass>::kThreads, plan.shared, stream, map, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

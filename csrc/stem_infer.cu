@@ -520,6 +520,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_infer_kernel(const __grid_co
     }
     for (int i = threadIdx.x; i < Tile::kZeros / 16; i += kThreads) store_shared(shared.zeros + 16 * i, uint4{});
     fence_proxy_async();
+    dependency_wait();
     if (threadIdx.x < kCouts) {
         float mean = a.affine[threadIdx.x], scale = a.affine[kCouts + threadIdx.x];
         float bias = a.affine[2 * kCouts + threadIdx.x];
@@ -602,12 +603,8 @@ const char* stem_plan(StemPlan& best, const StemInfer& p) {
 template <typename T, int kCi, int kN>
 const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stream) {
     constexpr int kShared = StemTile<kCi, kN>::kShared;
-    auto kernel = stem_infer_kernel<T, kCi, kN>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-    if (error == cudaSuccess) {
-        kernel<<<plan.blocks, kThreads, kShared, stream>>>(args);
-        error = cudaGetLastError();
-    }
+    cudaError_t error =
+        launch_dependent(stem_infer_kernel<T, kCi, kN>, dim3(plan.blocks), kThreads, kShared, stream, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

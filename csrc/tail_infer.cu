@@ -551,6 +551,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
+    dependency_wait();
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     if (warp < 4) {
         set_registers<kProducerRegisters, false>();
@@ -598,13 +599,9 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, int64_t 
 
 template <typename T, int kMid, bool kReduce>
 const char* launch(const TailMaps& maps, const TailArgs& args, int blocks, cudaStream_t stream) {
-    auto kernel = tail_infer_kernel<T, kMid, kReduce>;
     constexpr int kBytes = Layout<kMid, kReduce>::kBytes;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error == cudaSuccess) {
-        kernel<<<blocks, kThreads, kBytes, stream>>>(maps, args);
-        error = cudaGetLastError();
-    }
+    cudaError_t error =
+        launch_dependent(tail_infer_kernel<T, kMid, kReduce>, dim3(blocks), kThreads, kBytes, stream, maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -234,6 +234,34 @@ struct Gradient4 {
     }
 };
 
+// ---- Dependent launch: a kernel starts while the one before it in its stream still runs.
+
+// Lets the next kernel start, and waits until the one before has ended and all that it wrote is there. Before this no
+// thread may read or write what another kernel writes or reads: the one before has waited likewise.
+__device__ __forceinline__ void dependency_wait() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Launches a kernel that begins with dependency_wait.
+template <typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
+                             const Args&... args) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // ---- Statistics.
 
 // Count, mean and sum of squares about the mean, joined by Chan, Golub and LeVeque's formula.

@@ -138,6 +138,8 @@ def compile_all() -> list[tuple[str, Code]]:
     _backends.interpreting = lambda: True  # so the kernels take tensors on the CPU
     for module in (_conv, _gram, _stem):
         module.sm_count = lambda device: H200
+    for module in (_conv, sys.modules["p3d_kernels.ops.max_pool"]):  # ops.max_pool is the op
+        module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
     for module in (_conv, _gram, _stem, _fused):
         module.input_precision = lambda dtype, device: "tf32" if dtype == torch.float32 else "ieee"
     with p3d.use_backend("triton"), _tape._compiling_ahead():

@@ -27,7 +27,9 @@ from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     Operand,
     affine,
+    begin,
     block,
+    dependent_launch,
     dot,
     empty_ndhwc,
     input_precision,
@@ -97,10 +99,12 @@ def conv_kernel(
     READ: tl.constexpr,
     JOIN: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
 ):
+    begin(PDL)
     TAPS: tl.constexpr = KT * KH * KW
     CHUNKS: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
     CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
@@ -439,6 +443,7 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
         READ=x.read,
         JOIN=epilogue.join,
         PRECISION=input_precision(x.a.dtype, x.a.device),
+        **dependent_launch(x.a.device),
         **tile,
     )
     plan.rows, plan.y_shape = rows, (n, co, *out)

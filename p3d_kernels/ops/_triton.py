@@ -15,6 +15,7 @@ Reductions run in a fixed order: results are equal bit for bit from run to run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -72,6 +73,14 @@ class Operand:
     @property
     def channels(self) -> int:
         return self.a.size(1)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """First in a kernel of `dependent_launch`: let the next one start, and wait until the one before has written."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -447,6 +456,13 @@ def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool
 def _finalise_plan(kernel, channels: int, rows: int, scalar: float, training: bool) -> Plan:
     tile = _finalise_tile(max(rows, 1))
     return Plan(kernel, (cdiv(channels, tile["BLOCK_C"]),), (rows, scalar), C=channels, TRAINING=training, **tile)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict:
+    """Constants of a kernel that calls `begin`: on Hopper and later it starts while the kernel before it still runs."""
+    ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if ready and hasattr(tl.extra.cuda, "gdc_wait") else {"PDL": False}
 
 
 def why_not(x: Tensor) -> str | None:

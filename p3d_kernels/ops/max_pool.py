@@ -18,7 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from .. import _backends, reference
 from .._checks import check_activation
-from ._triton import MAX_POSITIONS, Plan, affine, block, cdiv, empty_ndhwc, ndhwc, plan_for, relu, tl, triton
+from ._triton import (
+    MAX_POSITIONS,
+    Plan,
+    affine,
+    begin,
+    block,
+    cdiv,
+    dependent_launch,
+    empty_ndhwc,
+    ndhwc,
+    plan_for,
+    relu,
+    tl,
+    triton,
+)
 
 NO_TAP = 255  # the byte of a window whose ReLU is off: no position takes its gradient
 UNROLLED_TAPS = 32
@@ -66,9 +80,11 @@ def max_pool_fwd_kernel(
     PH: tl.constexpr,
     PW: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin(PDL)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
@@ -238,7 +254,7 @@ def _fwd_plan(x: Tensor, geometry: tuple, ceil_mode: bool) -> Plan:
     plan = Plan(
         max_pool_fwd_kernel, (cdiv(positions, tile["BLOCK_P"]), cdiv(channels, tile["BLOCK_C"])),
         (positions, *sizes, *out), C=channels, **_geometry(*geometry),
-        UNROLL=math.prod(geometry[0]) <= UNROLLED_TAPS, **tile,
+        UNROLL=math.prod(geometry[0]) <= UNROLLED_TAPS, **dependent_launch(x.device), **tile,
     )  # fmt: skip
     plan.shape = n, channels, *out
     return plan
