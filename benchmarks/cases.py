@@ -54,6 +54,7 @@ class Case:
 
 def _table() -> list[Case]:
     cases = [Case(net, net, WHOLE, (3, 400), CLIP) for net in ("p3d63", "p3d199")]
+    cases.append(Case("p3d63_224", "p3d63", ("infer",), (3, 400), (16, 224, 224)))
     cases.append(Case("stem", "stem", WHOLE, (3, 64), CLIP))
     for stage in (1, 2, 3):
         mid, size = STAGES[stage]
