@@ -184,12 +184,12 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "tail_infer",
-        [](uintptr_t x, uintptr_t o, uintptr_t r, uintptr_t w_t, uintptr_t w_e, uintptr_t w_r, uintptr_t affine_t,
-           uintptr_t affine_e, uintptr_t affine_r, uintptr_t y, uintptr_t z, int64_t clips, int64_t time, int64_t frame,
-           int64_t channels, const std::string& join_name, const std::string& dtype_name, int64_t thin_width,
-           uintptr_t stream) {
+        [](uintptr_t x, uintptr_t o, uintptr_t r, uintptr_t w_t, uintptr_t w_e, uintptr_t w_r, uintptr_t w_d,
+           uintptr_t affine_t, uintptr_t affine_e, uintptr_t affine_r, uintptr_t affine_d, uintptr_t y, uintptr_t z,
+           int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels,
+           const std::string& join_name, const std::string& dtype_name, int64_t thin_width, uintptr_t stream) {
             p3d::TailInfer p{};
-            p.shape = {clips, time, frame, channels};
+            p.shape = {clips, time, frame, channels, down_channels};
             p.dtype = dtype(dtype_name);
             p.join = join(join_name);
             p.x = pointer<const void>(x);
@@ -198,25 +198,27 @@ PYBIND11_MODULE(_C, m) {
             p.w_t = pointer<const void>(w_t);
             p.w_e = pointer<const void>(w_e);
             p.w_r = pointer<const void>(w_r);
+            p.w_d = pointer<const void>(w_d);
             p.affine_t = pointer<const float>(affine_t);
             p.affine_e = pointer<const float>(affine_e);
             p.affine_r = pointer<const float>(affine_r);
+            p.affine_d = pointer<const float>(affine_d);
             p.y = pointer<void>(y);
             p.z = pointer<void>(z);
             p.thin_width = thin_width;
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::tail_infer(p));
         },
-        py::arg("x"), py::arg("o"), py::arg("r"), py::arg("w_t"), py::arg("w_e"), py::arg("w_r"), py::arg("affine_t"),
-        py::arg("affine_e"), py::arg("affine_r"), py::arg("y"), py::arg("z"), py::arg("clips"), py::arg("time"),
-        py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"), py::arg("thin_width"),
-        py::arg("stream"));
+        py::arg("x"), py::arg("o"), py::arg("r"), py::arg("w_t"), py::arg("w_e"), py::arg("w_r"), py::arg("w_d"),
+        py::arg("affine_t"), py::arg("affine_e"), py::arg("affine_r"), py::arg("affine_d"), py::arg("y"), py::arg("z"),
+        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"),
+        py::arg("join"), py::arg("dtype"), py::arg("thin_width"), py::arg("stream"));
 
     m.def(
         "tail_infer_why_not",
-        [](int64_t clips, int64_t time, int64_t frame, int64_t channels) {
-            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels});
+        [](int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels) {
+            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels, down_channels});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"));
+        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"));
 }

@@ -130,15 +130,17 @@ const char* stem_infer_why_not(const StemInfer& p);
 //     y[n,t,p,:] = relu(bn(w_e t[n,t,p,:]) + r[n,t,p,:])                              rounded
 //     z[n,t,p,:] = relu(bn(w_r y[n,t,p,:]))                                           rounded; if w_r is given
 //
-// bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels.
+// bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels. With w_d, which m = 64
+// takes of Ci = 64 channels, r = bn(w_d x0), rounded.
 enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3 };
 // relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2)
 
 struct TailShape {
-    int64_t clips;     // N
-    int64_t time;      // T
-    int64_t frame;     // H * W
-    int64_t channels;  // m
+    int64_t clips;          // N
+    int64_t time;           // T
+    int64_t frame;          // H * W
+    int64_t channels;       // m
+    int64_t down_channels;  // Ci, with w_d; else 0
 };
 
 struct TailInfer {
@@ -147,13 +149,15 @@ struct TailInfer {
     Join join;
     const void* x;          // [N, T, H, W, m]  16-byte aligned, as all pointers are
     const void* o;          // [N, T, H, W, m], may be x; nullptr with Join::relu
-    const void* r;          // [N, T, H, W, 4m]
+    const void* r;          // [N, T, H, W, 4m], or, with w_d, x0 [N, T, H, W, Ci]
     const void* w_t;        // [m, 3, m]
     const void* w_e;        // [4m, m]
     const void* w_r;        // [m, 4m]; or nullptr
+    const void* w_d;        // [4m, Ci]; or nullptr
     const float* affine_t;  // [3, m] rows mean, scale, bias
     const float* affine_e;  // [3, 4m]
     const float* affine_r;  // [3, m] with w_r
+    const float* affine_d;  // [3, 4m] with w_d
     void* y;                // [N, T, H, W, 4m], or, thin, [N, T, ceil(H / 2), ceil(W / 2), 4m]
     void* z;                // [N, T, H, W, m] with w_r
     int64_t thin_width;     // W, and y is stored at even rows and columns only; 0: all of it

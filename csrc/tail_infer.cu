@@ -4,6 +4,10 @@
 //     y = relu(bn(E t) + r)     1x1x1, m -> 4m, rounded and stored
 //     z = relu(bn(R y))         1x1x1, 4m -> m of the next block, rounded and stored; or absent
 //
+// and in the first block of a stage, where a slice of r is made beside that of E t:
+//
+//     r = bn(D x0)              1x1x1, m -> 4m, rounded, never stored
+//
 // Positions are the rows of the matrix unit and channels its columns, so that a product's accumulators, normalised and
 // packed, are the next product's operand as they lie in the registers: t and y go from product to product there. A
 // warpgroup owns 64 positions of a clip's T * H * W at a time, a *unit*: taps are the same positions H * W before and
@@ -16,8 +20,11 @@
 // stores the 16 positions that it computed, so the warps of a unit wait for each other in the matrix unit alone. A thin
 // y, of every second row and column, is stored by the threads, 16 bytes each: boxes have no such gaps.
 //
-// Weights are boxes in the order of their use: T by tap and 64 channels, then E and R by turns, slice by slice.
-//   m = 64    88 KB stay in shared memory
+// With D, x0 is read in place of r and kept in registers. The ring then holds what is read alone: slices of y have two
+// places of their own by turns, z the first of these, and every warp knows when its rows have left them.
+//
+// Weights are boxes in the order of their use: T by tap and 64 channels, then D, E and R by turns, slice by slice.
+//   m = 64    88 KB, with D 120 KB, stay in shared memory
 //   m = 128   352 KB pass through a ring, from the second-level cache, once for both warpgroups of a block
 //
 // A block is persistent: a warpgroup of producers, one thread for each of the rings, and two that compute. They take
@@ -46,15 +53,16 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8), "registers of the block");
 
 struct TailMaps {
-    CUtensorMap x, o, r;        // [N, T * H * W, C], read in boxes of a unit
-    CUtensorMap y, z;           // likewise, written in boxes of a warp's 16 positions
-    CUtensorMap w_t, w_e, w_r;  // [m, 3 * m], [4 m, m], [m, 4 m], in boxes of m, 64, m rows
+    CUtensorMap x, o, r;             // [N, T * H * W, C], read in boxes of a unit; r is x0 if there is D
+    CUtensorMap y, z;                // likewise, written in boxes of a warp's 16 positions
+    CUtensorMap w_t, w_e, w_r, w_d;  // [m, 3 * m], [4 m, m], [m, 4 m], [4 m, m], in boxes of m, 64, m, 64 rows
 };
 
 struct TailArgs {
     const float* affine_t;  // [3, m]
     const float* affine_e;  // [3, 4m]
     const float* affine_r;  // [3, m]
+    const float* affine_d;  // [3, 4m]
     Join join;
     bool own_o;  // o has boxes of its own; else it is x
     int frame;   // positions of a frame, H * W
@@ -64,21 +72,23 @@ struct TailArgs {
 };
 
 // Where everything lies in shared memory, weights first.
-template <int kMid, bool kReduce>
+template <int kMid, bool kReduce, bool kDown>
 struct Layout {
     static constexpr int kChunks = kMid / kChunk, kSlices = 4 * kChunks;
-    static constexpr int kItems = 3 * kChunks + (kReduce ? 2 : 1) * kSlices;  // of weights, for one unit
+    static constexpr int kItems = 3 * kChunks + (1 + kReduce + kDown) * kSlices;  // of weights, for one unit
     static constexpr int kItemBytes = kMid * kChunk * 2;
     static constexpr bool kResident = kMid == kChunk;
     static constexpr int kStages = kResident ? kItems : 4;
-    static constexpr int kStaged = kReduce ? kChunks * kBoxBytes : 0;  // z of one warpgroup
-    static constexpr int kAffineBytes = (kMid + 4 * kMid + kMid) * 8;
+    static constexpr int kStaged = (kDown ? 2 : kReduce ? kChunks : 0) * kBoxBytes;  // y and z, or z, of one warpgroup
+    static constexpr int kAffineBytes = (kMid + 4 * kMid + kMid + (kDown ? 4 * kMid : 0)) * 8;
     static constexpr int kRowBytes = 2 * kUnit * 4;  // where the rows of a unit go in a thin y
     static constexpr int kFixed = kStages * (kItemBytes + 16) + 2 * kStaged + kAffineBytes + kRowBytes;
     static constexpr int kSlots = (kSharedLimit - kFixed) / (2 * (kBoxBytes + 16));  // of one warpgroup
     static constexpr int kBytes = kFixed + 2 * kSlots * (kBoxBytes + 16);
-    static_assert(kSlots >= kChunks + 3,
+    static_assert(kDown || kSlots >= kChunks + 3,
                   "a ring holds the centre tap, a slice that is stored and one that is computed");
+    static_assert(!kDown || kSlots >= 3, "a ring holds the centre tap, o and x0");
+    static_assert(!kDown || kResident, "x0 and z are one box, and all weights stay");
 
     uint32_t weights, slots, staging, affine, rows, barriers;
 
@@ -244,10 +254,9 @@ struct Unit {
 
 // ---- Producers.
 
-template <int kMid, bool kReduce>
+template <int kMid, bool kReduce, bool kDown>
 __device__ __forceinline__ void produce_activations(const TailMaps& maps, const TailArgs& a,
-                                                    const Layout<kMid, kReduce>& place, int group) {
-    using Place = Layout<kMid, kReduce>;
+                                                    const Layout<kMid, kReduce, kDown>& place, int group) {
     Ring ring = activations(place, group);
     auto bring = [&](const CUtensorMap& map, int channel, int position, int clip) {
         ring.claim();
@@ -264,14 +273,14 @@ __device__ __forceinline__ void produce_activations(const TailMaps& maps, const 
         if (a.own_o)
             for (int c = 0; c < kMid; c += kChunk) bring(maps.o, c, unit.position, unit.clip);
 #pragma unroll 1
-        for (int c = 0; c < 4 * kMid; c += kChunk) bring(maps.r, c, unit.position, unit.clip);
+        for (int c = 0; c < (kDown ? kChunk : 4 * kMid); c += kChunk) bring(maps.r, c, unit.position, unit.clip);
     }
 }
 
-template <int kMid, bool kReduce>
+template <int kMid, bool kReduce, bool kDown>
 __device__ __forceinline__ void produce_weights(const TailMaps& maps, const TailArgs& a,
-                                                const Layout<kMid, kReduce>& place) {
-    using Place = Layout<kMid, kReduce>;
+                                                const Layout<kMid, kReduce, kDown>& place) {
+    using Place = Layout<kMid, kReduce, kDown>;
     Ring ring = weight_items(place);
     for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
 #pragma unroll 1
@@ -284,6 +293,11 @@ __device__ __forceinline__ void produce_weights(const TailMaps& maps, const Tail
             }
 #pragma unroll 1
         for (int slice = 0; slice < Place::kSlices; ++slice) {
+            if (kDown) {
+                ring.claim();
+                copy_box(ring.slot(), maps.w_d, ring.full(), 0, slice * kChunk, 0);
+                ring.advance();
+            }
             ring.claim();
             for (int c = 0; c < Place::kChunks; ++c)
                 copy_box(ring.slot() + c * kBoxBytes, maps.w_e, ring.full(), c * kChunk, slice * kChunk, 0);
@@ -367,10 +381,10 @@ __device__ __forceinline__ void multiply(float (&d)[kCount], const uint32_t (&a)
     }
 }
 
-template <typename T, int kMid, bool kReduce>
-__device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a, const Layout<kMid, kReduce>& place,
-                                        int group) {
-    using Place = Layout<kMid, kReduce>;
+template <typename T, int kMid, bool kReduce, bool kDown>
+__device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
+                                        const Layout<kMid, kReduce, kDown>& place, int group) {
+    using Place = Layout<kMid, kReduce, kDown>;
     constexpr int kChunks = Place::kChunks, kSlices = Place::kSlices;
     constexpr bool kResident = Place::kResident;
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
@@ -380,7 +394,7 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
     // This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
     uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
     uint32_t affine_t = place.affine + 16 * (lane % 4);  // of this thread's columns; group j is at 64 j
-    uint32_t affine_e = affine_t + 8 * kMid, affine_r = affine_e + 32 * kMid;
+    uint32_t affine_e = affine_t + 8 * kMid, affine_r = affine_e + 32 * kMid, affine_d = affine_r + 8 * kMid;
 
     bool held = false;  // the box stored last still holds a slot
     auto store = [&](const CUtensorMap& map, uint32_t source, int channel, const Unit& unit, bool slot) {
@@ -406,7 +420,7 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
         }
         fence_proxy_async();  // the copy engine fills the slot next
         __syncwarp();
-        ring.free(leader);
+        if (!kDown) ring.free(leader);
     };
     for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
         Unit unit(a, turn, group);
@@ -448,6 +462,12 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
         if (a.join != Join::relu)
 #pragma unroll
             for (int k = 0; k < kMid / 16; ++k) load_fragment(other[k], (o[k / 4] + mine) ^ (k % 4 * 32));
+        uint32_t x0[kChunk / 16][4];
+        if constexpr (kDown) {
+            uint32_t box = ring.take();
+#pragma unroll
+            for (int k = 0; k < kChunk / 16; ++k) load_fragment(x0[k], (box + mine) ^ (32 * k));
+        }
         {
             Columns<kMid / 8> columns(affine_t);
             wgmma_wait<0>();
@@ -463,14 +483,16 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
             join<T, Join::add_relu>(t, d, other);
         else
             join<T, Join::mean_relu>(t, d, other);
+        if (kDown && leader) store_wait<0>();  // the z of the unit before leaves the place of the first slice
         __syncwarp();
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) ring.free(leader);
         if (a.own_o)
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) ring.free(leader);
+        if (kDown) ring.free(leader);
 
-        // E and R, a slice of y at a time.
+        // D, E and R, a slice of y at a time.
         float e[kChunk / 2], z[kMid / 2];
         uint32_t y[kChunk / 16][4];
         if constexpr (kReduce) {
@@ -480,13 +502,34 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
         }
 #pragma unroll 1
         for (int slice = 0; slice < kSlices; ++slice) {
+            float down[kChunk / 2];
+            if constexpr (kDown) {
+                uint32_t w = weights.take(kResident);
+                wgmma_fence();
+                multiply<T, false>(down, x0, w);
+                wgmma_commit();
+            }
             uint32_t w = weights.take(kResident);
             wgmma_fence();
             multiply<T, false>(e, t, w);
             wgmma_commit();
-            uint32_t slot = ring.take(), r[kChunk / 16][4];
+            uint32_t slot, r[kChunk / 16][4];
+            if constexpr (kDown) {
+                Columns<kChunk / 8> columns(affine_d + 8 * kChunk * slice);
+                wgmma_wait<1>();
+                wgmma_pin(down);
+                columns.apply(down);
 #pragma unroll
-            for (int k = 0; k < kChunk / 16; ++k) load_fragment(r[k], (slot + mine) ^ (32 * k));
+                for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) r[k][i] = pack<T>(down[first_of(k, i)], down[first_of(k, i) + 1]);
+                slot = staging + slice % 2 * kBoxBytes;
+                __syncwarp();  // the leader has seen the slice before the last leave
+            } else {
+                slot = ring.take();
+#pragma unroll
+                for (int k = 0; k < kChunk / 16; ++k) load_fragment(r[k], (slot + mine) ^ (32 * k));
+            }
             Columns<kChunk / 8> columns(affine_e + 8 * kChunk * slice);
             wgmma_wait<0>();
             wgmma_pin(e);
@@ -511,7 +554,7 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
             if (a.thin)
                 store_thin(slot, slice, unit);
             else
-                store(maps.y, slot, slice * kChunk, unit, true);
+                store(maps.y, slot, slice * kChunk, unit, !kDown);
         }
         if constexpr (kReduce) {
             Columns<kMid / 8> columns(affine_r);
@@ -537,10 +580,10 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
     if (leader) store_wait<0>();
 }
 
-template <typename T, int kMid, bool kReduce>
+template <typename T, int kMid, bool kReduce, bool kDown>
 __global__ void __launch_bounds__(kThreads, 1)
     tail_infer_kernel(const __grid_constant__ TailMaps maps, const __grid_constant__ TailArgs a) {
-    using Place = Layout<kMid, kReduce>;
+    using Place = Layout<kMid, kReduce, kDown>;
     extern __shared__ __align__(1024) char memory[];
     Place place(memory);
     if (threadIdx.x == 0) {
@@ -557,17 +600,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         set_registers<kProducerRegisters, false>();
         if (threadIdx.x % 32) return;
         if (warp < 2)
-            produce_activations<kMid, kReduce>(maps, a, place, warp);
+            produce_activations<kMid, kReduce, kDown>(maps, a, place, warp);
         else if (warp == 2)
-            produce_weights<kMid, kReduce>(maps, a, place);
+            produce_weights<kMid, kReduce, kDown>(maps, a, place);
     } else {
         set_registers<kConsumerRegisters, true>();
         int thread = threadIdx.x - 128;
         prepare_affine(place.affine, a.affine_t, kMid, thread);
         prepare_affine(place.affine + 8 * kMid, a.affine_e, 4 * kMid, thread);
         if (kReduce) prepare_affine(place.affine + 40 * kMid, a.affine_r, kMid, thread);
+        if (kDown) prepare_affine(place.affine + 48 * kMid, a.affine_d, 4 * kMid, thread);
         named_sync(1, 256);
-        consume<T, kMid, kReduce>(maps, a, place, warp / 4 - 1);
+        consume<T, kMid, kReduce, kDown>(maps, a, place, warp / 4 - 1);
     }
 }
 
@@ -597,21 +641,25 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, int64_t 
     return result == CUDA_SUCCESS ? nullptr : fail("tail_infer: cuTensorMapEncodeTiled failed with %d", int(result));
 }
 
-template <typename T, int kMid, bool kReduce>
+template <typename T, int kMid, bool kReduce, bool kDown>
 const char* launch(const TailMaps& maps, const TailArgs& args, int blocks, cudaStream_t stream) {
-    constexpr int kBytes = Layout<kMid, kReduce>::kBytes;
-    cudaError_t error =
-        launch_dependent(tail_infer_kernel<T, kMid, kReduce>, dim3(blocks), kThreads, kBytes, stream, maps, args);
+    constexpr int kBytes = Layout<kMid, kReduce, kDown>::kBytes;
+    cudaError_t error = launch_dependent(tail_infer_kernel<T, kMid, kReduce, kDown>, dim3(blocks), kThreads, kBytes,
+                                         stream, maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename T>
-const char* launch(const TailMaps& maps, const TailArgs& args, bool wide, bool reduce, int blocks,
+const char* launch(const TailMaps& maps, const TailArgs& args, bool wide, bool reduce, bool down, int blocks,
                    cudaStream_t stream) {
     if (wide)
-        return reduce ? launch<T, 128, true>(maps, args, blocks, stream)
-                      : launch<T, 128, false>(maps, args, blocks, stream);
-    return reduce ? launch<T, 64, true>(maps, args, blocks, stream) : launch<T, 64, false>(maps, args, blocks, stream);
+        return reduce ? launch<T, 128, true, false>(maps, args, blocks, stream)
+                      : launch<T, 128, false, false>(maps, args, blocks, stream);
+    if (down)
+        return reduce ? launch<T, 64, true, true>(maps, args, blocks, stream)
+                      : launch<T, 64, false, true>(maps, args, blocks, stream);
+    return reduce ? launch<T, 64, true, false>(maps, args, blocks, stream)
+                  : launch<T, 64, false, false>(maps, args, blocks, stream);
 }
 
 int64_t clip_units(const TailShape& s) { return (s.time * s.frame + kUnit - 1) / kUnit; }
@@ -623,6 +671,10 @@ const char* tail_infer_why_not(const TailShape& s) {
     if (s.channels != 64 && s.channels != 128)
         return fail("tail_infer: channels: expected 64 or 128, whose sums fit in registers, got %lld",
                     Long(s.channels));
+    if (s.down_channels && (s.channels != 64 || s.down_channels != 64))
+        return fail(
+            "tail_infer: down_channels: expected 0, or 64 to 64 channels, whose weights all fit, got %lld to %lld",
+            Long(s.down_channels), Long(s.channels));
     if (std::min({s.clips, s.time, s.frame}) < 1 || double(s.time) * double(s.frame) > 1 << 29)
         return fail("tail_infer: expected N, T, H * W of at least 1 and T * H * W up to 2^29, got %lld, %lld, %lld",
                     Long(s.clips), Long(s.time), Long(s.frame));
@@ -637,6 +689,8 @@ const char* tail_infer(const TailInfer& p) {
     if ((p.join == Join::relu) != !p.o) return "tail_infer: expected o with every join but relu";
     if (bool(p.w_r) != bool(p.z) || bool(p.w_r) != bool(p.affine_r))
         return "tail_infer: expected w_r, affine_r and z, or none of them";
+    if (bool(p.w_d) != bool(p.shape.down_channels) || bool(p.w_d) != bool(p.affine_d))
+        return "tail_infer: expected w_d, affine_d and down_channels, or none of them";
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -648,6 +702,7 @@ const char* tail_infer(const TailInfer& p) {
     args.affine_t = p.affine_t;
     args.affine_e = p.affine_e;
     args.affine_r = p.affine_r;
+    args.affine_d = p.affine_d;
     args.join = p.join;
     args.own_o = p.o && p.o != p.x;
     args.frame = int(p.shape.frame);
@@ -668,7 +723,7 @@ const char* tail_infer(const TailInfer& p) {
     };
     encode(maps.x, p.x, clips, length, m, kUnit);
     if (args.own_o) encode(maps.o, p.o, clips, length, m, kUnit);
-    encode(maps.r, p.r, clips, length, 4 * m, kUnit);
+    encode(maps.r, p.r, clips, length, p.w_d ? p.shape.down_channels : 4 * m, kUnit);
     if (!args.thin) encode(maps.y, p.y, clips, length, 4 * m, 16);
     encode(maps.w_t, p.w_t, 1, m, 3 * m, m);
     encode(maps.w_e, p.w_e, 1, 4 * m, m, kChunk);
@@ -676,10 +731,11 @@ const char* tail_infer(const TailInfer& p) {
         encode(maps.z, p.z, clips, length, m, 16);
         encode(maps.w_r, p.w_r, 1, m, 4 * m, m);
     }
+    if (p.w_d) encode(maps.w_d, p.w_d, 1, 4 * m, p.shape.down_channels, kChunk);
     if (failed) return failed;
     int blocks = std::min(args.turns, processors);
-    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, m == 128, p.w_r, blocks, p.stream)
-                                  : launch<__half>(maps, args, m == 128, p.w_r, blocks, p.stream);
+    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, m == 128, p.w_r, p.w_d, blocks, p.stream)
+                                  : launch<__half>(maps, args, m == 128, p.w_r, p.w_d, blocks, p.stream);
 }
 
 }  // namespace p3d

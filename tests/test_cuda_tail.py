@@ -1,4 +1,4 @@
-"""The Hopper kernel for T, expand and the next reduce against float64."""
+"""The Hopper kernel for T, expand and the next reduce, with or without the down convolution, against float64."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SHAPES = [
     (1, 128, 1, 9, 13),
     (11, 128, 4, 20, 20),
 ]
+DOWN_SHAPES = [shape for shape in SHAPES if shape[1] == 64]
 # Of kind A; B in the wirings port and author; C likewise: how T is joined, and with what.
 JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", "x"), ("mean_relu", "x")]
 
@@ -50,14 +51,15 @@ def _layer(co, *inner, dtype, mean=0.0):
     return w.to(dtype), torch.stack([*rows, *[torch.full((co,), torch.nan)] * 2]).cuda()
 
 
-def _arguments(shape, dtype, join, source, reduce=True):
-    """What `tail_infer` takes."""
+def _arguments(shape, dtype, join, source, reduce=True, down=0):
+    """What `tail_infer` takes; `down`: with D inside, of so many channels."""
     n, m, t, h, w = shape
     x = _activation(*shape, dtype)
     o = {"own": _activation(*shape, dtype), "x": x, None: None}[source]
-    residual = _activation(n, 4 * m, t, h, w, dtype)
+    residual = _activation(n, down or 4 * m, t, h, w, dtype)
     layers = [_layer(m, 3, m, dtype=dtype), _layer(4 * m, m, dtype=dtype)]
     layers.append(_layer(m, 4 * m, dtype=dtype) if reduce else (None, None))
+    layers.append(_layer(4 * m, down, dtype=dtype) if down else (None, None))
     return x, o, join, residual, *[a for layer in layers for a in layer]
 
 
@@ -70,7 +72,9 @@ def _pointwise(x, w):
     return torch.einsum("oc,ncthw->nothw", w.double(), x.double())
 
 
-def _y_in_float64(x, o, join, residual, w_t, record_t, w_e, record_e, *_):
+def _y_in_float64(x, o, join, residual, w_t, record_t, w_e, record_e, w_r, record_r, w_d, record_d):
+    if w_d is not None:
+        residual = _bn(_pointwise(residual, w_d), record_d).to(x.dtype)
     taps = torch.nn.functional.pad(x.double(), (0, 0, 0, 0, 1, 1)).unfold(2, 3, 1)
     u = _bn(torch.einsum("oac,ncthwa->nothw", w_t.double(), taps), record_t)
     t = {
@@ -83,7 +87,7 @@ def _y_in_float64(x, o, join, residual, w_t, record_t, w_e, record_e, *_):
 
 
 def _z_in_float64(y, *arguments):
-    w_r, record_r = arguments[-2:]
+    w_r, record_r = arguments[8:10]
     return torch.relu(_bn(_pointwise(y, w_r), record_r))
 
 
@@ -116,17 +120,36 @@ def test_a_thin_y_is_every_second_row_and_column(shape, reduce):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 64, 3, 5, 7), (2, 128, 3, 5, 7)], ids=_names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("join", JOINS, ids=lambda j: f"{j[0]}_{j[1]}")
-def test_nan_passes_through_every_relu_and_reaches_its_neighbours_in_time_only(shape, join):
-    arguments = _arguments(shape, torch.bfloat16, *join)
+@pytest.mark.parametrize("shape", DOWN_SHAPES, ids=_names)
+def test_the_residual_made_of_x0(shape, join, reduce, dtype):
+    arguments = _arguments(shape, dtype, *join, reduce, down=64)
+    y, z = _cuda.tail_infer(*arguments)
+    check(y, _y_in_float64(*arguments), dtype, name="y")
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    thin, same = _cuda.tail_infer(*arguments, thin=True)
+    assert torch.equal(thin, y[..., ::2, ::2])
+    if reduce:
+        check(z, _z_in_float64(y, *arguments), dtype, name="z")
+        assert torch.equal(z, same)
+    else:
+        assert z is same is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, down", [(64, 0), (128, 0), (64, 64)])
+@pytest.mark.parametrize("join", JOINS, ids=lambda j: f"{j[0]}_{j[1]}")
+def test_nan_passes_through_every_relu_and_reaches_its_neighbours_in_time_only(m, down, join):
+    arguments = _arguments((2, m, 3, 5, 7), torch.bfloat16, *join, down=down)
     x, residual = arguments[0], arguments[3]
     x[0, 1, 0, 2, 3] = torch.nan
     residual[1, 5, 2, 4, 6] = torch.nan
     y, z = _cuda.tail_infer(*arguments)
     assert torch.equal(y.isnan(), _y_in_float64(*arguments).isnan())
     assert torch.equal(z.isnan(), _z_in_float64(y, *arguments).isnan())
-    assert y.isnan()[0, :, :2, 2, 3].all() and y.isnan().sum() == 2 * 4 * shape[1] + 1
+    assert y.isnan()[0, :, :2, 2, 3].all() and y.isnan().sum() == 2 * 4 * m + (4 * m if down else 1)
 
 
 @pytest.mark.gpu
@@ -146,9 +169,9 @@ def test_a_mean_of_300_deviations(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [64, 128])
-def test_runs_are_equal_and_a_graph_replays_them(m):
-    arguments = _arguments((7, m, 4, 21, 13), torch.bfloat16, "mean_relu", "x")
+@pytest.mark.parametrize("m, down", [(64, 0), (128, 0), (64, 64)])
+def test_runs_are_equal_and_a_graph_replays_them(m, down):
+    arguments = _arguments((7, m, 4, 21, 13), torch.bfloat16, "mean_relu", "x", down=down)
     first = _cuda.tail_infer(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -171,10 +194,11 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.gpu
 def test_reasons():
-    def why(m=64, t=8, h=40, dtype=torch.bfloat16):
-        return _cuda.tail_why_not((2, m, t, h, 40), dtype)
+    def why(m=64, t=8, h=40, dtype=torch.bfloat16, down=0):
+        return _cuda.tail_why_not((2, m, t, h, 40), dtype, down)
 
-    assert why() is None and why(m=128) is None
+    assert why() is None and why(m=128) is None and why(down=64) is None
+    assert "128 to 64" in why(down=128) and "256 to 128" in why(m=128, down=256)
     assert "float32" in why(dtype=torch.float32)
     assert "256" in why(m=256)
     assert "T * H * W" in why(t=2**16, h=2**16)
@@ -214,6 +238,16 @@ def test_arguments_are_checked_before_any_launch():
         run(w_r=w_r)
     with pytest.raises(ValueError, match=r"w_r: expected torch.bfloat16 \[64, 256\]"):
         run(w_r=w_r.half(), record_r=narrow)
+    with pytest.raises(ValueError, match="w_d, record_d: expected both or neither"):
+        run(record_d=rows)
+    with pytest.raises(ValueError, match=r"residual: expected .*\[1, 64, 2, 4, 4\]"):
+        run(w_d=w_e, record_d=rows)
+    with pytest.raises(ValueError, match=r"w_d: expected .*\[256, 64\]"):
+        run(residual=x, w_d=w_e[:128], record_d=rows)
+    with pytest.raises(ValueError, match="w_d: expected contiguous"):
+        run(residual=x, w_d=w_r.T, record_d=rows)
+    with pytest.raises(ValueError, match=r"record_d: expected float32 \[3, 256\]"):
+        run(residual=x, w_d=w_e, record_d=narrow)
 
 
 def test_no_positions_need_no_launch():
@@ -222,3 +256,6 @@ def test_no_positions_need_no_launch():
     w_t, w_e = torch.zeros(64, 3, 64, dtype=torch.bfloat16), torch.zeros(256, 64, dtype=torch.bfloat16)
     y, z = _cuda.tail_infer(x, None, "relu", residual, w_t, torch.zeros(3, 64), w_e, torch.zeros(3, 256))
     assert y.shape == residual.shape and z is None
+    rows = torch.zeros(3, 256)
+    y, _ = _cuda.tail_infer(x, None, "relu", x, w_t, torch.zeros(3, 64), w_e, rows, w_d=w_e, record_d=rows)
+    assert y.shape == residual.shape

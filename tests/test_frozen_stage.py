@@ -17,17 +17,18 @@ from tolerance import check
 ROWS = ["A", "B", "AB", "AC", "BCA", "ABC", "CAB", ("2d", "2d")]
 
 
-def stage(kinds, channels, wiring, stride):
-    blocks = [p3d.nn.Bottleneck(2 * channels, channels, kinds[0], wiring, stride)]
+def stage(kinds, inputs, channels, wiring, stride):
+    blocks = [p3d.nn.Bottleneck(inputs, channels, kinds[0], wiring, stride)]
     blocks += [p3d.nn.Bottleneck(4 * channels, channels, kind, wiring) for kind in kinds[1:]]
     return randomise(torch.nn.Sequential(*blocks)).eval()
 
 
-def judge(kinds, wiring, thin, stride, shape, channels, dtype, device):
+def judge(kinds, wiring, thin, stride, shape, channels, dtype, device, inputs=None):
     torch.manual_seed(0)
-    blocks = stage(kinds, channels, wiring, stride)
+    inputs = inputs or 2 * channels
+    blocks = stage(kinds, inputs, channels, wiring, stride)
     engine = p3d.freeze(blocks.to(device), dtype)
-    x = torch.randn(shape[0], 2 * channels, *shape[1:], device=device).to(dtype)
+    x = torch.randn(shape[0], inputs, *shape[1:], device=device).to(dtype)
     exact = copy.deepcopy(blocks).double()
     for p in exact.parameters():
         if p.dim() > 1:
@@ -66,3 +67,13 @@ def test_a_row_in_plain_pytorch():
 def test_a_row_on_the_card(channels, kinds, wiring, thin, dtype, device):
     judge(kinds, wiring, thin, 1, (2, 4, 21, 18), channels, dtype, device)
     judge(kinds, wiring, thin, 2, (1, 1, 13, 13), channels, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("kinds", ROWS, ids="".join)
+def test_the_row_of_stage_1_on_the_card(kinds, wiring, thin, dtype, device):
+    for stride in (1, 2):  # of 1, the first block's down convolution is part of its tail
+        judge(kinds, wiring, thin, stride, (2, 4, 21, 18), 64, dtype, device, inputs=64)

@@ -145,31 +145,34 @@ def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin:
     source, stride = Operand("raw", x), config.stride
     if a is None:
         a, _ = conv(source, w_r, pointwise(stride), Epilogue(record_r, "relu"))
-    residual = conv(source, w_d[0], pointwise(stride * step), Epilogue(record_d[0]))[0] if w_d else x
     s = s_infer(a, w_st, records_st, step)
+    down_inside = bool(w_d) and stride == step == 1 and _tail_fits(a, s, w_st, w_e, config, x.size(1))
+    residual = x  # or, with D inside, what the tail makes it of
+    if w_d and not down_inside:
+        residual, _ = conv(source, w_d[0], pointwise(stride * step), Epilogue(record_d[0]))
     if residual.shape[3:] != s.shape[3:]:
         residual = pool_fwd(residual, (1, 1, 1), (1, step, step), (0, 0, 0), False)[0]
-    if config.kind == "2d":
-        t = s
-    elif _tail_fits(a, s, w_st[1], w_e, config):
+    if _tail_fits(a, s, w_st, w_e, config):
         w_z = record_z = None
         if after and after[0].config.stride == 1 and tuple(after[0].weights[0].shape[:2]) == w_e.shape[1::-1]:
             w_z, record_z = taps_of(after[0].weights[0])[:, 0], after[0].records[0]
         unread = thin and len(after) == 1 and w_z is not None and not _split(after[0].weights, after[0].config)[3]
         weights = taps_of(w_st[1]), records_st[1], taps_of(w_e)[:, 0], record_e, w_z, record_z
+        down = (taps_of(w_d[0])[:, 0], record_d[0]) if down_inside else ()
         t, o, join = t_operands(a, s, config)
-        return _cuda.tail_infer(t, o, join, residual, *weights, thin=unread)
-    else:
-        t = t_infer(a, s, w_st, records_st, config, step)
+        return _cuda.tail_infer(t, o, join, residual, *weights, *down, thin=unread)
+    t = s if config.kind == "2d" else t_infer(a, s, w_st, records_st, config, step)
     return conv(Operand("raw", t), w_e, pointwise(), Epilogue(record_e, "add_relu", residual))[0], None
 
 
-def _tail_fits(a: Tensor, s: Tensor, w_t: Tensor, w_e: Tensor, config: Config) -> bool:
-    """Whether one CUDA kernel takes T, expand and the next reduce."""
+def _tail_fits(a: Tensor, s: Tensor, w_st: list[Tensor], w_e: Tensor, config: Config, down_channels: int = 0) -> bool:
+    """Whether one CUDA kernel takes T, expand and the next reduce, and D of `down_channels`."""
     m = s.size(1)
-    if (config.kind == "B" and a.shape != s.shape) or tuple(w_t.shape[:2]) != (m, m) or w_e.size(0) != 4 * m:
+    if config.kind == "2d" or (config.kind == "B" and a.shape != s.shape):
         return False
-    return cuda_allowed(a) and _cuda.tail_why_not(tuple(s.shape), s.dtype) is None
+    if tuple(w_st[1].shape[:2]) != (m, m) or w_e.size(0) != 4 * m or not cuda_allowed(a):
+        return False
+    return _cuda.tail_why_not(tuple(s.shape), s.dtype, down_channels) is None
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
