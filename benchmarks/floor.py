@@ -1,6 +1,7 @@
 """A lower bound on the time of a case: the bytes and flops that no implementation can avoid, over measured ceilings.
 
-A pass cannot be shorter than its bytes over the copy rate, nor than its flops over the rate of a matrix product. What
+A pass cannot be shorter than its bytes over the copy rate, nor than its flops over the rate of a matrix product (but
+for what the stride of the next stage skips, which the floor counts and an engine leaves out). What
 must move: each input once, each output once, weights once; 2 bytes an element. In training a block also stores its
 narrow convolution outputs (the widest, the expand's, need not exist), and backward reads the stored tensors, the block
 input and the incoming gradient, and writes the gradient of the input. A model is the sum over stem, blocks and pools;

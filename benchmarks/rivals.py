@@ -59,7 +59,8 @@ IMPLEMENTATIONS = (OURS, *RIVALS)
 def applies(implementation: str, case: Case) -> bool:
     """Whether an implementation says anything about a case (a single convolution has nothing to compile)."""
     if implementation == "conv3d_full":
-        return case.op in DEPTHS or case.op == "spatial_conv" or (case.op == "bottleneck" and case.kind == "A")
+        whole = case.op in ("bottleneck", "pseudo3d_conv")
+        return case.op in DEPTHS or case.op == "spatial_conv" or (whole and case.kind == "A")
     return not (RIVALS.get(implementation, Rival()).compile and case.op.endswith("_conv") and case.kind is None)
 
 
@@ -98,6 +99,14 @@ class PlainPseudo3d(nn.Module):
         return temporal if self.kind == "A" else spatial + temporal
 
 
+class PlainFull(nn.Sequential):
+    """What S and T stand for: convolution 3x3x3, BN, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int):
+        conv = nn.Conv3d(in_channels, channels, 3, padding=1, bias=False)
+        super().__init__(conv, nn.BatchNorm3d(channels), nn.ReLU(inplace=True))
+
+
 class PlainFrames(PlainBottleneck2d):
     """A 2-D block over the frames of x [N, C, T, H, W]."""
 
@@ -113,7 +122,7 @@ def master(case: Case, full: bool = False) -> nn.Module:
     elif case.op == "stem":
         model = PlainStem(ci, co)
     elif case.op == "pseudo3d_conv":
-        model = PlainPseudo3d(ci, co, case.kind)
+        model = PlainFull(ci, co) if full else PlainPseudo3d(ci, co, case.kind)
     elif case.op == "bottleneck" and case.kind == "2d":
         model = PlainFrames(ci, case.channels[1], case.stride)
     elif case.op == "bottleneck":
@@ -159,6 +168,14 @@ def ours(case: Case, model: nn.Module) -> nn.Module:
         return _Op(case, copy.deepcopy(model))
     mine.load_state_dict(state)
     return mine.to(next(model.parameters()).device)
+
+
+def frozen_stem(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The stem of the engine of a net that has the stem `model`."""
+    weight = model.conv1_custom.weight
+    net = models.P3D((1, 1, 1, 1), wiring=WIRING, in_channels=weight.size(1)).to(weight.device).eval()
+    net.conv1_custom, net.bn1 = model.conv1_custom, model.bn1
+    return p3d.freeze(net, dtype).net.stem
 
 
 # The rewriting

@@ -101,8 +101,10 @@ class Problem:
                 model = model.to(dtype)
             elif infer and self.case.op in DEPTHS:
                 model = p3d.freeze(model, dtype)
-            elif infer and self.case.op == "bottleneck":  # a block inside a net is what `freeze` takes
-                model = p3d.freeze(torch.nn.Sequential(model).eval(), dtype)
+            elif infer and self.case.op in ("bottleneck", "pseudo3d_conv"):
+                model = p3d.freeze(model, dtype)
+            elif infer and self.case.op == "stem":
+                model = rivals.frozen_stem(model, dtype)
             elif infer and dtype != torch.float32:  # a part of a block: no `freeze` for it
                 autocast = dtype
         else:

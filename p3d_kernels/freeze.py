@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import _backends, reference
-from ._checks import FLOATS, check_clips, check_positive
+from ._checks import FLOATS, check_activation, check_clips, check_positive
 from ._norm import Norm
 from .checkpoints import read_file
 from .engine import FORMAT, Engine
 from .models import P3D
 from .models._common import normalise, stem_pool_fits
-from .nn import Bottleneck, hooked, why_not_fused
+from .nn import Bottleneck, Pseudo3dConv, hooked, why_not_fused
 from .ops._conv import pack_weight
-from .ops._fused import Config
+from .ops._fused import SCHEDULES, Config, infer
 from .ops._triton import ndhwc, why_not
 from .ops.bottleneck import Frozen, infer_chain
 from .ops.stem import pack_stem_weight, stem_infer
@@ -42,13 +42,13 @@ def _norm(record: Tensor, dtype: torch.dtype) -> Norm:
     return Norm(record[1], record[2], record[0], torch.full_like(record[0], 1 - eps), training=False, eps=eps)
 
 
-class _FrozenBlock(nn.Module):
-    """A `Bottleneck` in eval mode: packed weights and one record a convolution."""
+class _Packed(nn.Module):
+    """A layer of several convolutions in eval mode: packed weights and one record each."""
 
-    def __init__(self, block: Bottleneck, dtype: torch.dtype):
+    def __init__(self, layer: Bottleneck | Pseudo3dConv, dtype: torch.dtype):
         super().__init__()
-        arguments = block.arguments()
-        self.config = Config(block.kind, block.wiring, block.stride)
+        arguments = layer.arguments()
+        self.config = Config(layer.kind, layer.wiring, getattr(layer, "stride", 1))
         self.dtype = dtype
         pairs = [pair for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[0] is not None]
         self.count = len(pairs)
@@ -60,8 +60,23 @@ class _FrozenBlock(nn.Module):
         of = range(self.count)
         return Frozen([self._buffers[f"weight{i}"] for i in of], [self._buffers[f"record{i}"] for i in of], self.config)
 
+
+class _FrozenBlock(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         return _run(x, [self.frozen()], self.dtype)
+
+
+class _FrozenPseudo3d(_Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, records, config = self.frozen()
+        x = _as_input(x, weights, self.dtype)
+        if _backends.choose("pseudo3d_conv", x, lambda _: why_not(x)) != "aten":
+            return infer(SCHEDULES["pseudo3d_conv"], ndhwc(x), weights, records, config)
+        pairs = _plain(weights, records, self.dtype)
+        return reference.pseudo3d_conv(x, *pairs, kind=config.kind, wiring=config.wiring)
+
+
+_PACKED = {Bottleneck: _FrozenBlock, Pseudo3dConv: _FrozenPseudo3d}
 
 
 class _FrozenStage(nn.Sequential):
@@ -78,15 +93,25 @@ class _FrozenStage(nn.Sequential):
 def _run(x: Tensor, blocks: list[Frozen], dtype: torch.dtype, thin: bool = False) -> Tensor:
     if x.dim() == 4:  # 2-D blocks inside a net that folds frames into the batch
         return _run(x.unsqueeze(2), blocks, dtype, thin).squeeze(2)
-    x = x.to(dtype)
+    x = _as_input(x, blocks[0].weights, dtype)
     if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
         return infer_chain(ndhwc(x), blocks, thin)
     for weights, records, config in blocks:
-        pairs = [a for w, r in zip(weights, records, strict=True) for a in (w, _norm(r, dtype))]
+        pairs = _plain(weights, records, dtype)
         if config.kind == "2d":
             pairs[4:4] = None, None
         x = reference.bottleneck(x, *pairs, kind=config.kind, wiring=config.wiring, stride=config.stride)
     return x[..., ::2, ::2] if thin else x
+
+
+def _as_input(x: Tensor, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    check_activation("x", x, weights[0].size(1))
+    return x.to(dtype)
+
+
+def _plain(weights: list[Tensor], records: list[Tensor], dtype: torch.dtype) -> list:
+    """(weight, norm) of each convolution, flat, as `reference` takes them."""
+    return [a for w, r in zip(weights, records, strict=True) for a in (w, _norm(r, dtype))]
 
 
 class _FrozenStem(nn.Module):
@@ -187,7 +212,8 @@ def freeze(
     their own rounding. Weights are copied and packed once, and again when those of `model` have changed: see `Engine`.
 
     Args:
-        model: a `P3D`, or a net whose blocks `accelerate` has swapped, in eval mode. It stays as it is.
+        model: a `P3D`, a net whose blocks `accelerate` has swapped, or any net with `nn.Bottleneck` or
+            `nn.Pseudo3dConv` in it, in eval mode. It stays as it is.
         dtype: of weights and activations: bfloat16, float16 or float32; None: that of the model's first parameter.
             Give the float32 model here, not `model.bfloat16()`: the normalisation then keeps its precision.
         cuda_graph: capture a CUDA graph at the first call of each input shape and replay it from then on: small
@@ -206,7 +232,7 @@ def freeze(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, Engine):
         raise ValueError("model: expected a net that is not frozen yet, got an Engine")
-    if model.training or any(m.training for m in model.modules() if isinstance(m, Bottleneck)):
+    if model.training or any(m.training for m in model.modules() if isinstance(m, tuple(_PACKED))):
         raise ValueError("model: expected eval mode (model.eval()), got training mode")
     check_positive("max_graphs", max_graphs)
     first = next(model.parameters(), None)
@@ -222,7 +248,7 @@ def freeze(
 
 @torch.inference_mode(False)  # its tensors would have no versions
 def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, Bottleneck)]
+    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(_PACKED))]
     if not blocks:
         raise ValueError("model: expected a P3D net or one that accelerate() has swapped, got none of their blocks")
     for name, block in blocks:
@@ -231,10 +257,12 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if why is not None:
             raise ValueError(f"model: {name} cannot be frozen ({why})")
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, _ in blocks:
+    for name, block in blocks:
+        packed = next(p for layer, p in _PACKED.items() if isinstance(block, layer))(net.get_submodule(name), dtype)
+        if not name:
+            return packed.eval()
         parent, _, child = name.rpartition(".")
-        holder = net.get_submodule(parent)
-        setattr(holder, child, _FrozenBlock(getattr(holder, child), dtype))
+        setattr(net.get_submodule(parent), child, packed)
     for name, row in [(name, m) for name, m in net.named_modules() if type(m) is nn.Sequential and not hooked(m)]:
         if not len(row) or not all(isinstance(m, _FrozenBlock) for m in row):
             continue

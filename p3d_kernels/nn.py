@@ -182,10 +182,13 @@ class Pseudo3dConv(nn.Module):
         how = {"kind": self.kind, "wiring": self.wiring}
         why = why_not_fused(self._modules.items())
         if why is None:
-            norm_s, norm_t = Norm.of(self.bn_s), Norm.of(self.bn_t)
-            return ops.pseudo3d_conv(x, self.conv_s.weight, norm_s, self.conv_t.weight, norm_t, **how)
+            return ops.pseudo3d_conv(x, *self.arguments(), **how)
         explain_unfused("Pseudo3dConv", why, x)
         return _join(x, F.relu(self.bn_s(self.conv_s(x))), lambda y: self.bn_t(self.conv_t(y)), **how, relu=F.relu)
+
+    def arguments(self) -> tuple:
+        """(weight, norm) of S and T, flat, as `ops.pseudo3d_conv` takes them after x."""
+        return *_pair(self.conv_s, self.bn_s), *_pair(self.conv_t, self.bn_t)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, wiring={self.wiring}"

@@ -46,7 +46,7 @@ def toy(tmp_path, *arguments) -> tuple[int, list[dict]]:
 
 
 def test_the_table_covers_nets_blocks_and_ops():
-    expected = {"p3d63", "p3d199", "stem", "block_2d_stage4"}
+    expected = {"p3d63", "p3d63_224", "p3d199", "stem", "block_2d_stage4"}
     for stage in (1, 2, 3):
         expected |= {f"{part}_{kind}_stage{stage}" for part in ("block", "pseudo3d") for kind in "abc"}
         parts = ("spatial", "temporal", "pointwise_reduce", "pointwise_expand")
@@ -54,7 +54,8 @@ def test_the_table_covers_nets_blocks_and_ops():
     assert set(CASES) == expected
     for case in CASES.values():
         assert case.op in models.DEPTHS or callable(getattr(ops, case.op))
-        assert case.passes == (CONV if case.op.endswith("_conv") and case.kind is None else WHOLE)
+        single = case.op.endswith("_conv") and case.kind is None
+        assert case.passes == (CONV if single else ("infer",) if case.name == "p3d63_224" else WHOLE)
         assert case.input_shape(5) == (5, case.channels[0], *case.size)
 
 
@@ -93,7 +94,7 @@ def test_floor_by_hand():
     for case in CASES.values():
         times = [floor.floor_ms(case, pass_, 4, 4.2, 750) for pass_ in case.passes]
         assert all(t > 0 for t in times)
-        assert case.passes == CONV or times[1] > 1.9 * times[0]
+        assert case.passes != WHOLE or times[1] > 1.9 * times[0]
 
 
 # Rivals and judging

@@ -53,6 +53,32 @@ def test_a_row_in_triton(kinds, wiring, thin, device):
         judge(kinds, wiring, thin, 2, (1, 3, 9, 12), 16, torch.float16, device)
 
 
+@pytest.mark.parametrize("backend", ["aten", "triton", "cuda"])
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("kind", ["A", "B", "C"])
+def test_a_pseudo3d_conv_alone(kind, wiring, backend, device):
+    dtype = torch.float16
+    with p3d.use_backend(backend):
+        if why := _backends.why_not(backend, torch.empty(1, device=device, dtype=dtype)):
+            pytest.skip(why)
+        layer = randomise(p3d.nn.Pseudo3dConv(64, 64, kind, wiring)).eval().to(device)
+        x = torch.randn(1, 64, 3, 5, 6, device=device).to(dtype)
+        got = p3d.freeze(layer, dtype)(x)
+        with torch.no_grad(), p3d.use_backend("aten"):
+            for conv in (layer.conv_s, layer.conv_t):
+                conv.weight.data = conv.weight.data.to(dtype).float()
+            want = layer.double()(x.double())
+        check(got, want, dtype, chain=True)
+
+
+def test_a_clip_of_other_channels():
+    engine = p3d.freeze(torch.nn.Sequential(p3d.nn.Bottleneck(64, 16)).eval())
+    with pytest.raises(ValueError, match="x: expected 64 channels, got 32"):
+        engine(torch.zeros(1, 32, 2, 8, 8))
+    with pytest.raises(ValueError, match="x: expected 8 channels, got 32"):
+        p3d.freeze(p3d.nn.Pseudo3dConv(8, 8).eval())(torch.zeros(1, 32, 2, 8, 8))
+
+
 def test_a_row_in_plain_pytorch():
     with p3d.use_backend("aten"):
         judge("AB", "author", True, 2, (1, 3, 5, 6), 16, torch.float32, torch.device("cpu"))
