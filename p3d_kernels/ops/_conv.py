@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _backends
 from . import _cuda
-from ._tape import Plan, alloc, cdiv, plan_for
+from ._tape import Plan, alloc, cdiv, once_a_pass, plan_for
 from ._triton import (
     Operand,
     affine,
@@ -81,6 +81,8 @@ def conv_kernel(
     part,  # statistics [R, 3, CO] of y, or, with z, sums [R, 2, CO] of the layer below; or None
     z_ptr,  # like y: raw output of the layer below
     z_record,  # [5, CO]
+    shares,  # [tiles, SPLITS, BLOCK_P, BLOCK_CO] float32, or None: SPLITS == 1
+    arrived,  # [tiles] int32, zero before and after
     P,
     T,
     H,
@@ -100,6 +102,7 @@ def conv_kernel(
     JOIN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
@@ -107,6 +110,7 @@ def conv_kernel(
     begin(PDL)
     TAPS: tl.constexpr = KT * KH * KW
     CHUNKS: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
+    SHARE: tl.constexpr = (TAPS * CHUNKS + SPLITS - 1) // SPLITS
     CO_TILES: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
     tile = tl.program_id(0) // CO_TILES
     co = (tl.program_id(0) % CO_TILES) * BLOCK_CO + tl.arange(0, BLOCK_CO)
@@ -118,8 +122,12 @@ def conv_kernel(
     t_o = p // (Wo * Ho) % To
     n = p // (Wo * Ho * To)
 
+    first, end = 0, TAPS * CHUNKS
+    if SPLITS > 1:
+        first = tl.program_id(1) * SHARE
+        end = tl.minimum(first + SHARE, end)
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
-    for step in range(TAPS * CHUNKS):
+    for step in range(first, end):
         tap = step // CHUNKS
         ci = (step % CHUNKS) * BLOCK_CI + tl.arange(0, BLOCK_CI)
         ci_mask = ci < CI
@@ -141,6 +149,18 @@ def conv_kernel(
             w_offsets = co[None, :] * (TAPS * CI) + tap * CI + ci[:, None]
         w = tl.load(w_ptr + w_offsets, mask=ci_mask[:, None] & co_mask[None, :], other=0.0)
         acc = dot(x, w, acc, PRECISION)
+
+    if SPLITS > 1:
+        cell = tl.arange(0, BLOCK_P)[:, None] * BLOCK_CO + tl.arange(0, BLOCK_CO)[None, :]
+        cell += tl.program_id(0) * (SPLITS * BLOCK_P * BLOCK_CO)
+        tl.store(shares + cell + tl.program_id(1) * (BLOCK_P * BLOCK_CO), acc)
+        tl.debug_barrier()  # the share is written by all threads, and one of them tells so
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived + tl.program_id(0), 0)
+        acc = tl.load(shares + cell, cache_modifier=".cg")  # in the order of the sum, whoever came last
+        for split in tl.static_range(1, SPLITS):
+            acc += tl.load(shares + cell + split * (BLOCK_P * BLOCK_CO), cache_modifier=".cg")
 
     mask = p_mask[:, None] & co_mask[None, :]
     offsets = p.to(tl.int64)[:, None] * CO + co[None, :]
@@ -285,6 +305,12 @@ def pack_kernel(
     tl.store(packed + n, tl.load(w + at, mask=n < N).to(packed.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def zero_kernel(out, PDL: tl.constexpr, SIZE: tl.constexpr):
+    begin(PDL)
+    tl.store(out + tl.arange(0, SIZE), tl.zeros((SIZE,), tl.int32))
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +425,41 @@ def _conv_tile(positions: int, ci: int, co: int, taps: int, dtype: torch.dtype, 
     return dict(zip(("BLOCK_P", "BLOCK_CO", "BLOCK_CI", "num_warps", "num_stages"), tile))
 
 
+COUNTERS = 1024  # tiles that a launch may split
+
+
+def _infer_tile(
+    positions: int, ci: int, co: int, taps: int, dtype: torch.dtype, x: Operand, sms: int
+) -> tuple[dict, int]:
+    """(tile, splits) in inference: few positions make few tiles, so several programs then share the sum of each."""
+    tile = _conv_tile(positions, ci, co, taps, dtype, x)
+    if positions >= 64 * 64:
+        return tile, 1
+    if dtype != torch.float32:
+        tile |= {"BLOCK_P": block(positions, 32, 64), "BLOCK_CI": block(ci, 16, 128), "num_stages": 3}
+    tiles = cdiv(positions, tile["BLOCK_P"]) * cdiv(co, tile["BLOCK_CO"])
+    steps = taps * cdiv(ci, tile["BLOCK_CI"])
+    splits = min(2 * sms // tiles, steps // 2, 8) if tiles <= COUNTERS else 1
+    return tile, even(steps, max(1, splits))
+
+
+def even(steps: int, splits: int) -> int:
+    """The number of splits, at most `splits`, of which none is left without a share of cdiv(steps, splits) steps."""
+    return cdiv(steps, cdiv(steps, splits))
+
+
+def zeroed_counters(device: torch.device) -> Tensor:
+    """int32 zeros [COUNTERS]. Kernels that count in them leave them zero, so the launches of a pass share them."""
+
+    def make() -> Tensor:
+        counters = alloc((COUNTERS,), device, torch.int32)
+        constants = {**dependent_launch(device), "SIZE": COUNTERS}
+        plan_for(("zero", device), lambda: Plan(zero_kernel, (1,), (), **constants))(counters)
+        return counters
+
+    return once_a_pass(("counters", device), make)
+
+
 def conv(
     x: Operand,
     w: Tensor,  # packed
@@ -420,7 +481,11 @@ def conv(
     z, z_record = epilogue.below or (None, None)
     if epilogue.stats or z is not None:
         part = alloc((plan.rows, 3 if epilogue.stats else 2, plan.y_shape[1]), device)
-    plan(*x.args(), w, y, epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record, part, z, z_record)
+    shares = arrived = None
+    if plan.shares is not None:
+        shares, arrived = alloc(plan.shares, device), zeroed_counters(device)
+    joined = epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record
+    plan(*x.args(), w, y, *joined, part, z, z_record, shares, arrived)
     return y, part
 
 
@@ -430,11 +495,15 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     co = w.size(0 if out_dims is None else 1)
     positions = n * out[0] * out[1] * out[2]
     taps = geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
-    tile = _conv_tile(positions, ci, co, taps, x.a.dtype, x)
+    if x.read == "raw" and epilogue.record is not None:  # no pass of a training step
+        tile, splits = _infer_tile(positions, ci, co, taps, x.a.dtype, x, sm_count(x.a.device))
+    else:
+        tile, splits = _conv_tile(positions, ci, co, taps, x.a.dtype, x), 1
     rows = cdiv(positions, tile["BLOCK_P"])
+    tiles = rows * cdiv(co, tile["BLOCK_CO"])
     plan = Plan(
         conv_kernel,
-        (rows * cdiv(co, tile["BLOCK_CO"]),),
+        (tiles, splits),
         (positions, *dims, *out),
         CI=ci,
         CO=co,
@@ -444,9 +513,11 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
         JOIN=epilogue.join,
         PRECISION=input_precision(x.a.dtype, x.a.device),
         **dependent_launch(x.a.device),
+        SPLITS=splits,
         **tile,
     )
     plan.rows, plan.y_shape = rows, (n, co, *out)
+    plan.shares = (tiles, splits, tile["BLOCK_P"], tile["BLOCK_CO"]) if splits > 1 else None
     return plan
 
 

@@ -131,6 +131,19 @@ def alloc(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = tor
     return tensor
 
 
+def once_a_pass(key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """make(), a buffer of the pass that is being recorded, which all who ask for `key` share; else one of their own.
+
+    Each run of a tape has buffers of its own, and its launches follow one another: what one leaves the next finds.
+    """
+    recorder = _recording.recorder
+    if recorder is None:
+        return make()
+    if key not in recorder.shared:
+        recorder.shared[key] = make()
+    return recorder.shared[key]
+
+
 class _Recorder:
     """Collects the steps of one pass. A tensor is known by its address: (buffer, byte offset)."""
 
@@ -138,6 +151,7 @@ class _Recorder:
         self.buffers: list[Tensor | None] = []  # inputs, then allocations; held so that no address is used twice
         self.starts: list[tuple[int, int]] = []  # (address, buffer), sorted
         self.steps_taken: list[tuple[Plan | NativePlan, list]] = []
+        self.shared: dict[tuple, Tensor] = {}
         for tensor in inputs:
             self.allocated(tensor)
         self.inputs = len(inputs)
