@@ -11,6 +11,7 @@ import torch
 
 from p3d_kernels import bench, models, ops
 from p3d_kernels.__main__ import main
+from p3d_kernels.engine import Engine
 from videos import needs_decoder, write_video
 
 pytestmark = needs_decoder
@@ -68,8 +69,9 @@ def test_demo_without_matplotlib(path, tmp_path, capsys, monkeypatch):
 
 
 def test_a_wrong_kernel_fails_and_is_not_timed(path, tmp_path, capsys, monkeypatch):
-    right = models.P3D.classify  # ours alone: a plain net has its own
+    right, served = models.P3D.classify, Engine.forward  # ours alone: a plain net has its own
     monkeypatch.setattr(models.P3D, "classify", lambda net, features: right(net, features * 1.01))
+    monkeypatch.setattr(Engine, "forward", lambda engine, x: served(engine, x) * 1.01)
     assert main(["demo", "--video", str(path), "--out", str(tmp_path), *TINY]) == 1
     said = capsys.readouterr().out
     assert "the answers DISAGREE" in said and "output is 1.00e-02 off" in said
