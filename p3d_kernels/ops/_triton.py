@@ -77,10 +77,13 @@ class Operand:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """First in a kernel of `dependent_launch`: let the next one start, and wait until the one before has written."""
+    """First in a kernel of `dependent_launch`: wait until the one before has written, and let the next one start.
+
+    In this order: kernels that start while several before them run would take the card from those.
+    """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
