@@ -15,8 +15,6 @@
 //             positions
 #pragma once
 
-#include <cudaTypedefs.h>
-
 #include "spatial_epilogue.cuh"
 #include "spatial_prologue.cuh"
 #include "spatial_tile.cuh"
@@ -203,16 +201,7 @@ inline const char* plan_here(SpatialPlan& plan, const ConvShape& shape, Pass pas
 
 // Weights as [outer, 9, inner], read in boxes of 64 x 1 x 64.
 inline const char* weight_map(CUtensorMap& map, const void* weights, DType dtype, uint64_t inner, uint64_t outer) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
+    auto encode = tensor_map_encoder();
     if (!encode) return "spatial_conv: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
     cuuint64_t sizes[] = {inner, kTaps, outer}, strides[] = {2 * inner, 2 * inner * kTaps};
     cuuint32_t box[] = {kChunk, 1, kChunk}, steps[] = {1, 1, 1};

@@ -34,7 +34,6 @@
 // Operand register a[i] of step k (16 columns) holds the pair of that row for m = i % 2, j = 2 k + i / 2: so
 // a[i] = pack(d[4 (2 k + i / 2) + 2 (i % 2)], the one after it). ldmatrix and stmatrix give and take the same four
 // registers if matrix i lies at rows 16 warp + 8 (i % 2) and 16-byte piece 2 k + i / 2 of a box.
-#include <cudaTypedefs.h>
 
 #include <algorithm>
 
@@ -142,15 +141,6 @@ __device__ __forceinline__ float4 load_affine(uint32_t source) {
 __device__ __forceinline__ void store_affine(uint32_t target, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
-}
-
-__device__ __forceinline__ uint4 load_piece(uint32_t source) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(source)
-                 : "memory");
-    return v;
 }
 
 __device__ __forceinline__ int load_int(uint32_t source) {
@@ -415,7 +405,7 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
         for (int i = 0; i < 16; i += 4) {
             int row = i + lane / 8, piece = lane % 8, to = load_int(rows + 4 * row);
             if (to < 0) continue;
-            uint4 v = load_piece(source + (16 * warp + row) * 128 + ((piece ^ row % 8) << 4));
+            uint4 v = load_shared(source + (16 * warp + row) * 128 + ((piece ^ row % 8) << 4));
             *reinterpret_cast<uint4*>(clip + int64_t(to) * (8 * kMid) + 16 * piece) = v;
         }
         fence_proxy_async();  // the copy engine fills the slot next
@@ -620,16 +610,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // A packed tensor [outer, rows, columns], read or written in boxes of 64 columns by `box` rows.
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, int64_t outer, int64_t rows, int64_t columns,
                        int box) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
+    auto encode = tensor_map_encoder();
     if (!encode) return "tail_infer: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
     cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(outer)};
     cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
