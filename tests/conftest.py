@@ -43,6 +43,14 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture
+def hopper(request):
+    """For the tests of CUDA kernels: those that need a card skip, with the reason, where the extension cannot run."""
+    if "gpu" in request.keywords:
+        if why := _backends.why_not("cuda", torch.empty(1, device=DEVICE, dtype=torch.float16)):
+            pytest.skip(why)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """The same random numbers for every test, and uninitialised memory that is NaN: an unwritten output shows."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from p3d_kernels import _backends
 from p3d_kernels.ops import _cuda
 from p3d_kernels.ops._triton import sum_splits
 from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
 # N, T, H, W, Ci, Co: every tile size of the kernel, odd and thin frames, several chunks, half-filled blocks of couts.
@@ -47,14 +48,6 @@ STREAMED = [
 
 def _names(shape):
     return "x".join(map(str, shape))
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernel(request):
-    if "gpu" in request.keywords:
-        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
-        if why:
-            pytest.skip(why)
 
 
 def _activation(n, c, t, h, w, dtype):

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import p3d_kernels as p3d
-from p3d_kernels import _backends, reference
+from p3d_kernels import reference
 from p3d_kernels.ops import _cuda
 from p3d_kernels.ops.stem import pack_stem_weight, stem_infer
 from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 HALVES = (torch.bfloat16, torch.float16)
 PIXELS = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)
@@ -37,14 +39,6 @@ SIZES = [
 
 def _names(shape):
     return "x".join(map(str, shape))
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernel(request):
-    if "gpu" in request.keywords:
-        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
-        if why:
-            pytest.skip(why)
 
 
 def _pixels(shape, dtype):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p3d_kernels import _backends
 from p3d_kernels.ops import _cuda
 from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
 # N, M, T, H, W: odd and tiny sizes, one frame, units of 64 positions that end within a clip or hold several frames,
@@ -30,14 +31,6 @@ JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", 
 
 def _names(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) and len(value) > 2 else None
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernel(request):
-    if "gpu" in request.keywords:
-        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
-        if why:
-            pytest.skip(why)
 
 
 def _activation(n, c, t, h, w, dtype):
