@@ -464,7 +464,7 @@ def _gram_plans(dy: Tensor, x: Operand, stride: int, training: bool, needs_x: bo
         CI=ci, CO=co, PARTS=parts, **tile,
     )  # fmt: skip
     operands.blocks, operands.parts, operands.dtype = blocks, parts, torch.bfloat16 if parts > 1 else torch.float32
-    tile = _products_tile(co, ci, dy.dtype)
+    tile = _products_tile(ci, dy.dtype)
     q_tiles = cdiv(ci, tile["BLOCK_M"])
     products = Plan(
         gram_products_kernel, ((needs_x * q_tiles + cdiv(co, tile["BLOCK_M"])) * cdiv(ci, tile["BLOCK_N"]),),
@@ -487,7 +487,7 @@ def _operands_tile(ci: int) -> dict:
     return {"BLOCK_R": rows, "BLOCK_K": block(ci, 16, 512), "num_warps": warps}
 
 
-def _products_tile(co: int, ci: int, dtype: torch.dtype) -> dict:
+def _products_tile(ci: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if ci <= 256:

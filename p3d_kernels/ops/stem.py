@@ -12,6 +12,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
 from .._norm import Norm, check_norm, update_running
 from . import _cuda
+from ._conv import cuda_allowed
 from ._stem import channels_last, stem_bwd, stem_conv, stem_fwd, stem_pack
 from ._triton import MAX_POSITIONS, empty_ndhwc
 from .max_pool import out_sizes, pool_fwd
@@ -141,7 +142,7 @@ def stem_infer(
     x may also be uint8 frames, with `mean` and `std` a channel: the stem of (x - mean) / std.
     """
     dtype, co = w.dtype, w.size(0)
-    if packed is not None and _backends.forced() != "triton" and _backends.why_not("cuda", packed) is None:
+    if packed is not None and cuda_allowed(packed):
         if _cuda.stem_why_not(x, dtype, co, wiring) is None:
             return _cuda.stem_infer(x, packed, record, wiring, mean, std)
     if x.dtype == torch.uint8:
