@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "p3d.h"
@@ -32,6 +34,23 @@ p3d::Join join(const std::string& name) {
     if (name == "add_relu") return p3d::Join::add_relu;
     if (name == "mean_relu") return p3d::Join::mean_relu;
     throw py::value_error("join: expected relu, relu_add, add_relu or mean_relu, got " + name);
+}
+
+p3d::Read read(const std::string& name) {
+    static const char* const names[] = {"raw",    "bn_relu", "join_port", "join_b",
+                                        "join_c", "masked",  "bn_bwd",    "bn_bwd_open"};
+    const auto* found = std::find(std::begin(names), std::end(names), name);
+    if (found == std::end(names)) throw py::value_error("read: expected one of conv_wgrad's, got " + name);
+    return p3d::Read(found - names);
+}
+
+// (N, T, H, W, Ci, Co, taps, stride, g on the grid of x, totals, g is x, read of g, read of x)
+using ConvWgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool, bool,
+                                  std::string, std::string>;
+
+p3d::ConvWgradShape conv_wgrad_shape(const ConvWgradSizes& sizes) {
+    const auto& [clips, time, height, width, ci, co, taps, stride, strided, totals, same, g_read, x_read] = sizes;
+    return {clips, time, height, width, ci, co, taps, stride, strided, totals, same, read(g_read), read(x_read)};
 }
 
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
@@ -120,6 +139,47 @@ PYBIND11_MODULE(_C, m) {
         py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("a"), py::arg("a_affine"),
         py::arg("partials"), py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
         py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "conv_wgrad",
+        [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
+           uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t partials,
+           const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::ConvWgrad p{};
+            p.shape = conv_wgrad_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.g = {p.shape.g_read,
+                   pointer<const void>(g_a),
+                   pointer<const void>(g_b),
+                   pointer<const float>(g_affine_a),
+                   pointer<const float>(g_affine_b),
+                   pointer<const float>(g_sums)};
+            p.x = {p.shape.x_read,
+                   pointer<const void>(x_a),
+                   pointer<const void>(x_b),
+                   pointer<const float>(x_affine_a),
+                   pointer<const float>(x_affine_b),
+                   pointer<const float>(x_sums)};
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::conv_wgrad(p));
+        },
+        py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
+        py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("partials"),
+        py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "conv_wgrad_why_not",
+        [](const ConvWgradSizes& sizes) {
+            const char* why = p3d::conv_wgrad_why_not(conv_wgrad_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "conv_wgrad_partials",
+        [](const ConvWgradSizes& sizes) { return p3d::conv_wgrad_partials(conv_wgrad_shape(sizes)); },
+        py::arg("sizes"));
 
     m.def(
         "stem_infer",

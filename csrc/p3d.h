@@ -98,6 +98,57 @@ int spatial_dgrad_partials(const ConvShape& shape);
 const char* spatial_wgrad_why_not(const ConvShape& shape);
 int spatial_wgrad_partials(const ConvShape& shape);
 
+// The weight gradient of a 1x1x1 convolution of spatial stride 1 or 2, or a 3x1x1 one of stride 1 and padding 1, and
+// products of that form: dw[co,tap,ci] = sum over positions p of G[p,co] * X[p + tap,ci], X zero outside a clip, = sum
+// over R rows of `partials`, each of a part of the positions.
+//
+// G and X are operands: what a read makes of one or two tensors, rounded to the dtype; u_a and u_b are a and b
+// normalised, (v - mean) * scale + bias.
+enum class Read : int {
+    raw = 0,          // a
+    bn_relu = 1,      // relu(u_a)
+    join_port = 2,    // relu(u_a) + relu(u_b)
+    join_b = 3,       // relu(relu(u_a) + u_b)
+    join_c = 4,       // relu(relu(u_a) / 2 + u_b / 2)
+    masked = 5,       // a where not b <= 0, else 0
+    bn_bwd = 6,       // scale_b * ([u_b > 0] a - c0 - (b - mean_b) * c1)
+    bn_bwd_open = 7,  // scale_b * (a - c0 - (b - mean_b) * c1)
+};
+
+struct WgradOperand {  // what its read does not name is nullptr
+    Read read;
+    const void* a;          // [N, T, H, W, C]  16-byte aligned
+    const void* b;          // like a
+    const float* affine_a;  // [3, C] rows mean, scale, bias
+    const float* affine_b;  // [3, C]
+    const float* sums;      // [2, C] rows c0, c1
+};
+
+struct ConvWgradShape {
+    int64_t clips, time, height, width;  // N, T, H, W of x
+    int64_t in_channels, out_channels;   // Ci, Co, multiples of 64
+    int taps;                            // 1, or 3 of 3x1x1
+    int stride;                          // in space
+    bool g_strided;                      // g lies on the grid of x, of which every stride-th row and column is read
+    bool totals;                         // also sum G over positions
+    bool same;                           // g is x
+    Read g_read, x_read;
+};
+
+struct ConvWgrad {
+    ConvWgradShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    WgradOperand g, x;
+    float* partials;  // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* conv_wgrad(const ConvWgrad& p);
+
+// Why conv_wgrad cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* conv_wgrad_why_not(const ConvWgradShape& shape);
+int conv_wgrad_partials(const ConvWgradShape& shape);
+
 // The stem of an inference net, y = maxpool(relu((conv(x) - mean) * scale + bias)), in one pass: conv 1x7x7 of stride
 // (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2. Normalised in float32 on the
 // unrounded sum; rounded once.

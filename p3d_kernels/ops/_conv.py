@@ -9,7 +9,8 @@ needs in its backward. No tensor has a pass of its own for these.
     dgrad  dx[p, ci]      = sum_{tap, co} dy[(p - tap) / stride, co] w[co, tap, ci]     where stride divides p - tap
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
-`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit.
+`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv_wgrad` has one
+for 1x1x1 and 3x1x1.
 """
 
 from __future__ import annotations
@@ -542,18 +543,27 @@ def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False)
     """(dw [Co * Ci * taps] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
+    The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
     """
+    in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals) is None
+    part = _cuda.conv_wgrad(g, x, *geometry, totals) if in_cuda else _conv_wgrad(g, x, geometry, totals)
+    kt, kh, kw = geometry.taps
+    dw = sum_splits(part, kt * kh * kw, x.channels)
+    if not totals:
+        return dw, None
+    size = dw.numel() - g.channels
+    return dw[:size], dw[size:]
+
+
+def _conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Tensor:
+    """The splits [R, Co * taps * Ci (+ Co with totals)] of `conv_wgrad` in Triton."""
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
     precision = input_precision(dtype, device)
     key = "conv_wgrad", shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, precision
     plan = plan_for(key, lambda: _wgrad_plan(g, x, geometry, totals))
     part = alloc(plan.part_shape, device)
     plan(*g.args(), *x.args(), part)
-    dw = sum_splits(part, plan.taps, shape[1])
-    if not totals:
-        return dw, None
-    size = dw.numel() - g.channels
-    return dw[:size], dw[size:]
+    return part
 
 
 def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Plan:
@@ -579,7 +589,7 @@ def _wgrad_plan(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Pla
         PRECISION=input_precision(g.a.dtype, g.a.device),
         **tile,
     )
-    plan.part_shape, plan.taps = (splits, co * (columns + totals)), columns // ci
+    plan.part_shape = splits, co * (columns + totals)
     return plan
 
 

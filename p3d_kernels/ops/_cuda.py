@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _backends, reference
 from ._tape import NativePlan, alloc, plan_for
+from ._triton import Operand
 from .max_pool import out_sizes
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -208,6 +209,113 @@ def spatial_wgrad(
     plan = _plan("spatial_wgrad", g, ci, co)
     part = alloc((plan.rows, co * 9 * ci), g.device)
     plan(g, z, record, sums, a, a_record, part)
+    return part
+
+
+_TENSORS = {  # which of an operand's a, b, record_a, record_b, sums each read that the kernel has takes
+    "raw": (True, False, False, False, False),
+    "bn_relu": (True, False, True, False, False),
+    "join_port": (True, True, True, True, False),
+    "join_b": (True, True, True, True, False),
+    "join_c": (True, True, True, True, False),
+    "masked": (True, True, False, False, False),
+    "bn_bwd": (True, True, False, True, True),
+    "bn_bwd_open": (True, True, False, True, True),
+}
+
+
+def _conv_wgrad_sizes(g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool):
+    n, ci, *dims = x.a.shape
+    out = _conv_wgrad_out(dims, stride)
+    return (
+        n, *dims, ci, g.channels, taps[0], stride[1], tuple(g.a.shape[2:]) != out, totals, g is x, g.read, x.read
+    )  # fmt: skip
+
+
+def _conv_wgrad_out(dims: Sequence[int], stride: tuple[int, int]) -> tuple[int, int, int]:
+    (t, h, w), (_, space) = dims, stride
+    return t, (h - 1) // space + 1, (w - 1) // space + 1
+
+
+def conv_wgrad_why_not(
+    g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool = False
+) -> str | None:
+    """Why `conv_wgrad` cannot run these operands, or None."""
+    for operand in (g, x):
+        if operand.a.dtype not in _DTYPES:
+            return f"conv_wgrad: dtype {operand.a.dtype} (expected bfloat16 or float16)"
+        if operand.read not in _TENSORS:
+            return f"conv_wgrad: read {operand.read} (expected one of {', '.join(_TENSORS)})"
+    if taps not in ((1, 1, 1), (3, 1, 1)) or stride[0] != 1:
+        return f"conv_wgrad: taps {taps}, stride {stride} (expected 1x1x1 or 3x1x1, stride 1 in time)"
+    native = _backends.native()
+    if isinstance(native, str):
+        return native
+    return native.conv_wgrad_why_not(_conv_wgrad_sizes(g, x, taps, stride, totals))
+
+
+def _check_operand(name: str, o: Operand, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if o.read not in _TENSORS:
+        raise ValueError(f"{name}: expected a read among {', '.join(_TENSORS)}, got {o.read!r}")
+    if tuple([t is not None for t in o.args()]) != _TENSORS[o.read]:
+        raise ValueError(f"{name}: expected the tensors of {o.read}, no more and no fewer")
+    for part, tensor in (("a", o.a), ("b", o.b)):
+        if tensor is not None:
+            _check_activation(f"{name}.{part}", tensor, shape, dtype)
+    for part, rows, least in (("record_a", o.record_a, 3), ("record_b", o.record_b, 3), ("sums", o.sums, 2)):
+        if rows is not None:
+            _check_rows(f"{name}.{part}", rows, least, o.channels)
+
+
+def conv_wgrad(
+    g: Operand,  # [N, Co, To, Ho, Wo], or, of 1x1x1, on the grid of x
+    x: Operand,  # [N, Ci, T, H, W]
+    taps: tuple[int, int, int],
+    stride: tuple[int, int],
+    totals: bool = False,
+) -> Tensor:
+    """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of a 1x1x1 or 3x1x1 convolution, in parts.
+
+    `stride`: (time, space), (1, 1), or (1, 2) of 1x1x1; g on the grid of x is read with it too. An operand is what its
+    read makes of its tensors, rounded to the dtype, once an element and block; float32 accumulation. `totals`: also sum
+    g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be.
+
+    Returns:
+        float32 [R, Co * taps * Ci], or with `totals` [R, Co * Ci + Co], each row [Co, taps, Ci], then [Co], the sum
+        over a part of the positions. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `conv_wgrad_why_not` says), or CUDA failed.
+    """
+    n, ci, *dims = x.a.shape
+    dtype, co, out = x.a.dtype, g.channels, _conv_wgrad_out(dims, stride)
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    if totals and taps != (1, 1, 1):
+        raise ValueError(f"totals: expected False with taps {taps}, got True")
+    grid = tuple(g.a.shape[2:])
+    if taps == (1, 1, 1) and grid == tuple(dims):
+        out = grid
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    _check_operand("g", g, (n, co, *out), dtype)
+    outputs = co * (taps[0] * ci + totals)
+    if x.a.numel() == 0:
+        return torch.zeros(1, outputs, device=x.a.device)
+    sizes = _conv_wgrad_sizes(g, x, taps, stride, totals)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        plan = NativePlan(lambda stream, *addresses: native.conv_wgrad(*addresses, sizes, _DTYPES[dtype], stream))
+        with torch.cuda.device(x.a.device):
+            plan.rows = native.conv_wgrad_partials(sizes)
+        return plan
+
+    plan = plan_for(("conv_wgrad in CUDA", sizes, dtype, x.a.device), build)
+    part = alloc((plan.rows, outputs), x.a.device)
+    plan(*g.args(), *x.args(), part)
     return part
 
 
