@@ -3,8 +3,9 @@
 //
 // G and X are *operands*: what a read (p3d.h) makes of one or two tensors. A block owns a tile of dW, kRows times 64
 // couts by kColumns times 64 columns, and a run of the positions, which it walks in *boxes* of kPositions. One thread
-// has the copy engine bring a box of each tensor for each 64 channels; seven warps apply the reads, once an element and
-// in place; two warpgroups multiply. Positions are the sum's index, so that both operands are transposed.
+// has the copy engine bring a box of each tensor for each 64 channels; seven or eleven warps apply the reads, once
+// an element and in place; one or two warpgroups multiply. Positions are the sum's index, so that both operands are
+// transposed.
 //
 // Positions have the coordinates (w, h, f), of which a box covers a rectangle of w and h. What lies outside is zero:
 //   1x1x1            w = all positions
@@ -27,7 +28,7 @@
 namespace p3d {
 namespace {
 
-constexpr int kThreads = 512, kFinishers = 7;  // warps: the copying one, the finishers, two warpgroups of consumers
+constexpr int kThreads = 512;
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
 static_assert(2 * (kProducerRegisters + kConsumerRegisters) <= 65536 / 128, "registers of the block");
 constexpr int kMaxRing = 8;
@@ -44,6 +45,8 @@ struct Tile {
     static constexpr int kPositions = kRows * kColumns <= 3 ? 64 : 32;
     static constexpr int kBoxBytes = kPositions * kChunk * 2;
     static constexpr bool kTotals = kRows >= kColumns;  // whether it can sum G as well
+    // Warps: 0 copies, 8 to 11 and in tiles of several rows 12 to 15 consume, the others finish.
+    static constexpr int kConsumers = kRows > 1 ? 2 : 1, kFinishers = 15 - 4 * kConsumers;
 };
 
 struct WgradMaps {
@@ -209,34 +212,44 @@ __device__ __forceinline__ void produce(const WgradMaps& maps, const WgradArgs& 
 
 // Row `row` of the constants of a read for a channel:
 //   bn_relu  mean, scale and bias of a
-//   join_*   mean, scale and bias of a, then of b
+//   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
 //   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
 __device__ __forceinline__ float constant_of(const Reader& reader, int row, int channel, int channels) {
-    bool backward = reader.read == Read::bn_bwd || reader.read == Read::bn_bwd_open;
-    if (backward && row < 3) return reader.affine_b[row * channels + channel];
-    if (backward)
-        return row < 5 ? -reader.affine_b[channels + channel] * reader.sums[(row - 3) * channels + channel] : 0;
+    int at = row % 3 * channels + channel;
     if (reader.read == Read::raw || reader.read == Read::masked) return 0;
-    if (row < 3) return reader.affine_a[row * channels + channel];
-    return reader.read == Read::bn_relu ? 0 : reader.affine_b[(row - 3) * channels + channel];
+    if (reader.read == Read::bn_bwd || reader.read == Read::bn_bwd_open) {
+        if (row < 3) return reader.affine_b[at];
+        return row < 5 ? -reader.affine_b[channels + channel] * reader.sums[at] : 0;
+    }
+    if (reader.read == Read::bn_relu && row >= 3) return 0;
+    float v = row < 3 ? reader.affine_a[at] : reader.affine_b[at];
+    return reader.read == Read::join_c && row % 3 ? 0.5f * v : v;
 }
 
-// Of all threads: the constants of the tile's channels, and the ones that totals are products with.
+// Of all threads but the copying warp's: the constants of the tile's channels, and the ones that totals are products
+// with.
 template <typename T, typename Shape>
-__device__ __forceinline__ void prepare(const WgradArgs& a, const WgradShared<Shape>& shared, const Job<Shape>& job) {
+__device__ __forceinline__ void prepare(const WgradArgs& a, const WgradShared<Shape>& shared, const Job<Shape>& job,
+                                        int thread) {
     constexpr int kSize = kConstants * kChunk;
-    for (int i = threadIdx.x; i < (Shape::kRows + Shape::kColumns) * kSize; i += kThreads) {
+    for (int i = thread; i < (Shape::kRows + Shape::kColumns) * kSize; i += kThreads - 32) {
         int chunk = i / kSize, row = i % kSize / kChunk, channel = i % kChunk, column = chunk - Shape::kRows;
         float v = column < 0 ? constant_of(a.g, row, job.cout + chunk * kChunk + channel, a.out_channels)
                              : constant_of(a.x, row, job.channel + (a.taps == 1 ? column * kChunk : 0) + channel,
                                            a.in_channels);
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared.constants + 4 * i), "f"(v) : "memory");
     }
-    if (threadIdx.x < kOnesBytes / 8) {
+    if (thread < kOnesBytes / 8) {
         uint32_t ones = pack<T>(1, 1);
-        store_shared(shared.ones + 8 * threadIdx.x, uint2{ones, ones});
+        store_shared(shared.ones + 8 * thread, uint2{ones, ones});
         fence_proxy_async();
     }
+}
+
+// Where a lane's four channels of its k-th row lie in 16 rows of 64 channels.
+__device__ __forceinline__ uint32_t piece(int lane, int k) {
+    uint32_t first = lane / 16 * 128 + (lane % 16 / 2 ^ lane / 16) * 16 + lane % 2 * 8;
+    return (first ^ k % 4 * 32) + k * 256;
 }
 
 struct Row4 {  // one constant of four neighbouring channels
@@ -260,39 +273,47 @@ struct Affine4 {
     }
 };
 
-// Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), or by zero where !valid(row). A lane has four
-// channels and every other row.
-template <typename T, bool kTwo, typename Valid, typename Value>
-__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Valid& valid, const Value& value) {
+// pack(a, b), or with kRelu pack(relu(a), relu(b)); NaN stays NaN.
+template <typename T, bool kRelu>
+__device__ __forceinline__ uint32_t pack_value(float a, float b) {
+    if constexpr (!kRelu) return pack<T>(a, b);
+    uint32_t v;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    else
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    return v;
+}
+
+// Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu. A lane has four channels
+// and every other row.
+template <typename T, bool kTwo, bool kRelu, typename Value>
+__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value) {
     constexpr int kBatch = 4;
-    uint32_t mine = lane / 16 * 128 + (lane % 16 / 2 ^ lane / 16) * 16 + lane % 2 * 8;
-    a += mine, b += mine;
 #pragma unroll
     for (int begin = 0; begin < kGroup / 2; begin += kBatch) {
         uint2 v[kBatch], w[kBatch];
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-            uint32_t swizzle = k % 4 * 32, offset = (begin + k) * 256;
-            load_shared(v[k], (a ^ swizzle) + offset);
+            uint32_t at = piece(lane, begin + k);
+            load_shared(v[k], a + at);
             w[k] = {};
-            if (kTwo) load_shared(w[k], (b ^ swizzle) + offset);
+            if (kTwo) load_shared(w[k], b + at);
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
-            uint2 out = {pack<T>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
-                         pack<T>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
-            if (!valid(lane / 16 + 2 * (begin + k))) out = {};
-            store_shared((a ^ (k % 4 * 32)) + (begin + k) * 256, out);
+            store_shared(a + piece(lane, begin + k),
+                         uint2{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
+                               pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))});
         }
     }
 }
 
 // Applies a read to 16 rows of 64 channels, in place. `constants` are those of the channels.
-template <typename T, typename Valid>
-__device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane,
-                                       const Valid& valid) {
-    if (read == Read::masked) {  // no channel differs from another, and zero stays zero
+template <typename T>
+__device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+    if (read == Read::masked) {  // no channel differs from another
         uint4 v[4], w[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k)
@@ -306,11 +327,11 @@ __device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32
     constants += 16 * (lane % 16);
     Affine4 u(constants);
     if (read == Read::bn_relu) {
-        replace<T, false>(a, b, lane, valid, [&](float v, float, int i) { return relu(u(v, i)); });
+        replace<T, false, true>(a, b, lane, [&](float v, float, int i) { return u(v, i); });
     } else if (read == Read::bn_bwd || read == Read::bn_bwd_open) {
         Row4 constant(constants + 12 * kChunk), slope(constants + 16 * kChunk);
         bool open = read == Read::bn_bwd_open;
-        replace<T, true>(a, b, lane, valid, [&](float g, float z, int i) {
+        replace<T, true, false>(a, b, lane, [&](float g, float z, int i) {
             float centred = z - u.mean[i];
             bool closed = fmaf(centred, u.scale[i], u.bias[i]) <= 0 && !open;
             return fmaf(centred, slope[i], closed ? constant[i] : fmaf(g, u.scale[i], constant[i]));
@@ -318,15 +339,10 @@ __device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32
     } else {
         Affine4 other(constants + 12 * kChunk);
         if (read == Read::join_port)
-            replace<T, true>(a, b, lane, valid,
-                             [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); });
-        else if (read == Read::join_b)
-            replace<T, true>(a, b, lane, valid,
-                             [&](float v, float w, int i) { return relu(relu(u(v, i)) + other(w, i)); });
-        else
-            replace<T, true>(a, b, lane, valid, [&](float v, float w, int i) {
-                return relu(fmaf(0.5f, relu(u(v, i)), 0.5f * other(w, i)));
-            });
+            replace<T, true, false>(a, b, lane,
+                                    [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); });
+        else  // join_b and join_c, whose constants differ
+            replace<T, true, true>(a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); });
     }
 }
 
@@ -345,20 +361,22 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
     for (int i = 0; i < job.count; ++i, at.advance(a), slot.advance(a.stages)) {
         barrier_wait(shared.copied(slot.index), slot.parity);
 #pragma unroll 1
-        for (; next < groups; next += kFinishers) {
+        for (; next < groups; next += Shape::kFinishers) {
             int box = next / kGroups, row = next % kGroups * kGroup;
             bool of_g = box < g_boxes;
             int column = of_g ? 0 : box - g_boxes, chunk = of_g ? box : Shape::kRows + column;
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
+            Read read = of_g ? a.g.read : a.x.read;
+            uint32_t target = shared.box(slot.index, chunk) + row * 128;
+            finish<T>(read, target, shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
+                      shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
-            auto valid = [&](int r) {
-                if (whole) return true;
-                int line = h + ((row + r) >> shift);
-                return at.w + ((row + r) & (a.box_width - 1)) < a.width && line >= 0 && line < a.height;
-            };
-            finish<T>(of_g ? a.g.read : a.x.read, shared.box(slot.index, chunk) + row * 128,
-                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
-                      shared.constants + chunk * kConstantBytes, lane, valid);
+            if (whole || read == Read::masked) continue;
+#pragma unroll 1
+            for (int k = 0; k < kGroup / 2; ++k) {  // what does not exist is zero after the read, not before
+                int r = row + lane / 16 + 2 * k, w = at.w + (r & (a.box_width - 1)), line = h + (r >> shift);
+                if (w >= a.width || line < 0 || line >= a.height) store_shared(target + piece(lane, k), uint2{});
+            }
         }
         next -= groups;
         fence_proxy_async();
@@ -367,11 +385,12 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
     }
 }
 
-// ---- The consumers: kM times 64 rows and kN times 64 columns of the tile each.
+// ---- The consumers: a warpgroup has all rows of the tile, or half of them.
 
-template <typename T, typename Shape, int kM, int kN>
+template <typename T, typename Shape>
 __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Shape>& shared, const Job<Shape>& job,
-                                        int row, int column) {
+                                        int row) {
+    constexpr int kM = Shape::kRows / Shape::kConsumers, kN = Shape::kColumns;
     constexpr int kParts = kN > 3 ? 2 : 1, kWidth = kN * kChunk / kParts, kStep = Shape::kBoxBytes / 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     bool finishing = a.g.read != Read::raw || a.x.read != Read::raw;
@@ -388,7 +407,7 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
         for (int i = 0; i < 4; ++i) total[m][i] = 0;
         wgmma_pin(total[m]);
     }
-    int x_box = column + (job.aliased ? (job.channel - job.cout) / kChunk : Shape::kRows);
+    int x_box = job.aliased ? (job.channel - job.cout) / kChunk : Shape::kRows;
     uint64_t ones = plain_descriptor(shared.ones, kOnesBytes / 2, kOnesBytes / 2);
     Slot slot;
     int last = -1;
@@ -431,7 +450,7 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
             for (int part = 0; part < kParts; ++part)
 #pragma unroll
                 for (int j = 0; j < kWidth / 8; ++j) {
-                    int chunk = column + part * (kN / kParts) + j / 8;
+                    int chunk = part * (kN / kParts) + j / 8;
                     int at = chunk * (a.taps == 1 ? kChunk : a.in_channels) + j % 8 * 8;
                     *reinterpret_cast<float2*>(line + at) = {d[m][part][4 * j + 2 * half],
                                                              d[m][part][4 * j + 2 * half + 1]};
@@ -444,37 +463,35 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_wgrad_kernel(const __grid_constant__ WgradMaps maps, const __grid_constant__ WgradArgs a) {
-    constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
     extern __shared__ __align__(1024) char memory[];
     WgradShared<Shape> shared(memory, a);
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.stages; ++i) {
             barrier_init(shared.copied(i), 1);
-            barrier_init(shared.finished(i), kFinishers);
-            barrier_init(shared.emptied(i), kRows * kColumns == 1 ? 4 : 8);
+            barrier_init(shared.finished(i), Shape::kFinishers);
+            barrier_init(shared.emptied(i), 4 * Shape::kConsumers);
         }
         barrier_init_fence();
     }
+    __syncthreads();
     dependency_wait();
     Job<Shape> job(a);
-    prepare<T>(a, shared, job);
-    __syncthreads();
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
-    if (warp < 8) {
+    if (warp > 0) {                                    // copies need not wait for constants
+        prepare<T>(a, shared, job, threadIdx.x - 32);
+        named_sync(1, kThreads - 32);
+    }
+    if (warp >= 8 && warp < 8 + 4 * Shape::kConsumers) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+        consume<T>(a, shared, job, (warp / 4 - 2) * Shape::kRows / Shape::kConsumers);
+    } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         if (warp > 0) {
-            if (a.g.read != Read::raw || a.x.read != Read::raw) finish_all<T>(a, shared, job, warp - 1);
+            bool finishing = a.g.read != Read::raw || a.x.read != Read::raw;
+            if (finishing) finish_all<T>(a, shared, job, warp < 8 ? warp - 1 : warp - 5);
         } else if (threadIdx.x == 0) {
             produce(maps, a, shared, job);
         }
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-        if constexpr (kRows > 1)
-            consume<T, Shape, kRows / 2, kColumns>(a, shared, job, (warp / 4 - 2) * (kRows / 2), 0);
-        else if (warp < 12)
-            consume<T, Shape, 1, (kColumns + 1) / 2>(a, shared, job, 0, 0);
-        else if constexpr (kColumns > 1)
-            consume<T, Shape, 1, kColumns / 2>(a, shared, job, 0, (kColumns + 1) / 2);
     }
 }
 

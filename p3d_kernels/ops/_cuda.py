@@ -224,12 +224,12 @@ _TENSORS = {  # which of an operand's a, b, record_a, record_b, sums each read t
 }
 
 
-def _conv_wgrad_sizes(g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool):
+def _conv_wgrad_sizes(
+    g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool
+) -> tuple:
     n, ci, *dims = x.a.shape
-    out = _conv_wgrad_out(dims, stride)
-    return (
-        n, *dims, ci, g.channels, taps[0], stride[1], tuple(g.a.shape[2:]) != out, totals, g is x, g.read, x.read
-    )  # fmt: skip
+    strided = tuple(g.a.shape[2:]) != _conv_wgrad_out(dims, stride)
+    return n, *dims, ci, g.channels, taps[0], stride[1], strided, totals, g is x, g.read, x.read
 
 
 def _conv_wgrad_out(dims: Sequence[int], stride: tuple[int, int]) -> tuple[int, int, int]:
