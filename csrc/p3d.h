@@ -28,6 +28,8 @@ struct ConvShape {
 // epi   nothing; or relu((sum - mean) * scale + bias) before rounding, if `out_affine` is given; or the statistics of
 //       the rounded y, if `partials` is given: a row (n, mean, M2) for each of R parts of the positions,
 //       M2 = sum (y - mean)^2; n may be 0
+//
+// With `out_affine`, w may be read while the kernel before this one in the stream still runs.
 struct SpatialConv {
     ConvShape shape;
     DType dtype;              // of x, w and y; sums are float32
@@ -153,6 +155,8 @@ int conv_wgrad_partials(const ConvWgradShape& shape);
 // (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2. Normalised in float32 on the
 // unrounded sum; rounded once.
 //
+// w and affine may be read while the kernel before this one in the stream still runs.
+//
 // x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
 //       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
 struct StemInfer {
@@ -182,7 +186,8 @@ const char* stem_infer_why_not(const StemInfer& p);
 //     z[n,t,p,:] = relu(bn(w_r y[n,t,p,:]))                                           rounded; if w_r is given
 //
 // bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels. With w_d, which m = 64
-// takes of Ci = 64 channels, r = bn(w_d x0), rounded.
+// takes of Ci = 64 channels, r = bn(w_d x0), rounded. Weights may be read while the kernel before this one in the
+// stream still runs.
 enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3 };
 // relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2)
 

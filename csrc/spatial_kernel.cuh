@@ -166,16 +166,19 @@ __global__ void __launch_bounds__(Warpgroups<kPass>::kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    dependency_wait();
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same register for the warp, as the compiler can tell
     if (group < Groups::kProducers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Groups::kProducerRegisters));
         int thread = threadIdx.x;
-        if (kResident && thread == 0)
+        bool early = kPass == Pass::forward && a.out_affine && thread == (kResident ? 0 : kLoaders);
+        if (!early) dependency_wait();
+        if (kResident && thread == 0) {
             for (int tap = 0; tap < kTaps; ++tap) {
                 barrier_expect(shared.weights_full(tap), kWeightBytes);
                 copy_weights<kPass>(shared.weights + tap * kWeightBytes, weights, shared.weights_full(tap), 0, tap, 0);
             }
+            if (early) dependency_wait();
+        }
         if (thread == kLoaders)
             produce_weights<kPass>(a, shared, weights);
         else if (thread > kLoaders)
@@ -186,6 +189,7 @@ __global__ void __launch_bounds__(Warpgroups<kPass>::kThreads, 1)
             produce_halo<T, kN, kResident, kPass, kLoaders>(a, shared, thread);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Groups::kConsumerRegisters));
+        dependency_wait();
         consume<T, kN, kResident, kPass>(a, shared, group - Groups::kProducers);
     }
 }

@@ -520,7 +520,6 @@ __global__ void __launch_bounds__(kThreads, 2) stem_infer_kernel(const __grid_co
     }
     for (int i = threadIdx.x; i < Tile::kZeros / 16; i += kThreads) store_shared(shared.zeros + 16 * i, uint4{});
     fence_proxy_async();
-    dependency_wait();
     if (threadIdx.x < kCouts) {
         float mean = a.affine[threadIdx.x], scale = a.affine[kCouts + threadIdx.x];
         float bias = a.affine[2 * kCouts + threadIdx.x];
@@ -532,6 +531,7 @@ __global__ void __launch_bounds__(kThreads, 2) stem_infer_kernel(const __grid_co
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (group == 0) {
         give_registers<kProducerRegisters>();
+        dependency_wait();
         if (a.x_type == PixelType::bf16)
             produce<T, __nv_bfloat16>(a, shared);
         else if (a.x_type == PixelType::fp16)

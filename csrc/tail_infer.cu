@@ -584,17 +584,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    dependency_wait();
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     if (warp < 4) {
         set_registers<kProducerRegisters, false>();
         if (threadIdx.x % 32) return;
-        if (warp < 2)
+        if (warp < 2) {
+            dependency_wait();
             produce_activations<kMid, kReduce, kDown>(maps, a, place, warp);
-        else if (warp == 2)
+        } else if (warp == 2) {
             produce_weights<kMid, kReduce, kDown>(maps, a, place);
+        }
     } else {
         set_registers<kConsumerRegisters, true>();
+        dependency_wait();
         int thread = threadIdx.x - 128;
         prepare_affine(place.affine, a.affine_t, kMid, thread);
         prepare_affine(place.affine + 8 * kMid, a.affine_e, 4 * kMid, thread);

@@ -239,7 +239,8 @@ struct Gradient4 {
 
 // Waits until the kernel before has ended and all that it wrote is there, and lets the next kernel start; in this
 // order, for kernels that start while several before them run would take the card from those. Before this no thread may
-// read or write what another kernel writes or reads: the one before has waited likewise.
+// read or write what another kernel writes or reads: the one before has waited likewise. In inference weights may be
+// read earlier: they were written before the kernel before this one.
 __device__ __forceinline__ void dependency_wait() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

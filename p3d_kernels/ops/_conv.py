@@ -66,6 +66,17 @@ def tap_row(n, t, h, w, kt, kh, kw, T, H, W, KT, KH, KW, ST, SH, TRANSPOSED: tl.
     return ((n * T + t) * H + h) * W + w, exists
 
 
+@triton.jit
+def prefetch_rows(ptr, rows, first, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+    """Into the second-level cache: COUNT elements of 16 bits from `first` on, of rows of LENGTH elements."""
+    LINES: tl.constexpr = (COUNT + 63) // 64
+    BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
+    at = tl.minimum(first + tl.minimum(tl.arange(0, BLOCK), LINES - 1) * 64, LENGTH - 1)
+    address = (ptr + rows[:, None] * LENGTH + at[None, :]).to(tl.int64)
+    asm: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
+    tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
 def conv_kernel(
     a_ptr,  # operand: [N, T, H, W, CI]
@@ -103,12 +114,12 @@ def conv_kernel(
     JOIN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,  # weights into the second-level cache while the kernel before still runs
     SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
 ):
-    begin(PDL)
     TAPS: tl.constexpr = KT * KH * KW
     CHUNKS: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
     SHARE: tl.constexpr = (TAPS * CHUNKS + SPLITS - 1) // SPLITS
@@ -127,6 +138,9 @@ def conv_kernel(
     if SPLITS > 1:
         first = tl.program_id(1) * SHARE
         end = tl.minimum(first + SHARE, end)
+    if PREFETCH and tile == 0:
+        prefetch_rows(w_ptr, tl.minimum(co, CO - 1), first * BLOCK_CI, TAPS * CI, SHARE * BLOCK_CI)
+    begin(PDL)
     acc = tl.zeros((BLOCK_P, BLOCK_CO), tl.float32)
     for step in range(first, end):
         tap = step // CHUNKS
@@ -515,8 +529,10 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     taps = geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
     if x.read == "raw" and epilogue.record is not None:  # no pass of a training step
         tile, splits = _infer_tile(positions, ci, co, taps, x, sm_count(x.a.device))
+        few = positions < 64 * 64 and x.a.dtype != torch.float32  # else others have brought the weights
     else:
-        tile, splits = _conv_tile(positions, ci, co, taps, x.a.dtype, x), 1
+        tile, splits, few = _conv_tile(positions, ci, co, taps, x.a.dtype, x), 1, False
+    pdl = dependent_launch(x.a.device)
     rows = cdiv(positions, tile["BLOCK_P"])
     tiles = rows * cdiv(co, tile["BLOCK_CO"])
     plan = Plan(
@@ -530,7 +546,8 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
         READ=x.read,
         JOIN=epilogue.join,
         PRECISION=input_precision(x.a.dtype, x.a.device),
-        **dependent_launch(x.a.device),
+        **pdl,
+        PREFETCH=pdl["PDL"] and few and ci % tile["BLOCK_CI"] == 0,
         SPLITS=splits,
         **tile,
     )
