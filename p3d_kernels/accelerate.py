@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._backends import use_backend
 from .models import P3D
-from .nn import FROZEN, Bottleneck, MaxPool3d, hooked, why_not_fused
+from .nn import FROZEN, Bottleneck, BottleneckRow, MaxPool3d, hooked, why_not_fused
 
 _log = logging.getLogger("p3d_kernels")
 
@@ -102,6 +102,9 @@ def accelerate(model: nn.Module, report: AccelerateReport | None = None) -> nn.M
         raise ValueError(f"model: nothing could be swapped in {type(model).__name__} ({why})")
     for parent, name, twin in plan:
         parent.add_module(name, twin)
+    for row in model.modules():
+        if type(row) is nn.Sequential and len(row) > 1 and all(type(m) is Bottleneck for m in row):
+            row.__class__ = BottleneckRow  # the same object, its hooks and names kept
     _log.info("accelerate: %s", report)
     return model
 

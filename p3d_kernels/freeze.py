@@ -17,7 +17,7 @@ from .checkpoints import read_file
 from .engine import FORMAT, Engine
 from .models import P3D
 from .models._common import normalise, stem_pool_fits
-from .nn import Bottleneck, Pseudo3dConv, hooked, why_not_fused
+from .nn import Bottleneck, BottleneckRow, Pseudo3dConv, hooked, why_not_fused
 from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
 from .ops._triton import ndhwc, why_not
@@ -263,7 +263,9 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             return packed.eval()
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, packed)
-    for name, row in [(name, m) for name, m in net.named_modules() if type(m) is nn.Sequential and not hooked(m)]:
+    for name, row in [
+        (name, m) for name, m in net.named_modules() if type(m) in (nn.Sequential, BottleneckRow) and not hooked(m)
+    ]:
         if not len(row) or not all(isinstance(m, _FrozenBlock) for m in row):
             continue
         if not name:

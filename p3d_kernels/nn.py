@@ -20,6 +20,8 @@ from . import ops
 from ._backends import _warn_once
 from ._checks import check_choice, check_positive
 from ._norm import Norm
+from .ops._fused import Config
+from .ops.bottleneck import bottlenecks
 from .reference import KINDS, WIRINGS
 
 
@@ -263,7 +265,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "2d" and x.dim() == 4:
             return self.forward(x.unsqueeze(2)).squeeze(2)
-        why = why_not_fused((name, layer) for name, layer in self._modules.items() if layer is not None)
+        why = self.why_not_fused()
         if why is not None:
             explain_unfused("Bottleneck", why, x)
             return self._frames(x) if self.kind == "2d" else self._one_by_one(x)
@@ -295,6 +297,10 @@ class Bottleneck(nn.Module):
         a = self.bn4(self.conv4(a))
         return self.relu(a + (x if self.downsample is None else self.downsample(x)))
 
+    def why_not_fused(self) -> str | None:
+        """Why this block must call its layers one by one, or None."""
+        return why_not_fused((name, layer) for name, layer in self._modules.items() if layer is not None)
+
     def _frames(self, x: Tensor) -> Tensor:
         """`_one_by_one` over frames as a batch, as 2-D layers want them."""
         n, _, t, _, _ = x.shape
@@ -303,6 +309,34 @@ class Bottleneck(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, wiring={self.wiring}, stride={self.stride}"
+
+
+class BottleneckRow(nn.Sequential):
+    """`Bottleneck` blocks in a row, run as one op where nothing must happen between them: the host works once for all.
+
+    A block with hooks, or one that calls its layers one by one, or has nothing to train while others have, makes all of
+    them run for themselves; so does tracing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = list(self._modules.values())
+        if len(blocks) > 1 and x.dim() == 5 and not torch.compiler.is_compiling() and all(map(_may_join, blocks)):
+            arguments = [block.arguments() for block in blocks]
+            if not torch.is_grad_enabled() or all(map(_trains, arguments)):
+                configs = [Config(block.kind, block.wiring, block.stride) for block in blocks]
+                return bottlenecks(x, list(zip(arguments, configs)))
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+def _may_join(block: nn.Module) -> bool:
+    return type(block) is Bottleneck and not hooked(block) and block.why_not_fused() is None
+
+
+def _trains(arguments: tuple) -> bool:
+    tensors = (t for w, norm in zip(arguments[::2], arguments[1::2]) if w is not None for t in (w, norm.weight))
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _pair(conv: nn.Conv2d | nn.Conv3d, bn: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Norm]:

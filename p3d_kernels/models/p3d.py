@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_choice, check_clips, check_positive
 from .._norm import Norm
-from ..nn import Bottleneck, MaxPool3d, explain_unfused, why_not_fused
+from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, why_not_fused
 from ..reference import WIRINGS
 from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, stem_pool_fits
 
@@ -67,7 +67,7 @@ class P3D(nn.Module):
                 kind = "2d" if stage == 3 else "ABC"[block % 3]
                 blocks.append(Bottleneck(channels, 64 << stage, kind, wiring, stride=2 if stage and i == 0 else 1))
                 block, channels = block + 1, 4 * (64 << stage)
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", BottleneckRow(*blocks))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)

@@ -1,0 +1,123 @@
+"""Blocks in a row as one op: the same bits as the blocks one by one, forward, backward and in running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import p3d_kernels as p3d
+from nets import batch_norms, randomise, set_mode
+from p3d_kernels import _backends
+from p3d_kernels.nn import Bottleneck, BottleneckRow
+
+KINDS = ["AB", "BCA", "CC", ("2d", "2d", "2d")]
+
+
+@pytest.fixture
+def triton(device):
+    with p3d.use_backend("triton"):
+        if why := _backends.why_not("triton", torch.empty(1, device=device)):
+            pytest.skip(why)
+        yield
+
+
+def row(kinds, wiring="author", stride=2) -> BottleneckRow:
+    blocks = [Bottleneck(24, 16, kinds[0], wiring, stride)]
+    return randomise(BottleneckRow(*blocks, *(Bottleneck(64, 16, kind, wiring) for kind in kinds[1:])))
+
+
+def apart(blocks: BottleneckRow) -> torch.nn.Sequential:
+    """A copy whose blocks run one by one."""
+    return torch.nn.Sequential(*copy.deepcopy(blocks))
+
+
+def step(net, x):
+    x = x.detach().clone().requires_grad_()
+    y = net(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    (y * weights).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("kinds", KINDS, ids="".join)
+def test_a_step_is_that_of_its_blocks(kinds, wiring, mode, triton, device, monkeypatch):
+    together = set_mode(row(kinds, wiring).to(device), mode)
+    alone = set_mode(apart(together), mode)
+    calls = []
+    one = Bottleneck.forward
+    monkeypatch.setattr(Bottleneck, "forward", lambda block, x: calls.append(block) or one(block, x))
+    x = torch.randn(2, 24, 3, 7, 6, device=device)
+    for _ in range(2):  # recorded, then replayed
+        want, got = step(alone, x), step(together, x)
+        for a, b in zip(want, got, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    assert not set(calls) & set(together)  # one op
+
+
+def test_inference_is_that_of_its_blocks(triton, device):
+    together = row("ABC").to(device).eval()
+    x = torch.randn(1, 24, 3, 7, 6, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(together(x), apart(together)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_clip_that_needs_no_gradient(triton, device):
+    together = row("AB").to(device)
+    alone = apart(together)
+    x = torch.randn(1, 24, 2, 5, 5, device=device)
+    for net in (together, alone):
+        net(x).square().sum().backward()
+    for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def counted(monkeypatch) -> list:
+    calls, one = [], Bottleneck.forward
+    monkeypatch.setattr(Bottleneck, "forward", lambda block, x: calls.append(block) or one(block, x))
+    return calls
+
+
+def test_blocks_run_alone_where_something_must_happen_between_them(monkeypatch):
+    calls = counted(monkeypatch)
+    x = torch.randn(1, 24, 2, 5, 5)
+    net = row("AB")
+    net(x)
+    assert not calls
+    seen = []
+    handle = net[0].register_forward_hook(lambda *_: seen.append(1))
+    net(x)
+    assert seen and len(calls) == 2
+    handle.remove()
+    handle = net[1].conv2.register_forward_hook(lambda *_: seen.append(2))
+    net(x)
+    assert seen[-1] == 2 and len(calls) == 4
+    handle.remove()
+    net[0].requires_grad_(False)
+    net(x)
+    assert len(calls) == 6  # the first block has nothing to train: its backward costs nothing
+    with torch.no_grad():
+        net(x)
+    assert len(calls) == 6
+
+
+def test_bad_arguments_name_the_argument():
+    net = row("AB")
+    with pytest.raises(ValueError, match="w_reduce: expected shape .*32"):
+        net(torch.zeros(1, 32, 2, 5, 5))
+    net[1].conv4 = torch.nn.Conv3d(16, 48, 1, bias=False)
+    with pytest.raises(ValueError, match="norm_expand"):
+        net(torch.zeros(1, 24, 2, 5, 5))
+    assert all(norm.num_batches_tracked == 0 for norm in batch_norms(net))
+
+
+def test_the_layers_of_a_net_are_rows():
+    net = p3d.p3d63(10)
+    assert all(type(layer) is BottleneckRow for layer in (net.layer1, net.layer2, net.layer3, net.layer4))
+    plain = p3d.models.PlainP3D((2, 1, 1, 1), 10, wiring="port")
+    names = list(plain.state_dict())
+    p3d.accelerate(plain)
+    assert type(plain.layer1) is BottleneckRow and list(plain.state_dict()) == names
