@@ -263,9 +263,9 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             return packed.eval()
         parent, _, child = name.rpartition(".")
         setattr(net.get_submodule(parent), child, packed)
-    for name, row in [
-        (name, m) for name, m in net.named_modules() if type(m) in (nn.Sequential, BottleneckRow) and not hooked(m)
-    ]:
+    for name, row in list(net.named_modules()):
+        if type(row) not in (nn.Sequential, BottleneckRow) or hooked(row):
+            continue
         if not len(row) or not all(isinstance(m, _FrozenBlock) for m in row):
             continue
         if not name:
