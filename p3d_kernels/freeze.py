@@ -21,8 +21,8 @@ from .nn import Bottleneck, BottleneckRow, Pseudo3dConv, hooked, why_not_fused
 from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
 from .ops._triton import ndhwc, why_not
-from .ops.bottleneck import Frozen, infer_chain
-from .ops.stem import pack_stem_weight, stem_infer
+from .ops.bottleneck import Frozen, chain_shapes, clips_at_once, infer_chain
+from .ops.stem import pack_stem_weight, stem_infer, stem_shapes
 from .ops.stem import why_not as why_not_stem
 
 
@@ -82,26 +82,33 @@ _PACKED = {Bottleneck: _FrozenBlock, Pseudo3dConv: _FrozenPseudo3d}
 class _FrozenStage(nn.Sequential):
     """Blocks in a row, which pass more to each other than a tensor."""
 
-    def forward(self, x: Tensor, thin: bool = False, thinned: bool = False) -> Tensor:
-        """thin: of the output, only every second row and column is wanted. thinned: so is x, for the first stride."""
-        blocks = [block.frozen() for block in self]
+    def frozen(self) -> list[Frozen]:
+        return [block.frozen() for block in self]
+
+    def forward(self, x: Tensor, thin: bool = False, thinned: bool = False, into: Tensor | None = None) -> Tensor:
+        """thin: of the output, only every second row and column is wanted. thinned: so is x, for the first stride.
+
+        into: where the output is to go, or None.
+        """
+        blocks = self.frozen()
         if thinned:
             blocks[0] = blocks[0]._replace(config=dataclasses.replace(blocks[0].config, stride=1))
-        return _run(x, blocks, self[0].dtype, thin)
+        return _run(x, blocks, self[0].dtype, thin, into)
 
 
-def _run(x: Tensor, blocks: list[Frozen], dtype: torch.dtype, thin: bool = False) -> Tensor:
+def _run(x: Tensor, blocks: list[Frozen], dtype: torch.dtype, thin: bool = False, into: Tensor | None = None) -> Tensor:
     if x.dim() == 4:  # 2-D blocks inside a net that folds frames into the batch
         return _run(x.unsqueeze(2), blocks, dtype, thin).squeeze(2)
     x = _as_input(x, blocks[0].weights, dtype)
     if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
-        return infer_chain(ndhwc(x), blocks, thin)
+        return infer_chain(ndhwc(x), blocks, thin, into)
     for weights, records, config in blocks:
         pairs = _plain(weights, records, dtype)
         if config.kind == "2d":
             pairs[4:4] = None, None
         x = reference.bottleneck(x, *pairs, kind=config.kind, wiring=config.wiring, stride=config.stride)
-    return x[..., ::2, ::2] if thin else x
+    x = x[..., ::2, ::2] if thin else x
+    return x if into is None else into.copy_(x)
 
 
 def _as_input(x: Tensor, weights: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -134,14 +141,20 @@ class _FrozenStem(nn.Module):
         self.register_buffer("frames_packed", None if spec is None else pack_stem_weight(weight, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of clips, or of uint8 frames as `clips` gives them."""
+        if x.dtype == torch.uint8:
+            if self._fused(x, self.frames_weight):
+                weights = self.frames_weight, self.frames_packed
+                return stem_infer(x, *weights, self.record, self.wiring, *self.statistics)
+            x = normalise(x.permute(0, 2, 3, 4, 1), self.wiring)
         if self._fused(x, x):
             return stem_infer(x, self.weight, self.packed, self.record, self.wiring)
         norm = _norm(self.record, self.dtype)
         z = torch.nn.functional.conv3d(x.to(self.dtype), self.weight, stride=(1, 2, 2), padding=(0, 3, 3))
         return self.maxpool(reference.bn_relu(z, norm))
 
-    def frames(self, frames: Tensor) -> Tensor:
-        """Of uint8 frames [N, T, H, W, C] or [T, H, W, C], as `normalise` takes them."""
+    def clips(self, frames: Tensor) -> Tensor:
+        """uint8 frames [N, T, H, W, C] or [T, H, W, C], as `normalise` takes them, by the order [N, C, T, H, W]."""
         channels = self.weight.size(1)
         if self.statistics is None:
             raise TypeError(f"x: expected a floating-point dtype of a net with {channels} input channels, got uint8")
@@ -149,10 +162,7 @@ class _FrozenStem(nn.Module):
             raise ValueError(
                 f"x: expected uint8 frames [N, T, H, W, {channels}] or [T, H, W, {channels}], got {list(frames.shape)}"
             )
-        x = (frames if frames.dim() == 5 else frames.unsqueeze(0)).permute(0, 4, 1, 2, 3)
-        if self._fused(x, self.frames_weight):
-            return stem_infer(x, self.frames_weight, self.frames_packed, self.record, self.wiring, *self.statistics)
-        return self(normalise(frames, self.wiring))
+        return (frames if frames.dim() == 5 else frames.unsqueeze(0)).permute(0, 4, 1, 2, 3)
 
     def _fused(self, x: Tensor, like: Tensor) -> bool:
         """Whether kernels of this package take the clips x; like: a tensor of a dtype that backends know."""
@@ -186,18 +196,32 @@ class _FrozenP3D(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
-            x = self.stem.frames(x)
+            x = self.stem.clips(x)
         else:
             check_clips("x", x, self.in_channels)
-            x = self.stem(x)
         stages = self.layer1, self.layer2, self.layer3, self.layer4
         thinned = False
         for stage, after in zip(stages, (*stages[1:], None), strict=True):
             thin = after is not None and after[0].config.stride == 2
-            x = stage(x, thin, thinned)
+            x = self._stem_and_first(x, thin) if stage is self.layer1 else stage(x, thin, thinned)
             if after is not None:
                 x, thinned = self.maxpool_2(x), thin
         return x.mean((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def _stem_and_first(self, x: Tensor, thin: bool) -> Tensor:
+        """layer1(stem(x)). Their tensors are the largest of the net: some clips go through both, then others."""
+        dtype, blocks = self.stem.dtype, self.layer1.frozen()
+        _, shape = stem_shapes(tuple(x.shape), self.stem.weight.size(0), self.stem.wiring)
+        size = clips_at_once(shape, blocks, thin, dtype)
+        if not 0 < size < x.size(0):
+            return self.layer1(self.stem(x), thin)
+        y = torch.empty(
+            chain_shapes(shape, blocks, thin)[-1],
+            dtype=dtype, device=x.device, memory_format=torch.channels_last_3d,
+        )  # fmt: skip
+        for part, y_part in zip(x.split(size), y.split(size), strict=True):
+            self.layer1(self.stem(part), thin, into=y_part)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x).to(self.fc.weight.dtype))

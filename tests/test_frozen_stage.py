@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import math
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ import torch
 import p3d_kernels as p3d
 from nets import randomise
 from p3d_kernels import _backends
+from p3d_kernels.ops import _tape
 from tolerance import check
+
+bottleneck = importlib.import_module("p3d_kernels.ops.bottleneck")  # ops.bottleneck is the op
 
 # Kinds of the blocks. Thin: only every second row and column of the output is wanted. The last block then works on
 # those alone, from S on (A, C) or from S and T on (B), and the one before may store only those.
@@ -77,6 +82,68 @@ def test_a_clip_of_other_channels():
         engine(torch.zeros(1, 32, 2, 8, 8))
     with pytest.raises(ValueError, match="x: expected 8 channels, got 32"):
         p3d.freeze(p3d.nn.Pseudo3dConv(8, 8).eval())(torch.zeros(1, 32, 2, 8, 8))
+
+
+def in_parts(monkeypatch, run, most):
+    """(run(), the largest workspace of its tapes), the outputs of blocks up to `most` bytes."""
+    monkeypatch.setattr(_tape, "_tapes", {})
+    monkeypatch.setattr(bottleneck, "WIDEST", most)
+    run()
+    y = run()  # the tapes' own
+    return y, max((tape.size for tape in _tape._tapes.values()), default=0), len(_tape._tapes)
+
+
+def clip_bytes(channels, *dims):
+    return 4 * channels * math.prod(dims) * 2  # of a block's output, 16-bit
+
+
+@pytest.mark.parametrize("kinds", ["AB", "BCA"])
+@pytest.mark.parametrize("clips, at_once, shapes, thin", [(4, 2, 1, True), (5, 2, 2, False), (33, 12, 1, False)])
+def test_parts_of_a_batch_give_the_same_bits(monkeypatch, clips, at_once, shapes, thin, kinds, device):
+    sizes = (2, 5, 6) if clips < 10 else (1, 2, 2)
+    blocks = p3d.freeze(stage(kinds, 32, 16, "author", 1).to(device), torch.float16).net
+    for name, buffer in blocks.named_buffers():  # whose sums are exact in any order: tiles may differ
+        if "weight" in name:
+            buffer.copy_((torch.randn(buffer.shape) / buffer[0].numel() ** 0.5).round().clamp(-1, 1))
+        else:
+            buffer.copy_(torch.tensor([0.0, 0.5, 1.0, 0.0, 0.0]).view(5, 1))
+    x = torch.randint(-4, 5, (clips, 32, *sizes), device=device).half()
+    with p3d.use_backend("triton"), torch.no_grad():
+        if why := _backends.why_not("triton", torch.empty(1, device=device)):
+            pytest.skip(why)
+        whole, all_of_it, one = in_parts(monkeypatch, lambda: blocks(x, thin=thin), 1 << 40)
+        parts, some_of_it, kept = in_parts(monkeypatch, lambda: blocks(x, thin=thin), at_once * clip_bytes(16, *sizes))
+    assert torch.equal(whole, parts) and (one, kept) == (1, shapes)
+    assert parts.is_contiguous(memory_format=torch.channels_last_3d)
+    assert some_of_it < 0.8 * all_of_it
+
+
+def test_how_a_batch_is_cut():
+    def at_once(clips, channels=64, time=8, size=40, dtype=torch.bfloat16):
+        blocks = p3d.freeze(stage("ABC", channels, channels, "author", 1), dtype).net.frozen()
+        return bottleneck.clips_at_once((clips, channels, time, size, size), blocks, True, dtype)
+
+    assert at_once(32) == 16 and at_once(16) == 16 and at_once(8, size=56) == 8
+    assert at_once(33) == 11 and at_once(35) == 12 and at_once(1, size=2000) == 1 and at_once(0) == 0
+    assert at_once(32, dtype=torch.float32) == 8
+    assert at_once(1000, 1, 1, 200) == 250 and at_once(1000, 1, 1, 201) == 1000  # else the parts were not aligned
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("wiring", ["author", "port"])
+def test_the_stem_and_the_first_stage_go_together(monkeypatch, wiring, frames, device):
+    net = randomise(p3d.models.P3D((2, 1, 1, 1), 10, wiring=wiring)).eval().to(device)
+    engine = p3d.freeze(net)
+    if frames:
+        x = torch.randint(0, 256, (5, 4, 32, 40, 3), dtype=torch.uint8, device=device)
+    else:
+        x = torch.randn(5, 3, 4, 32, 40, device=device)
+    whole, *_ = in_parts(monkeypatch, lambda: engine(x), 1 << 40)
+    seen = []
+    engine.net.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    parts, *_ = in_parts(monkeypatch, lambda: engine(x), 2 * 2 * clip_bytes(64, 2, 8, 10))
+    assert seen == 2 * [2, 2, 1]
+    assert (parts - whole).norm() <= 1e-5 * whole.norm()
 
 
 def test_a_row_in_plain_pytorch():

@@ -80,6 +80,23 @@ def test_temporaries_share_room_when_their_uses_do_not_overlap():
     assert tape.size == 2 * 512  # five temporaries, two alive at a time, 512 bytes each
 
 
+def test_large_temporaries_find_room_around_small_ones():
+    one = torch.ones(4)
+
+    def pass_():
+        add = Add()
+        small, first, large, out = (alloc((n,), CPU) for n in (128, 256, 512, 4))
+        add(one, one, first)
+        add(first, one, small)  # small outlives first, whose room the large one takes
+        add(small, one, large)
+        add(large, small, out)
+        return [out], []
+
+    tape = Tape(pass_, [one])
+    assert tape.size == 5 * 512
+    assert torch.equal(tape.run([one])[0][0], torch.full((4,), 7.0))
+
+
 def test_what_is_kept_lies_in_one_buffer():
     wide, narrow = (2, 8, 1, 1, 2), (2, 3)
 
@@ -119,6 +136,16 @@ def test_views_of_inputs_and_buffers_keep_their_offset():
     out = tape.run([b])[0][0]
     assert torch.equal(out[4:], b[4:8] + b[8:])
     assert torch.equal(out[:4], b[4:8] + b[8:] + b[:4])
+
+
+def test_outputs_go_where_the_caller_says(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    whole = torch.zeros(3, 4)
+    for i in range(3):  # recorded, then replayed
+        a, b, c = inputs()
+        (last, first, none), *_ = taped(("into", CPU), chain(a, b, c), [a, b, c], [whole[i], torch.empty(4), None])
+        assert none is None and last.data_ptr() == whole[i].data_ptr()
+        assert torch.equal(whole[i], a + b + c + b) and torch.equal(first, a + b)
 
 
 def test_an_input_that_was_not_named_is_refused():

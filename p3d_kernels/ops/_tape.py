@@ -253,9 +253,12 @@ class Tape:
         # of each allocation of the pass: which output, or the kept buffer, or the workspace, and the bytes from there
         self.places = [place.get(b, (0, 0)) for b in range(recorder.inputs, len(recorder.buffers))]
 
-    def run(self, inputs: list[Tensor | None]) -> tuple[list[Tensor | None], Tensor | None]:
+    def run(
+        self, inputs: list[Tensor | None], into: list[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """(outputs, kept); `into`: tensors like the outputs, dense and 16-byte aligned, that are written and given."""
         device = next(t.device for t in inputs if t is not None)
-        made = [
+        made = into or [
             None if s is None else torch.empty(s[0], dtype=s[1], device=device, memory_format=s[2]) for s in self.specs
         ]
         kept = torch.empty(self.kept.size, dtype=torch.uint8, device=device) if self.kept.size else None
@@ -264,7 +267,7 @@ class Tape:
             self._interpret(inputs, regions)
         elif device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.run(inputs)
+                return self.run(inputs, into)
         else:
             starts = [0 if t is None else t.data_ptr() for t in regions]
             base = [0 if t is None else t.data_ptr() for t in inputs]
@@ -303,7 +306,7 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 def _pack(recorder: _Recorder, elsewhere: set[int]) -> tuple[dict[int, int], int]:
     """Byte offsets of the allocations that are not `elsewhere` in one workspace, and its size.
 
-    Buffers whose uses do not overlap share room: first fit, in the order of first use.
+    Buffers whose uses do not overlap share room: the largest come first, each as low as those before it let it.
     """
     first, last = {}, {}
     for number, (_, slots) in enumerate(recorder.steps_taken):
@@ -311,18 +314,17 @@ def _pack(recorder: _Recorder, elsewhere: set[int]) -> tuple[dict[int, int], int
             if slot is not None:
                 first.setdefault(slot[0], number)
                 last[slot[0]] = number
+    needs = {b: cdiv(_bytes(recorder.buffers[b]), 512) * 512 for b in first if b >= recorder.inputs}
     offsets: dict[int, int] = {}
-    live: list[tuple[int, int, int]] = []  # (offset, end, last use)
     size = 16
-    for b in sorted((b for b in first if b >= recorder.inputs and b not in elsewhere), key=first.get):
-        need, at = cdiv(_bytes(recorder.buffers[b]), 512) * 512, 0
-        live = sorted(x for x in live if x[2] >= first[b])
-        for offset, end, _ in live:
-            if at + need <= offset:
+    for b in sorted((b for b in needs if b not in elsewhere), key=needs.get, reverse=True):
+        beside = [o for o in offsets if first[o] <= last[b] and first[b] <= last[o]]
+        at = 0
+        for offset, end in sorted((offsets[o], offsets[o] + needs[o]) for o in beside):
+            if at + needs[b] <= offset:
                 break
             at = max(at, end)
-        live.append((at, at + need, last[b]))
-        offsets[b], size = at, max(size, at + need)
+        offsets[b], size = at, max(size, at + needs[b])
     return offsets, size
 
 
@@ -343,7 +345,10 @@ _tapes: dict[tuple, Tape] = {}
 
 
 def taped(
-    key: tuple, pass_: Callable[..., tuple[list, list]], inputs: list[Tensor | None]
+    key: tuple,
+    pass_: Callable[..., tuple[list, list]],
+    inputs: list[Tensor | None],
+    into: list[Tensor | None] | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None, Layout]:
     """(outputs, the buffer of what is kept, its layout) of pass_(), recorded the first time and replayed from then on.
 
@@ -351,14 +356,17 @@ def taped(
         key: whatever the launches of the pass depend on, but for addresses.
         pass_: launches kernels on `inputs` and on buffers from `alloc`, and returns (outputs, kept): see `Tape`.
         inputs: every tensor that the pass reads.
+        into: where the outputs go, or None: see `Tape.run`.
     """
     tape = _tapes.get(key)
     if tape is not None:
-        return *tape.run(inputs), tape.kept
+        return *tape.run(inputs, into), tape.kept
     if next(t for t in inputs if t is not None).is_cuda:
         with _compiling_ahead():
             pass_()
     tape = Tape(pass_, inputs)
     (outputs, kept), tape.first = tape.first, None
     keep(_tapes, key, tape)
+    if into is not None:
+        outputs = [None if y is None else to.copy_(y) for to, y in zip(into, outputs)]
     return outputs, tape.kept.pack(kept) if kept else None, tape.kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import expand_stats, gram_bwd
 from ._tape import taped
-from ._triton import Operand, bn_bwd_finalise, bn_finalise, input_precision
+from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision
 from .max_pool import pool_fwd
 from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
@@ -121,12 +122,48 @@ class Frozen(NamedTuple):
     config: Config
 
 
-def infer_chain(x: Tensor, blocks: list[Frozen], thin: bool = False) -> Tensor:
-    """The output of blocks in a row on NDHWC x; `thin`: at every second row and column, the rest is not computed."""
+WIDEST = 100 << 20  # bytes that the output of a block may have; 2 to 3 times as much is then alive beside it
+
+
+def chain_shapes(shape: tuple[int, ...], blocks: list[Frozen], thin: bool) -> list[tuple[int, ...]]:
+    """The shapes of the outputs of blocks in a row, given that of x; `thin`: the last is (see `infer_chain`)."""
+    shapes, (n, _, *dims) = [], shape
+    for i, block in enumerate(blocks):
+        step = 2 if thin and i + 1 == len(blocks) else 1
+        dims = pointwise(block.config.stride * step).out_shape(*dims)
+        shapes.append((n, _split(block.weights, block.config)[2][0].size(0), *dims))
+    return shapes
+
+
+def clips_at_once(shape: tuple[int, ...], blocks: list[Frozen], thin: bool, dtype: torch.dtype) -> int:
+    """How many of the N clips of x to run through blocks together, so that no output of theirs is above WIDEST."""
+    n, *rest = shape
+    clips = [math.prod(s[1:]) * dtype.itemsize for s in chain_shapes(shape, blocks, thin)]  # bytes of one
+    parts = cdiv(n * max(clips), WIDEST)
+    aligned = math.prod(rest) * dtype.itemsize % 16 == 0 == clips[-1] % 16
+    return cdiv(n, parts) if parts > 1 and aligned else n
+
+
+def infer_chain(x: Tensor, blocks: list[Frozen], thin: bool = False, into: Tensor | None = None) -> Tensor:
+    """The output of blocks in a row on NDHWC x; `thin`: at every second row and column, the rest is not computed.
+
+    Large tensors are cut: some clips go through all blocks, then others. into: where the output is to go, or None.
+    """
+    size = clips_at_once(tuple(x.shape), blocks, thin, x.dtype)
+    if 0 < size < x.size(0):
+        y = empty_ndhwc(chain_shapes(tuple(x.shape), blocks, thin)[-1], x) if into is None else into
+        for part, y_part in zip(x.split(size), y.split(size)):
+            _infer_chain(part, blocks, thin, y_part)
+        return y
+    return _infer_chain(x, blocks, thin, into)
+
+
+def _infer_chain(x: Tensor, blocks: list[Frozen], thin: bool, into: Tensor | None) -> Tensor:
     shapes, configs = tuple([w.shape for b in blocks for w in b.weights]), tuple([b.config for b in blocks])
     key = "chain", configs, thin, x.shape, x.dtype, x.device, shapes, input_precision(x.dtype, x.device)
     inputs = [x, *(t for b in blocks for t in (*b.weights, *b.records))]
-    return taped((*key, _backends.forced()), lambda: ([_chain(x, blocks, thin)], []), inputs)[0][0]
+    into = None if into is None else [into]
+    return taped((*key, _backends.forced()), lambda: ([_chain(x, blocks, thin)], []), inputs, into)[0][0]
 
 
 def _chain(x: Tensor, blocks: list[Frozen], thin: bool) -> Tensor:

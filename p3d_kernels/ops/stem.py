@@ -55,7 +55,7 @@ def _op(x, w, weight, bias, running_mean, running_var, training, eps, wiring, dt
 
 @_op.register_fake
 def _(x, w, weight, bias, running_mean, running_var, training, eps, wiring, dtype, save):
-    z_shape, y_shape = _shapes(x, w.size(0), wiring)
+    z_shape, y_shape = stem_shapes(tuple(x.shape), w.size(0), wiring)
     y = empty_ndhwc(y_shape, x).to(dtype)
     record = x.new_empty((5, w.size(0)), dtype=torch.float32)
     if not save:
@@ -103,9 +103,9 @@ _op.register_autograd(_backward, setup_context=_setup)
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def _shapes(x: Tensor, co: int, wiring: str) -> tuple[tuple, tuple]:
-    """The shapes of z and of the pooled output."""
-    n, _, t, h, w = x.shape
+def stem_shapes(shape: tuple[int, ...], co: int, wiring: str) -> tuple[tuple, tuple]:
+    """The shapes of z and of the pooled output, given that of x."""
+    n, _, t, h, w = shape
     sizes = t, (h - 1) // 2 + 1, (w - 1) // 2 + 1
     return (n, co, *sizes), (n, co, *out_sizes(sizes, **reference.stem_pool(wiring)))
 
@@ -188,7 +188,7 @@ def stem(x: Tensor, w: Tensor, norm: Norm, wiring: str = "author") -> Tensor:
     dtype, weight_dtype = compute_dtype(x)
     check_weight("w", w, (None, x.size(1), 1, 7, 7), x, weight_dtype)
     check_norm("norm", norm, w.size(0), x)
-    _, out = _shapes(x, w.size(0), wiring)
+    _, out = stem_shapes(tuple(x.shape), w.size(0), wiring)
     if min(out[2:]) < 1:
         raise ValueError(f"x: expected (T, H, W) that the pool fits, got {tuple(x.shape[2:])} (output {out[2:]})")
     if x.numel() == 0 or _backends.choose("stem", x, lambda b: why_not(b, x, w), ("triton", "aten")) == "aten":
