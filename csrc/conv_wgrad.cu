@@ -15,8 +15,6 @@
 //
 // A box of 64 channels is kPositions rows of 128 bytes, swizzled. A *stage* of the ring holds the boxes of one turn: a
 // of G, a of X, b of G, b of X. Where G and X are one operand and the tile's columns are among its rows, X's are G's.
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <iterator>
 
@@ -599,16 +597,7 @@ const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
 // channels.
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const ConvWgradShape& s, int64_t channels,
                        bool strided, const WgradPlan& plan) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
+    auto encode = tensor_map_encoder();
     if (!encode) return "conv_wgrad: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
     Grid grid = grid_of(s);
     int64_t across = 1, down = grid.width, frame = grid.width * grid.height;  // positions to the next w, h, f

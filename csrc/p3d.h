@@ -225,4 +225,29 @@ const char* tail_infer(const TailInfer& p);
 // Why tail_infer cannot run this shape; nullptr if it can.
 const char* tail_infer_why_not(const TailShape& shape);
 
+// T alone, for inference: t of the formulas above, stored.
+struct TemporalShape {
+    int64_t clips;     // N
+    int64_t time;      // T
+    int64_t frame;     // H * W
+    int64_t channels;  // m, 64 or 128
+};
+
+struct TemporalInfer {
+    TemporalShape shape;
+    DType dtype;  // of activations and weights; sums are float32
+    Join join;
+    const void* x;        // [N, T, H, W, m]  16-byte aligned, as all pointers are
+    const void* o;        // [N, T, H, W, m], may be x; nullptr with Join::relu
+    const void* w;        // [m, 3, m]
+    const float* affine;  // [3, m] rows mean, scale, bias
+    void* y;              // [N, T, H, W, m]
+    CUstream_st* stream;
+};
+
+const char* temporal_infer(const TemporalInfer& p);
+
+// Why temporal_infer cannot run this shape; nullptr if it can.
+const char* temporal_infer_why_not(const TemporalShape& shape);
+
 }  // namespace p3d

@@ -118,6 +118,18 @@ def test_parts_of_a_batch_give_the_same_bits(monkeypatch, clips, at_once, shapes
     assert some_of_it < 0.8 * all_of_it
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("kinds", ["ABC", "CAB"])
+def test_parts_of_a_batch_give_the_same_bits_on_the_card(monkeypatch, kinds, thin, device):
+    blocks = p3d.freeze(stage(kinds, 64, 64, "author", 1).to(device), torch.bfloat16).net
+    x = torch.randn(13, 64, 8, 40, 40, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole, *_ = in_parts(monkeypatch, lambda: blocks(x, thin=thin), 1 << 40)
+        parts, *_ = in_parts(monkeypatch, lambda: blocks(x, thin=thin), 7 * clip_bytes(64, 8, 40, 40))
+    assert torch.equal(whole, parts)
+
+
 def test_how_a_batch_is_cut():
     def at_once(clips, channels=64, time=8, size=40, dtype=torch.bfloat16):
         blocks = p3d.freeze(stage("ABC", channels, channels, "author", 1), dtype).net.frozen()

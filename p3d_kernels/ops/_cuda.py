@@ -426,6 +426,16 @@ def _check_matrix(name: str, w: Tensor, shape: tuple[int, ...], dtype: torch.dty
         raise ValueError(f"{name}: expected contiguous memory of 16-byte alignment")
 
 
+def _check_join(x: Tensor, o: Tensor | None, join: str) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
+    if join not in ("relu", "relu_add", "add_relu", "mean_relu") or (join == "relu") != (o is None):
+        raise ValueError(f"join, o: expected relu without o, or relu_add, add_relu or mean_relu with it, got {join!r}")
+    _check_activation("x", x, x.shape, x.dtype)
+    if o is not None:
+        _check_activation("o", o, x.shape, x.dtype)
+
+
 def tail_infer(
     x: Tensor,  # [N, M, T, H, W]
     o: Tensor | None,  # like x, or x itself
@@ -456,17 +466,11 @@ def tail_infer(
         RuntimeError: the kernel cannot run (what `tail_why_not` says), or CUDA failed.
     """
     n, m, t, h, w = x.shape
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
-    if join not in ("relu", "relu_add", "add_relu", "mean_relu") or (join == "relu") != (o is None):
-        raise ValueError(f"join, o: expected relu without o, or relu_add, add_relu or mean_relu with it, got {join!r}")
+    _check_join(x, o, join)
     if (w_r is None) != (record_r is None):
         raise ValueError("w_r, record_r: expected both or neither")
     if (w_d is None) != (record_d is None):
         raise ValueError("w_d, record_d: expected both or neither")
-    _check_activation("x", x, x.shape, x.dtype)
-    if o is not None:
-        _check_activation("o", o, x.shape, x.dtype)
     ci = None if w_d is None else w_d.size(-1)
     _check_activation("residual", residual, (n, 4 * m if ci is None else ci, t, h, w), x.dtype)
     layers = [("t", w_t, (m, 3, m), record_t), ("e", w_e, (4 * m, m), record_e)]
@@ -492,3 +496,47 @@ def tail_infer(
     plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, ci, join, thin), build)
     plan(x, o, residual, w_t, w_e, w_r, w_d, record_t, record_e, record_r, record_d, y, z)
     return y, z
+
+
+def temporal_why_not(x_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Why T's kernel cannot run for x [N, M, T, H, W] on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"temporal_infer: dtype {dtype} (expected bfloat16 or float16)"
+    n, m, t, h, w = x_shape
+    native = _backends.native()
+    return native if isinstance(native, str) else native.temporal_infer_why_not(n, t, h * w, m)
+
+
+def temporal_infer(
+    x: Tensor,  # [N, M, T, H, W]
+    o: Tensor | None,  # like x, or x itself
+    join: str,
+    w: Tensor,  # [M, 3, M]
+    record: Tensor,  # [3, M] or more rows
+) -> Tensor:
+    """T in inference: relu(u), u = bn(T x), or u joined with o; each as t in `tail_infer`, which does not store it.
+
+    Returns:
+        [N, M, T, H, W], channels_last_3d. Runs of the same shape give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `temporal_why_not` says), or CUDA failed.
+    """
+    n, m, t, h, width = x.shape
+    _check_join(x, o, join)
+    _check_matrix("w", w, (m, 3, m), x.dtype)
+    _check_rows("record", record, 3, m)
+    y = alloc(tuple(x.shape), x.device, x.dtype)
+    if x.numel() == 0:
+        return y
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        sizes = n, t, h * width, m, join, _DTYPES[x.dtype]
+        return NativePlan(lambda stream, *addresses: native.temporal_infer(*addresses, *sizes, stream))
+
+    plan_for(("temporal_infer", x.shape, x.dtype, x.device, join), build)(x, o, w, record, y)
+    return y

@@ -20,7 +20,19 @@ from .. import reference
 from .._checks import check_activation, check_choice, check_weight
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
-from ._conv import Epilogue, Geometry, conv, conv_wgrad, spatial_dgrad, spatial_fwd, spatial_wgrad, temporal
+from . import _cuda
+from ._conv import (
+    Epilogue,
+    Geometry,
+    conv,
+    conv_wgrad,
+    cuda_allowed,
+    spatial_dgrad,
+    spatial_fwd,
+    spatial_wgrad,
+    taps_of,
+    temporal,
+)
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._triton import (
     Operand,
@@ -237,10 +249,14 @@ def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Co
 def t_infer(
     x: Tensor, s: Tensor, weights: list[Tensor], records: list[Tensor], config: Config, stride: int = 1
 ) -> Tensor:
-    """The join of s = `s_infer(x, ..., stride)` and T."""
+    """The join of s = `s_infer(x, ..., stride)` and T: by the CUDA kernel where it has one for this, else `conv`."""
     source, o, join = t_operands(x, s, config)
+    w = weights[1]
+    if source.shape == s.shape and w.size(0) == w.size(1) and cuda_allowed(source):
+        if _cuda.temporal_why_not(tuple(source.shape), source.dtype) is None:
+            return _cuda.temporal_infer(source, o, join, taps_of(w), records[1])
     geometry = Geometry((3, 1, 1), (1, stride if source is x else 1))
-    return conv(Operand("raw", source), weights[1], geometry, Epilogue(record=records[1], join=join, o=o))[0]
+    return conv(Operand("raw", source), w, geometry, Epilogue(record=records[1], join=join, o=o))[0]
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
