@@ -12,6 +12,7 @@ import torch
 
 import p3d_kernels as p3d
 from nets import distance, randomise
+from p3d_kernels import _backends
 
 
 @pytest.fixture
@@ -263,3 +264,16 @@ def test_one_engine_on_many_streams_and_threads(net, device, cuda_graph):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.gpu
+def test_memory_of_a_large_batch():
+    engine = p3d.freeze(p3d.p3d63().eval().cuda(), torch.bfloat16)
+    x = torch.randn(32, 3, 16, 160, 160, device="cuda", dtype=torch.bfloat16)
+    if why := _backends.why_not("cuda", x):
+        pytest.skip(why)
+    engine(x)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    engine(x)
+    assert torch.cuda.max_memory_allocated() - before <= 300 << 20
