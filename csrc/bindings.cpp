@@ -188,11 +188,10 @@ PYBIND11_MODULE(_C, m) {
            const std::string& dtype_name, bool padded, const std::vector<float>& pixel_scale,
            const std::vector<float>& pixel_bias, uintptr_t stream) {
             p3d::StemInfer p{};
-            p.clips = clips, p.channels = channels, p.frames = frames, p.height = height, p.width = width;
+            p.shape = {clips, channels, frames, height, width, padded};
             std::copy(strides.begin(), strides.end(), p.strides);
             p.x_type = pixel_type(x_type);
             p.dtype = dtype(dtype_name);
-            p.padded = padded;
             p.x = pointer<const void>(x);
             p.w = pointer<const void>(w);
             p.affine = pointer<const float>(affine);
@@ -207,13 +206,48 @@ PYBIND11_MODULE(_C, m) {
         py::arg("padded"), py::arg("pixel_scale"), py::arg("pixel_bias"), py::arg("stream"));
 
     m.def(
-        "stem_infer_why_not",
+        "stem_wgrad",
+        [](uintptr_t x, uintptr_t g, uintptr_t tap, uintptr_t z, uintptr_t record, uintptr_t sums, uintptr_t partials,
+           int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded,
+           const std::array<int64_t, 5>& strides, const std::string& x_type, const std::string& dtype_name,
+           uintptr_t stream) {
+            p3d::StemWgrad p{};
+            p.shape = {clips, channels, frames, height, width, padded};
+            std::copy(strides.begin(), strides.end(), p.strides);
+            p.x_type = pixel_type(x_type);
+            p.dtype = dtype(dtype_name);
+            p.x = pointer<const void>(x);
+            p.g = pointer<const void>(g);
+            p.tap = pointer<const void>(tap);
+            p.z = pointer<const void>(z);
+            p.record = pointer<const float>(record);
+            p.sums = pointer<const float>(sums);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::stem_wgrad(p));
+        },
+        py::arg("x"), py::arg("g"), py::arg("tap"), py::arg("z"), py::arg("record"), py::arg("sums"),
+        py::arg("partials"), py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"),
+        py::arg("width"), py::arg("padded"), py::arg("strides"), py::arg("x_type"), py::arg("dtype"),
+        py::arg("stream"));
+
+    auto stem_reason = [&](const char* name, const char* (*why_not)(const p3d::StemShape&)) {
+        m.def(
+            name,
+            [why_not](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
+                const char* why = why_not({clips, channels, frames, height, width, padded});
+                return why ? std::optional<std::string>(why) : std::nullopt;
+            },
+            py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+            py::arg("padded"));
+    };
+    stem_reason("stem_infer_why_not", p3d::stem_infer_why_not);
+    stem_reason("stem_wgrad_why_not", p3d::stem_wgrad_why_not);
+
+    m.def(
+        "stem_wgrad_partials",
         [](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
-            p3d::StemInfer p{};
-            p.clips = clips, p.channels = channels, p.frames = frames, p.height = height, p.width = width;
-            p.padded = padded;
-            const char* why = p3d::stem_infer_why_not(p);
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::stem_wgrad_partials({clips, channels, frames, height, width, padded});
         },
         py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
         py::arg("padded"));

@@ -159,13 +159,17 @@ int conv_wgrad_partials(const ConvWgradShape& shape);
 //
 // x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
 //       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
-struct StemInfer {
+struct StemShape {
     int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W
-    int64_t strides[5];                              // of x, in elements: N, Ci, T, H, W
+    bool padded;  // the pool is padded by (0, 1, 1) and drops what is left over; else not padded and its last windows
+                  // are cut
+};
+
+struct StemInfer {
+    StemShape shape;
+    int64_t strides[5];  // of x, in elements: N, Ci, T, H, W
     PixelType x_type;
     DType dtype;          // of w and y; sums are float32
-    bool padded;          // the pool is padded by (0, 1, 1) and drops what is left over; else not padded
-                          // and its last windows are cut
     const void* x;        // [N, Ci, T, H, W] by its strides
     const void* w;        // [S, 128, 8]  16-byte aligned, laid out as stem_infer.cu says
     const float* affine;  // [3, 64] rows mean, scale, bias
@@ -176,8 +180,36 @@ struct StemInfer {
 
 const char* stem_infer(const StemInfer& p);
 
-// Why stem_infer cannot run these sizes with this padding, whatever the other members are; nullptr if it can.
-const char* stem_infer_why_not(const StemInfer& p);
+// Why stem_infer cannot run this shape; nullptr if it can.
+const char* stem_infer_why_not(const StemShape& shape);
+
+// The weight gradient of the stem's convolution, x as above, but for the scale: with z the raw output of the
+// convolution, mean its own a channel, and r[p,co] the sum of g over the windows of the pool that took position p,
+//
+//     dw[co,c,kh,kw] / scale[co] = sum over positions p of (r[p,co] - c0 - (z[p,co] - mean) * c1) * x[window of p]
+//
+// the bracket rounded to the dtype, x converted to it. Each of R rows of `partials` is the sum over a part of the
+// positions; an element that is no tap of the window is not meant to be read.
+struct StemWgrad {
+    StemShape shape;
+    int64_t strides[5];   // of x, in elements: N, Ci, T, H, W
+    PixelType x_type;     // not uint8
+    DType dtype;          // of g and z; sums are float32
+    const void* x;        // [N, Ci, T, H, W] by its strides
+    const void* g;        // [N, Tp, Hp, Wp, 64]  16-byte aligned, as are the next five
+    const void* tap;      // uint8, like g: (kt, kh, kw) of a window's largest element as (3 kt + kh) 3 + kw; 255: none
+    const void* z;        // [N, T, Ho, Wo, 64]
+    const float* record;  // [1, 64] or more rows, the first of them mean
+    const float* sums;    // [2, 64] rows c0, c1
+    float* partials;      // [R, 8, Ci, 8, 64], kh, c, 1 + kw and co, R = stem_wgrad_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* stem_wgrad(const StemWgrad& p);
+
+// Why stem_wgrad cannot run this shape, nullptr if it can; and R on the current device, 0 if it cannot.
+const char* stem_wgrad_why_not(const StemShape& shape);
+int stem_wgrad_partials(const StemShape& shape);
 
 // The tail of one bottleneck and the head of the next, for inference. Positions are n, t and p = h * W + w:
 //

@@ -25,7 +25,6 @@
 #include <algorithm>
 
 #include "p3d.h"
-#include "spatial_plan.h"
 #include "stem_infer.cuh"
 #include "tile.cuh"
 
@@ -112,16 +111,6 @@ struct StemShared {
           barriers(affine + Tile::kAffine) {}
     __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
     __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
-};
-
-template <int kStages>
-struct Ring {  // a place in the ring, with the parity of its turn
-    int index = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++index == kStages) index = 0, parity ^= 1;
-    }
 };
 
 // ---- Producers.
@@ -556,37 +545,23 @@ struct StemPlan {
 
 // The sizes of the convolution and the pool, the tile and the strip that finish first; or why there are none. A row
 // takes the matrix unit as long as its columns, and an item as long as its rows and some more until its first products.
-const char* stem_plan(StemPlan& best, const StemInfer& p) {
+const char* stem_plan(StemPlan& best, const StemShape& s) {
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (p.channels < 1 || p.channels > 4)
-        return fail("stem_infer: channels: expected 1 to 4, got %lld", (long long)p.channels);
-    if (std::min({p.clips, p.frames, p.height, p.width}) < 1 ||
-        std::max({p.clips, p.frames, p.height, p.width}) >= 1 << 28)
-        return fail("stem_infer: clips, frames, height, width: expected 1 to 2^28 - 1, got %lld, %lld, %lld, %lld",
-                    (long long)p.clips, (long long)p.frames, (long long)p.height, (long long)p.width);
-
-    int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2;
-    // Windows of `window` steps of 2: as many as fit, or one more where one begins inside.
-    auto pooled = [&](int64_t size, int window, int padding) {
-        int64_t left = size + 2 * padding * p.padded - window + !p.padded;
-        return left < 0 ? 0 : left / 2 + 1;
-    };
-    int64_t pooled_frames = pooled(p.frames, 2, 0), pooled_height = pooled(height, 3, 1);
-    int64_t pooled_width = pooled(width, 3, 1);
-    if (std::min({pooled_frames, pooled_height, pooled_width}) < 1)
-        return "stem_infer: expected a clip that the pool fits";
+    StemSizes sizes;
+    if (const char* reason = stem_sizes(sizes, "stem_infer", s)) return reason;
+    auto [height, width, pooled_frames, pooled_height, pooled_width] = sizes;
 
     double best_cost = -1;
     for (int n : {56, 64, 80}) {
-        if (n > 56 && p.channels > 3) continue;
+        if (n > 56 && s.channels > 3) continue;
         int64_t tile = width <= n ? pooled_width : (n - 4) / 2, tiles = (pooled_width + tile - 1) / tile;
         for (int64_t strips = 1; strips <= pooled_height; ++strips) {
             int64_t strip = (pooled_height + strips - 1) / strips;
             if ((pooled_height + strip - 1) / strip != strips) continue;
-            double items = double(p.clips) * double(pooled_frames * strips * tiles);
+            double items = double(s.clips) * double(pooled_frames * strips * tiles);
             if (items > 2147000000.0) break;
             double turns = double((int64_t(items) + 2 * processors - 1) / (2 * processors));
             double cost = turns * double(2 * strip + 5) * (n + 8);
@@ -627,23 +602,23 @@ const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stre
 // How the clip is read. A vector has 8 pixels, all of them in the image or none.
 Layout layout_of(const StemInfer& p, const StemArgs& a, int size) {
     bool planes = a.pixel_stride == size;
-    bool pixels = p.channels > 1 && a.channel_stride == size && a.pixel_stride == size * p.channels;
+    bool pixels = p.shape.channels > 1 && a.channel_stride == size && a.pixel_stride == size * p.shape.channels;
     int64_t unit = size == 1 ? 8 : 16, all = reinterpret_cast<uintptr_t>(p.x);
     all |= a.clip_stride | a.frame_stride | a.row_stride | (planes ? a.channel_stride : 0);
-    if (p.width % 8 || all % unit || !(planes || pixels)) return Layout::strided;
+    if (p.shape.width % 8 || all % unit || !(planes || pixels)) return Layout::strided;
     return planes ? Layout::planes : Layout::pixels;
 }
 
 }  // namespace
 
-const char* stem_infer_why_not(const StemInfer& p) {
+const char* stem_infer_why_not(const StemShape& shape) {
     StemPlan plan;
-    return stem_plan(plan, p);
+    return stem_plan(plan, shape);
 }
 
 const char* stem_infer(const StemInfer& p) {
     StemPlan plan;
-    if (const char* error = stem_plan(plan, p)) return error;
+    if (const char* error = stem_plan(plan, p.shape)) return error;
     constexpr int kSizes[] = {2, 2, 4, 1};
     int size = kSizes[int(p.x_type)];
     auto stride = [&](int axis, int64_t count) { return count == 1 ? 0 : p.strides[axis] * size; };
@@ -652,18 +627,18 @@ const char* stem_infer(const StemInfer& p) {
     args.w = static_cast<const uint4*>(p.w);
     args.affine = p.affine;
     args.y = static_cast<char*>(p.y);
-    args.clip_stride = stride(0, p.clips);
-    args.channel_stride = stride(1, p.channels);
-    args.frame_stride = stride(2, p.frames);
-    args.row_stride = stride(3, p.height);
+    args.clip_stride = stride(0, p.shape.clips);
+    args.channel_stride = stride(1, p.shape.channels);
+    args.frame_stride = stride(2, p.shape.frames);
+    args.row_stride = stride(3, p.shape.height);
     args.pixel_stride = p.strides[4] * size;
     args.x_type = p.x_type;
     args.layout = layout_of(p, args, size);
-    args.padded = p.padded;
-    args.channels = int(p.channels);
-    args.frames = int(p.frames);
-    args.height = int(p.height);
-    args.width = int(p.width);
+    args.padded = p.shape.padded;
+    args.channels = int(p.shape.channels);
+    args.frames = int(p.shape.frames);
+    args.height = int(p.shape.height);
+    args.width = int(p.shape.width);
     args.out_height = plan.out_height;
     args.out_width = plan.out_width;
     args.pooled_frames = plan.pooled_frames;

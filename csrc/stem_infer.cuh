@@ -1,6 +1,10 @@
-// Instructions of the stem's kernel: the warpgroup product with A in registers, a maximum that keeps NaN, registers.
+// What the kernels of the stem share: warpgroup products, a maximum that keeps NaN, registers, a ring, sizes.
 #pragma once
 
+#include <algorithm>
+
+#include "p3d.h"
+#include "spatial_plan.h"
 #include "wgmma.cuh"
 
 namespace p3d {
@@ -28,6 +32,26 @@ namespace p3d {
 P3D_STEM_WGMMA(56, 7, 28, 29, 30, 31, 32, 33)
 P3D_STEM_WGMMA(64, 8, 32, 33, 34, 35, 36, 37)
 P3D_STEM_WGMMA(80, 10, 40, 41, 42, 43, 44, 45)
+
+// wgmma_outer<T>(d, a, b): d += a * b of an M-major A and an N-major B, both in shared memory.
+#define P3D_OUTER_WGMMA_ASM(N, TYPE, GROUPS, A, B)                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
+                 "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"                                                  \
+                 : P3D_OPS_##GROUPS                                                                     \
+                 : "l"(a), "l"(b))
+
+#define P3D_OUTER_WGMMA(N, GROUPS, A, B)                                                     \
+    template <typename T>                                                                    \
+    __device__ __forceinline__ void wgmma_outer(float (&d)[N / 2], uint64_t a, uint64_t b) { \
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                      \
+            P3D_OUTER_WGMMA_ASM(N, "bf16", GROUPS, A, B);                                    \
+        else                                                                                 \
+            P3D_OUTER_WGMMA_ASM(N, "f16", GROUPS, A, B);                                     \
+    }
+
+P3D_OUTER_WGMMA(56, 7, 28, 29)
+P3D_OUTER_WGMMA(112, 14, 56, 57)
+P3D_OUTER_WGMMA(168, 21, 84, 85)
 
 // Ends the old values of accumulators that a product is about to replace: without it their copies move with it.
 template <int kCount>
@@ -57,6 +81,44 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kStages>
+struct Ring {  // a place in the ring, with the parity of its turn
+    int index = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++index == kStages) index = 0, parity ^= 1;
+    }
+};
+
+// ---- Host.
+
+struct StemSizes {
+    int64_t out_height, out_width;  // of the convolution
+    int64_t pooled_frames, pooled_height, pooled_width;
+};
+
+// The sizes that follow from a clip's; or why the kernel `op` takes none such.
+inline const char* stem_sizes(StemSizes& out, const char* op, const StemShape& s) {
+    using Long = long long;
+    if (s.channels < 1 || s.channels > 4) return fail("%s: channels: expected 1 to 4, got %lld", op, Long(s.channels));
+    if (std::min({s.clips, s.frames, s.height, s.width}) < 1 ||
+        std::max({s.clips, s.frames, s.height, s.width}) >= 1 << 28)
+        return fail("%s: clips, frames, height, width: expected 1 to 2^28 - 1, got %lld, %lld, %lld, %lld", op,
+                    Long(s.clips), Long(s.frames), Long(s.height), Long(s.width));
+    // Windows of `window` steps of 2: as many as fit, or one more where one begins inside.
+    auto pooled = [&](int64_t size, int window, int padding) {
+        int64_t left = size + 2 * padding * s.padded - window + !s.padded;
+        return left < 0 ? 0 : left / 2 + 1;
+    };
+    out.out_height = (s.height + 1) / 2, out.out_width = (s.width + 1) / 2;
+    out.pooled_frames = pooled(s.frames, 2, 0);
+    out.pooled_height = pooled(out.out_height, 3, 1), out.pooled_width = pooled(out.out_width, 3, 1);
+    if (std::min({out.pooled_frames, out.pooled_height, out.pooled_width}) < 1)
+        return fail("%s: expected a clip that the pool fits", op);
+    return nullptr;
 }
 
 }  // namespace p3d

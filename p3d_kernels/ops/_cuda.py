@@ -350,8 +350,75 @@ def stem_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | N
     return native if isinstance(native, str) else native.stem_infer_why_not(*x.shape, _padded(wiring))
 
 
+def stem_wgrad_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | None:
+    """Why `stem_wgrad` cannot run for clips x and z of Co channels of `dtype` on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"stem_wgrad: dtype {dtype} (expected bfloat16 or float16)"
+    if x.dtype not in _PIXELS or x.dtype == torch.uint8:
+        return f"stem_wgrad: pixels of {x.dtype} (expected float32, float16 or bfloat16)"
+    if co != STEM_COUTS:
+        return f"stem_wgrad: {co} output channels (expected {STEM_COUTS})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.stem_wgrad_why_not(*x.shape, _padded(wiring))
+
+
 def _padded(wiring: str) -> bool:
     return wiring == "port"
+
+
+def stem_wgrad(
+    x: Tensor,  # [N, Ci, T, H, W], any strides
+    g: Tensor,  # [N, 64, Tp, Hp, Wp]
+    tap: Tensor,  # uint8, like g
+    z: Tensor,  # [N, 64, T, Ho, Wo]
+    record: Tensor,  # [1, 64] or more rows
+    sums: Tensor,  # [2, 64] or more rows
+    wiring: str,
+) -> Tensor:
+    """The weight gradient of the stem's convolution in parts, but for the scale; float32 accumulation.
+
+    z is the raw output of the convolution, g the gradient of relu(bn(z)) pooled, `tap` the position in its window that
+    the pool took of each element, (3 kt + kh) 3 + kw, or 255. With r what the pool sends to a position, mean a row of
+    `record`, c0 and c1 rows of `sums`, it is the sum of dz / scale = r - c0 - (z - mean) * c1 times x, both rounded to
+    the dtype of z. Fastest where pixels of a row lie together, rows are even and 8-byte aligned. What is not finite in
+    the clip may also reach taps that meet it only beside the output.
+
+    Returns:
+        float32 [R, 64 Ci, 64], each row the sum over a part of the positions: that of (co, c, kh, kw) is element
+        [(kh Ci + c) 8 + kw + 1, co], others are undefined. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `stem_wgrad_why_not` says), or CUDA failed.
+    """
+    n, ci, t, *sizes = x.shape
+    if x.dtype not in _PIXELS or x.dtype == torch.uint8 or z.dtype not in _DTYPES:
+        raise ValueError(f"x, z: expected float pixels and bfloat16 or float16, got {x.dtype}, {z.dtype}")
+    sizes = [t, *((s - 1) // 2 + 1 for s in sizes)]
+    pooled = n, STEM_COUTS, *out_sizes(sizes, **reference.stem_pool(wiring))
+    _check_activation("z", z, (n, STEM_COUTS, *sizes), z.dtype)
+    _check_activation("g", g, pooled, z.dtype)
+    _check_activation("tap", tap, pooled, torch.uint8)
+    _check_rows("record", record, 1, STEM_COUTS)
+    _check_rows("sums", sums, 2, STEM_COUTS)
+    if z.numel() == 0:
+        return torch.zeros((1, 64 * ci, STEM_COUTS), device=z.device)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        sizes = *x.shape, _padded(wiring)
+        rest = *sizes, x.stride(), _PIXELS[x.dtype], _DTYPES[z.dtype]
+        plan = NativePlan(lambda stream, *addresses: native.stem_wgrad(*addresses, *rest, stream))
+        with torch.cuda.device(x.device):
+            plan.rows = native.stem_wgrad_partials(*sizes)
+        return plan
+
+    plan = plan_for(("stem_wgrad", x.shape, x.stride(), x.dtype, x.device, z.dtype, wiring), build)
+    part = alloc((plan.rows, 64 * ci, STEM_COUTS), z.device)
+    plan(x, g, tap, z, record, sums, part)
+    return part
 
 
 def stem_infer(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._conv import sm_count
+from . import _cuda
+from ._conv import cuda_allowed, sm_count
 from ._triton import (
     Plan,
     affine,
@@ -500,14 +501,7 @@ def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw
 
     dx = dw = None
     if need_dw:
-        wgrad, reduce = plan_for(
-            (stem_wgrad_kernel, _clip_key(x), co, z.dtype, w.dtype, wiring, precision),
-            lambda: _wgrad_plans(x, g, z, wiring, precision),
-        )
-        part = torch.empty(wgrad.part_shape, device=x.device, dtype=torch.float32)
-        wgrad(x, g, tap, z, record, sums, part)
-        dw = torch.empty(w.shape, device=w.device, dtype=w.dtype)
-        reduce(part, record, dw)
+        dw = _wgrad(g, x, w, z, record, tap, sums, wiring, precision)
     if need_dx:
         w = w.contiguous()
         key = w.dtype, w.data_ptr() & 15 == 0, wiring, precision
@@ -519,6 +513,30 @@ def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw
         normalise(g, tap, z, record, sums, dz)
         dgrad(dz, w, dx)
     return dx, dw, sums[2], sums[3]
+
+
+def _wgrad(g, x, w, z, record, tap, sums, wiring, precision) -> Tensor:
+    """dw, like w: the CUDA kernel's sums where it has one for this, else the Triton kernel's."""
+    co, ci = w.shape[:2]
+    if cuda_allowed(z) and _cuda.stem_wgrad_why_not(x, z.dtype, co, wiring) is None:
+        part = _cuda.stem_wgrad(x, g, tap, z, record, sums, wiring)
+        key = stem_wgrad_reduce_kernel, part.shape, part.device, w.dtype
+        reduce = plan_for(key, lambda: _reduce_plan(part.size(0), co, CI=ci, G=1, KB=8 * ci, LAST=False))
+    else:
+        wgrad, reduce = plan_for(
+            (stem_wgrad_kernel, _clip_key(x), co, z.dtype, w.dtype, wiring, precision),
+            lambda: _wgrad_plans(x, g, z, wiring, precision),
+        )
+        part = torch.empty(wgrad.part_shape, device=x.device, dtype=torch.float32)
+        wgrad(x, g, tap, z, record, sums, part)
+    dw = torch.empty(w.shape, device=w.device, dtype=w.dtype)
+    reduce(part, record, dw)
+    return dw
+
+
+def _reduce_plan(rows: int, co: int, **packing) -> Plan:
+    tile = {"BLOCK_R": 64, "BLOCK_E": 64, "num_warps": 4}
+    return Plan(stem_wgrad_reduce_kernel, (cdiv(co * packing["CI"] * 49, 64),), (rows, co), **packing, **tile)
 
 
 def _sums_plan(positions: int, co: int) -> Plan:
@@ -540,11 +558,7 @@ def _wgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -
         Co=co, **packing, PAD=_pad(wiring), PRECISION=precision, **tile, BLOCK_C=how["BLOCK_C"],
     )  # fmt: skip
     wgrad.part_shape = programs, how["G"], 8 * how["KB"], co
-    reduce = Plan(
-        stem_wgrad_reduce_kernel, (cdiv(co * ci * 49, 64),), (programs, co), **packing, BLOCK_R=64, BLOCK_E=64,
-        num_warps=4,
-    )  # fmt: skip
-    return wgrad, reduce
+    return wgrad, _reduce_plan(programs, co, **packing)
 
 
 def _dgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> tuple[Plan, Plan]:
