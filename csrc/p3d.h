@@ -151,20 +151,18 @@ const char* conv_wgrad(const ConvWgrad& p);
 const char* conv_wgrad_why_not(const ConvWgradShape& shape);
 int conv_wgrad_partials(const ConvWgradShape& shape);
 
-// The stem of an inference net, y = maxpool(relu((conv(x) - mean) * scale + bias)), in one pass: conv 1x7x7 of stride
-// (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2. Normalised in float32 on the
-// unrounded sum; rounded once.
-//
-// w and affine may be read while the kernel before this one in the stream still runs.
-//
-// x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
-//       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
+// A stem: conv 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2.
 struct StemShape {
     int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W
     bool padded;  // the pool is padded by (0, 1, 1) and drops what is left over; else not padded and its last windows
                   // are cut
 };
 
+// The stem of an inference net, y = maxpool(relu((conv(x) - mean) * scale + bias)), in one pass. Normalised in float32
+// on the unrounded sum; rounded once. w and affine may be read while the kernel before this one in the stream still runs.
+//
+// x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
+//       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
 struct StemInfer {
     StemShape shape;
     int64_t strides[5];  // of x, in elements: N, Ci, T, H, W

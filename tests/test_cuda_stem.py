@@ -1,4 +1,4 @@
-"""The Hopper kernel of the inference stem against float64: sizes, dtypes, layouts, wirings, refusals."""
+"""The Hopper kernels of the stem against float64: sizes, dtypes, layouts, wirings, refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import p3d_kernels as p3d
 from p3d_kernels import reference
 from p3d_kernels.ops import _cuda
-from p3d_kernels.ops.stem import pack_stem_weight, stem_infer
+from p3d_kernels.ops.max_pool import pool_bwd, pool_fwd
+from p3d_kernels.ops.stem import pack_stem_weight, stem, stem_infer
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -205,6 +206,133 @@ def test_an_empty_batch():
     assert y.shape == (0, 64, 2, 10, 12)
 
 
+# N, Ci, T, H, W: one tile a row and several, lone and odd rows and columns, blocks of one tile and of many.
+WGRAD_SIZES = [
+    *SIZES,
+    (1, 3, 1, 7, 330),
+    (3, 4, 5, 23, 161),
+    (2, 2, 3, 6, 322),
+    (1, 1, 7, 160, 160),
+    (16, 3, 16, 64, 64),
+]
+
+
+def _gradient(shape, wiring, dtype):
+    """(g, tap, z, record, sums) of a stem's backward, some windows off."""
+    n, _, t, h, w = shape
+    z = (torch.randn(n, 64, t, (h + 1) // 2, (w + 1) // 2, device="cuda") + 3).to(dtype)
+    z = z.to(memory_format=torch.channels_last_3d)
+    record = torch.cat([_record(), torch.ones(2, 64, device="cuda")])
+    y, tap, _ = pool_fwd(z, **reference.stem_pool(wiring), record=record, save_tap=True)
+    return torch.randn_like(y), tap, z, record, 0.1 * torch.randn(4, 64, device="cuda")
+
+
+def _wgrad(x, g, tap, z, record, sums, wiring):
+    """dw / scale [64, Ci, 7, 7]."""
+    part = _cuda.stem_wgrad(x, g, tap, z, record, sums, wiring).sum(0)
+    return part[: 56 * x.size(1)].view(7, x.size(1), 8, 64)[:, :, 1:].permute(3, 1, 0, 2)
+
+
+def _check_wgrad(dw, x, g, tap, z, record, sums, wiring):
+    """Against float64 of dz as the kernel rounds it, now and then to the other neighbour."""
+    geometry = reference.stem_pool(wiring)
+    routed = pool_bwd(g.float(), tap, tuple(z.shape[2:]), *(geometry[k] for k in ("kernel", "stride", "padding")))
+    mean, c0, c1 = (row.view(1, -1, 1, 1, 1) for row in (record[0], *sums[:2]))
+    taken = ((mean - z.float()).double() * c1 - c0).float()
+    x, dz = x.to(z.dtype).double(), (routed + taken).to(z.dtype).double()
+
+    def gradient(x, dz):
+        w = torch.zeros(64, x.size(1), 1, 7, 7, device="cuda", dtype=torch.float64, requires_grad=True)
+        F.conv3d(x, w, stride=(1, 2, 2), padding=(0, 3, 3)).backward(dz)
+        return w.grad[:, :, 0]
+
+    bound = 1e-5 * gradient(x.abs(), dz.abs()) + 2 * torch.finfo(z.dtype).eps * dz.abs().max() * x.abs().max() + 1e-30
+    error = (dw - gradient(x, dz)).abs()
+    assert (error <= bound).all(), f"error {error.max():.3g} where {bound.flatten()[error.argmax()]:.3g} is allowed"
+
+
+def _judge_wgrad(x, wiring, dtype):
+    given = _gradient(x.shape, wiring, dtype)
+    dw = _wgrad(x, *given, wiring)
+    _check_wgrad(dw, x, *given, wiring)
+    assert torch.equal(_wgrad(x, *given, wiring), dw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+@pytest.mark.parametrize("shape", WGRAD_SIZES, ids=_names)
+def test_wgrad_sizes(shape, wiring, dtype):
+    _judge_wgrad(_pixels(shape, torch.float32), wiring, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["planes", "ndhwc", "cropped", "shifted", "strided", "frames last"])
+@pytest.mark.parametrize("pixels", PIXELS[:3], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_wgrad_pixels_and_layouts(channels, pixels, layout):
+    for width, wiring, dtype in ((72, "author", torch.bfloat16), (45, "port", torch.float16)):
+        _judge_wgrad(_laid_out(_pixels((2, channels, 3, 22, width), pixels), layout), wiring, dtype)
+
+
+@pytest.mark.gpu
+def test_wgrad_in_a_graph():
+    x = _pixels((2, 3, 4, 40, 48), torch.float32)
+    given = _gradient(x.shape, "author", torch.bfloat16)
+    expected = _cuda.stem_wgrad(x, *given, "author")[:, : 56 * 3]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        part = _cuda.stem_wgrad(x, *given, "author")
+    graph.replay()
+    used = torch.arange(56 * 3, device="cuda") % 8 > 0
+    assert torch.equal(part[:, : 56 * 3][:, used], expected[:, used])
+
+
+@pytest.mark.gpu
+def test_wgrad_routes_a_gradient_that_is_not_finite_to_its_channel():
+    x = _pixels((1, 3, 2, 20, 24), torch.float32)
+    g, *given = _gradient(x.shape, "port", torch.bfloat16)
+    clean = _wgrad(x, g, *given, "port")
+    g[0, 5, 0, 2, 2], given[0][0, 5, 0, 2, 2] = torch.nan, 4
+    dw = _wgrad(x, g, *given, "port")
+    others = torch.arange(64, device="cuda") != 5
+    assert dw[5].isnan().all() and torch.equal(dw[others], clean[others])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_the_op_takes_the_wgrad(wiring, monkeypatch):
+    x, w = _pixels((2, 3, 4, 40, 48), torch.float32), _weight(3)
+    weight, bias = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+    taken = []
+    kernel = _cuda.stem_wgrad
+    monkeypatch.setattr(_cuda, "stem_wgrad", lambda *a: taken.append(a) or kernel(*a))
+
+    def run(backend):
+        leaves = [t.clone().requires_grad_() for t in (w, weight, bias)]
+        with p3d.use_backend(backend), torch.autocast("cuda", torch.bfloat16):
+            y = stem(x, leaves[0], p3d.Norm(*leaves[1:]), wiring)
+        y.backward(torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype))
+        return leaves[0].grad
+
+    dw = run(None)
+    assert len(taken) == 1
+    theirs = run("triton")
+    assert len(taken) == 1 and (dw - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_wgrad_of_more_than_2_31_elements():
+    """Of 330 clips only the last has a gradient: it must come out as it does alone."""
+    x = torch.randn(330, 3, 16, 160, 160, device="cuda", dtype=torch.bfloat16)
+    given = _gradient((1, *x.shape[1:]), "author", torch.bfloat16)
+    g, tap, z = (torch.cat([t.new_zeros((329, *t.shape[1:])), t]) for t in given[:3])
+    g, tap, z = (t.contiguous(memory_format=torch.channels_last_3d) for t in (g, tap, z))
+    sums = torch.zeros_like(given[4])
+    dw, alone = (_wgrad(*a, given[3], sums, "author") for a in ((x, g, tap, z), (x[-1:], *given[:3])))
+    check(dw, alone.double(), torch.float32, kind="wgrad")
+
+
 @pytest.mark.gpu
 def test_native_reasons():
     x = torch.empty(1, 5, 2, 16, 16, device="cuda", dtype=torch.bfloat16)
@@ -212,6 +340,9 @@ def test_native_reasons():
     assert "pool" in _cuda.stem_why_not(x[:, :3, :1], torch.bfloat16, 64, "port")
     assert _cuda.stem_why_not(x[:, :3], torch.bfloat16, 64, "port") is None
     assert _cuda.stem_why_not(x[:, :3, :1], torch.bfloat16, 64, "author") is None
+    assert "stem_wgrad: channels" in _cuda.stem_wgrad_why_not(x, torch.bfloat16, 64, "port")
+    assert "pool" in _cuda.stem_wgrad_why_not(x[:, :3, :1], torch.bfloat16, 64, "port")
+    assert _cuda.stem_wgrad_why_not(x[:, :3], torch.bfloat16, 64, "port") is None
 
 
 def test_reasons():
@@ -219,6 +350,9 @@ def test_reasons():
     assert "float32" in _cuda.stem_why_not(x, torch.float32, 64, "author")
     assert "float64" in _cuda.stem_why_not(x.double(), torch.float16, 64, "author")
     assert "32 output channels" in _cuda.stem_why_not(x, torch.float16, 32, "author")
+    assert "float32" in _cuda.stem_wgrad_why_not(x, torch.float32, 64, "author")
+    assert "uint8" in _cuda.stem_wgrad_why_not(x.to(torch.uint8), torch.float16, 64, "author")
+    assert "32 output channels" in _cuda.stem_wgrad_why_not(x, torch.float16, 32, "author")
 
 
 def test_arguments_are_checked_before_any_launch():
@@ -244,6 +378,27 @@ def test_arguments_are_checked_before_any_launch():
         run(x, w, record, ones, ones)
     with pytest.raises(ValueError, match="mean, std: expected 3 numbers"):
         run(frames, w, record, ones[:2], ones)
+
+
+def test_arguments_of_the_wgrad_are_checked_before_any_launch():
+    def ndhwc(*shape, dtype=torch.float16):
+        return torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last_3d)
+
+    x, z, g = torch.zeros(1, 3, 2, 16, 16), ndhwc(1, 64, 2, 8, 8), ndhwc(1, 64, 1, 4, 4)
+    given = {"x": x, "g": g, "tap": g.to(torch.uint8), "z": z, "record": torch.zeros(5, 64), "sums": torch.zeros(4, 64)}
+    for name, wrong, message in (
+        ("x", x.to(torch.uint8), "x, z: expected float pixels"),
+        ("x", x[..., :14], "z: expected"),
+        ("z", z.float(), "x, z: expected float pixels"),
+        ("z", z.contiguous(), "z: expected channels_last_3d"),
+        ("g", g.bfloat16(), "g: expected"),
+        ("g", g[..., :3], "g: expected"),
+        ("tap", g, "tap: expected torch.uint8"),
+        ("record", torch.zeros(5, 32), r"record: expected float32 \[1, 64\]"),
+        ("sums", torch.zeros(1, 64), r"sums: expected float32 \[2, 64\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cuda.stem_wgrad(**{**given, name: wrong}, wiring="port")
 
 
 def test_packing_holds_every_weight_once():

@@ -10,7 +10,8 @@ The kernel writes z raw, with partial statistics of the rounded values; the pool
 Backward. The pool sends the gradient of each window to one position, so the sums that batch normalisation needs,
 sum g and sum g (z - mean), are sums over the pooled tensor. The weight gradient forms dz from g, the pool's bytes and z
 as it reads them and multiplies it with the same patches; positions are walked by pooling cell (2 x 2 outputs), because
-the parity of a position says how many windows cover it.
+the parity of a position says how many windows cover it. On Hopper, in half precision and with 64 channels out, a CUDA
+kernel does the same in tiles of two rows (csrc/stem_wgrad.cu).
 """
 
 from __future__ import annotations
