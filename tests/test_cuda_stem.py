@@ -330,7 +330,7 @@ def test_wgrad_of_more_than_2_31_elements():
     g, tap, z = (t.contiguous(memory_format=torch.channels_last_3d) for t in (g, tap, z))
     sums = torch.zeros_like(given[4])
     dw, alone = (_wgrad(*a, given[3], sums, "author") for a in ((x, g, tap, z), (x[-1:], *given[:3])))
-    check(dw, alone.double(), torch.float32, kind="wgrad")
+    assert alone.norm() > 0 and (dw - alone).norm() <= 1e-3 * alone.norm()  # summed in other parts
 
 
 @pytest.mark.gpu
