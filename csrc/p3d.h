@@ -159,7 +159,8 @@ struct StemShape {
 };
 
 // The stem of an inference net, y = maxpool(relu((conv(x) - mean) * scale + bias)), in one pass. Normalised in float32
-// on the unrounded sum; rounded once. w and affine may be read while the kernel before this one in the stream still runs.
+// on the unrounded sum; rounded once. w and affine may be read while the kernel before this one in the stream still
+// runs.
 //
 // x     of float32, float16, bfloat16, as it lies; converted to the dtype as it is read
 //       of uint8: pixel * pixel_scale + pixel_bias a channel, rounded to the dtype; the padding is zero after that
