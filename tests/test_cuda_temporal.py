@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p3d_kernels import _backends
 from p3d_kernels.ops import _cuda
 from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
 # N, M, T, H, W: odd and tiny sizes, one frame, frames of less than, exactly and more than 64 positions, fewer steps
@@ -28,14 +29,6 @@ SHAPES = [
 ]
 # Of kind A; B in the wirings port and author; C likewise: how T is joined, and with what.
 JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", "x"), ("mean_relu", "x")]
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernel(request):
-    if "gpu" in request.keywords:
-        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
-        if why:
-            pytest.skip(why)
 
 
 def _activation(shape, dtype):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p3d_kernels import _backends
 from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
 READS = tuple(_cuda._TENSORS)
@@ -33,14 +34,6 @@ SMALL = [shape for shape in SHAPES if shape[-2] <= 192 and shape[-1] <= 192]
 
 def _names(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) and len(value) > 3 else None
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernel(request):
-    if "gpu" in request.keywords:
-        why = _backends.why_not("cuda", torch.empty(1, device="cuda", dtype=torch.float16))
-        if why:
-            pytest.skip(why)
 
 
 def _activation(shape, dtype, mean=0.0):
