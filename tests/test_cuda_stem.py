@@ -209,7 +209,7 @@ def test_an_empty_batch():
 # N, Ci, T, H, W: one tile a row and several, lone and odd rows and columns, blocks of one tile and of many.
 WGRAD_SIZES = [
     *SIZES,
-    (1, 3, 1, 7, 330),
+    (1, 3, 2, 7, 330),
     (3, 4, 5, 23, 161),
     (2, 2, 3, 6, 322),
     (1, 1, 7, 160, 160),
@@ -312,7 +312,7 @@ def test_the_op_takes_the_wgrad(wiring, monkeypatch):
         leaves = [t.clone().requires_grad_() for t in (w, weight, bias)]
         with p3d.use_backend(backend), torch.autocast("cuda", torch.bfloat16):
             y = stem(x, leaves[0], p3d.Norm(*leaves[1:]), wiring)
-        y.backward(torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype))
+            y.backward(torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype))
         return leaves[0].grad
 
     dw = run(None)

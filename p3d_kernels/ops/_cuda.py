@@ -228,8 +228,10 @@ def _conv_wgrad_sizes(
     g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool
 ) -> tuple:
     n, ci, *dims = x.a.shape
-    strided = tuple(g.a.shape[2:]) != _conv_wgrad_out(dims, stride)
-    return n, *dims, ci, g.channels, taps[0], stride[1], strided, totals, g is x, g.read, x.read
+    out = _conv_wgrad_out(dims, stride)
+    space = stride[1] if out != tuple(dims) else 1  # a stride of maps of one position skips nothing
+    strided = tuple(g.a.shape[2:]) != out
+    return n, *dims, ci, g.channels, taps[0], space, strided, totals, g is x, g.read, x.read
 
 
 def _conv_wgrad_out(dims: Sequence[int], stride: tuple[int, int]) -> tuple[int, int, int]:
