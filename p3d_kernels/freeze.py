@@ -20,6 +20,7 @@ from .models._common import normalise, stem_pool_fits
 from .nn import Bottleneck, BottleneckRow, Pseudo3dConv, hooked, why_not_fused
 from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
+from .ops._head import global_mean, linear
 from .ops._triton import ndhwc, why_not
 from .ops.bottleneck import Frozen, chain_shapes, clips_at_once, infer_chain
 from .ops.stem import pack_stem_weight, stem_infer, stem_shapes
@@ -174,6 +175,9 @@ class _FrozenStem(nn.Module):
         return fits and _backends.choose("stem", like, reason, ("triton", "aten")) != "aten"
 
 
+_HEAD = ("triton", "aten")  # the backends of the mean and the classifier
+
+
 class _FrozenP3D(nn.Module):
     """A `P3D` in eval mode. What the next stage would not read is not computed."""
 
@@ -206,6 +210,8 @@ class _FrozenP3D(nn.Module):
             x = self._stem_and_first(x, thin) if stage is self.layer1 else stage(x, thin, thinned)
             if after is not None:
                 x, thinned = self.maxpool_2(x), thin
+        if _backends.choose("global_mean", x, lambda _: why_not(x), _HEAD) != "aten":
+            return global_mean(ndhwc(x))
         return x.mean((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
 
     def _stem_and_first(self, x: Tensor, thin: bool) -> Tensor:
@@ -224,7 +230,15 @@ class _FrozenP3D(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x).to(self.fc.weight.dtype))
+        x = self.features(x)
+        if self._plain_classifier() and _backends.choose("linear", x, lambda _: why_not(x), _HEAD) != "aten":
+            return linear(x, self.fc.weight, self.fc.bias)
+        return self.fc(x.to(next(self.fc.parameters(), x).dtype))
+
+    def _plain_classifier(self) -> bool:
+        """Whether `linear` may stand for fc."""
+        plain = type(self.fc) is nn.Linear and not hooked(self.fc) and why_not_fused(()) is None
+        return plain and self.fc.weight.dtype == torch.float32 and self.fc.weight.is_contiguous()
 
 
 def freeze(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import p3d_kernels as p3d
-from nets import distance, randomise
+from benchmarks.rivals import fold
+from nets import batch_norms, distance, randomise
 from p3d_kernels import _backends
 
 
@@ -264,6 +265,31 @@ def test_one_engine_on_many_streams_and_threads(net, device, cuda_graph):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("seed", range(3))
+def test_as_exact_as_plain_pytorch(seed, wiring, dtype):
+    """Of nets with random weights and the statistics that these have on random clips: at most 1.5 times the error of
+    plain PyTorch in the same dtype, its BN folded, against float64."""
+    torch.manual_seed(seed)
+    net = randomise(p3d.models.PlainP3D(p3d.models.DEPTHS["p3d63"], 10, wiring=wiring, dropout=0.0)).cuda().double()
+    for norm in batch_norms(net):
+        norm.momentum = None
+    with torch.no_grad():
+        for _ in range(4):
+            net.train()(torch.randn(8, 3, 8, 80, 80, device="cuda", dtype=torch.float64))
+    x = torch.randn(8, 3, 8, 80, 80, device="cuda").to(dtype)
+    net.eval()
+    folded = fold(copy.deepcopy(net)).to(dtype)
+    mine = p3d.models.P3D(p3d.models.DEPTHS["p3d63"], 10, wiring=wiring)
+    mine.load_state_dict(net.state_dict())
+    engine = p3d.freeze(mine.cuda().eval(), dtype)
+    with torch.no_grad():
+        want = net.features(x.double())
+        assert distance(engine.features(x), want) <= 1.5 * distance(folded.features(x), want)
 
 
 @pytest.mark.gpu

@@ -119,6 +119,15 @@ def test_features_and_classify():
     assert net.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("net", [P3D, PlainP3D])
+def test_another_classifier(net):
+    net, x = net(SMALL, 9).eval(), torch.randn(1, 3, 2, 16, 16)
+    net.fc = nn.Identity()
+    assert torch.equal(net(x), net.features(x))
+    net.fc = nn.Sequential(nn.Linear(2048, 5), nn.ReLU()).double()
+    assert net(x).dtype == torch.float64
+
+
 def test_modality_and_channels():
     assert models.p3d63(modality="flow").conv1_custom.weight.shape == (64, 2, 1, 7, 7)
     assert P3D(SMALL, in_channels=5).conv1_custom.in_channels == 5

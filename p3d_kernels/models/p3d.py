@@ -99,7 +99,7 @@ class P3D(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Features [N, 2048] to logits [N, num_classes]."""
-        return self.fc(self.dropout(features.to(self.fc.weight.dtype)))
+        return self.fc(self.dropout(features.to(next(self.fc.parameters(), features).dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))

@@ -153,7 +153,7 @@ class PlainP3D(nn.Module):
         return x.unflatten(0, (n, t)).mean(1)
 
     def classify(self, features: Tensor) -> Tensor:
-        return self.fc(self.dropout(features.to(self.fc.weight.dtype)))
+        return self.fc(self.dropout(features.to(next(self.fc.parameters(), features).dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
