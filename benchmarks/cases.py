@@ -10,6 +10,8 @@ import dataclasses
 import fnmatch
 
 WHOLE = ("infer", "train")
+NET = (*WHOLE, "finetune")
+PASSES = ("infer", "train", "finetune", "fwd", "dgrad", "wgrad")
 CONV = ("fwd", "dgrad", "wgrad")
 CLIP = (16, 160, 160)
 DEPTHS = {"p3d63": (3, 4, 6, 3), "p3d131": (3, 4, 23, 3), "p3d199": (3, 8, 36, 3)}
@@ -24,7 +26,8 @@ class Case:
     Args:
         name: as written in summary.csv.
         op: a function of `p3d_kernels.ops`, or a model ("p3d63", "p3d131", "p3d199").
-        passes: which of "infer", "train" (whole steps) or "fwd", "dgrad", "wgrad" (one convolution) apply.
+        passes: which of "infer", "train", "finetune" (whole steps; the last with every BN but the first frozen, as the
+            paper fine-tunes) or "fwd", "dgrad", "wgrad" (one convolution) apply.
         channels: (in, out); of a bottleneck (in, middle, out); of a model (in, classes).
         size: (T, H, W) of the input.
         kind: "A", "B", "C" or "2d" of a block, else None.
@@ -53,7 +56,7 @@ class Case:
 
 
 def _table() -> list[Case]:
-    cases = [Case(net, net, WHOLE, (3, 400), CLIP) for net in ("p3d63", "p3d199")]
+    cases = [Case(net, net, NET, (3, 400), CLIP) for net in ("p3d63", "p3d199")]
     cases.append(Case("p3d63_224", "p3d63", ("infer",), (3, 400), (16, 224, 224)))
     cases.append(Case("stem", "stem", WHOLE, (3, 64), CLIP))
     for stage in (1, 2, 3):

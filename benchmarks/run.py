@@ -25,7 +25,7 @@ from p3d_kernels._judge import LIMITS, Step, errors, exact_float32, judge, layou
 from p3d_kernels._timing import Progress, captured, measure, table
 
 from . import report, rivals
-from .cases import CASES, DEPTHS, Case, select
+from .cases import CASES, CONV, DEPTHS, PASSES, Case, select
 from .floor import floor_ms
 from .rivals import IMPLEMENTATIONS, OURS
 
@@ -61,7 +61,9 @@ class Problem:
 
     def __init__(self, case: Case, pass_: str, batch: int, setting: Setting):
         self.case, self.pass_, self.batch, self.setting = case.toy() if setting.toy else case, pass_, batch, setting
-        self.single = pass_ not in ("infer", "train")
+        self.single = pass_ in CONV
+        self.tuning = pass_ == "finetune"  # a training step of another net
+        self.step_pass = "train" if self.tuning else pass_
         torch.manual_seed(0)
         self.x = torch.randn(self.case.input_shape(batch), device=setting.device).to(setting.dtype)
         self.masters, self.references, self.plain = {}, {}, {}
@@ -88,9 +90,9 @@ class Problem:
         """One implementation of this problem; "reference" and "reference_full" are the masters in float32."""
         full, infer, dtype = implementation.endswith("_full"), self.pass_ == "infer", self.setting.dtype
         master = self.master(full).train(not infer)
-        clip = self.case.channels[0] == 3 and self.pass_ == "train"
+        clip = self.case.channels[0] == 3 and self.step_pass == "train"
         x, target = self.x, self.target(master)
-        autocast = dtype if self.pass_ == "train" and dtype != torch.float32 else None
+        autocast = dtype if self.step_pass == "train" and dtype != torch.float32 else None
         how = rivals.RIVALS.get(implementation, rivals.Rival())
         if implementation.startswith("reference"):
             model, x, autocast = copy.deepcopy(master), x.float(), None
@@ -111,7 +113,10 @@ class Problem:
             model = rivals.rival(implementation, master, infer, dtype, self.single)
         x = layout(x.float() if clip else x, how.channels_last)
         target = target if target is None else layout(target, how.channels_last)
-        return Step(model, x, target, self.pass_, autocast, input_gradient=not clip)
+        step = Step(model, x, target, self.step_pass, autocast, input_gradient=not clip)
+        if self.tuning:
+            p3d.models.frozen_bn(model)
+        return step
 
     def _answers(self, implementation: str) -> dict[str, Tensor]:
         step = self.step(implementation)
@@ -187,7 +192,7 @@ def add_arguments(parser) -> None:
     add = parser.addoption if hasattr(parser, "addoption") else parser.add_argument
     env = os.environ.get
     add("--cases", default=env("P3D_CASES", "p3d63"), help=f"comma-separated, * and ? allowed: {', '.join(CASES)}")
-    add("--passes", default=env("P3D_PASSES", ""), help="infer, train, fwd, dgrad, wgrad (default: all of a case)")
+    add("--passes", default=env("P3D_PASSES", ""), help=f"{', '.join(PASSES)} (default: all of a case)")
     add("--batch", default=env("P3D_BATCH", "32"), help="comma-separated batch sizes")
     add("--implementations", default=env("P3D_IMPLEMENTATIONS", ""), help=f"default: {','.join(IMPLEMENTATIONS)}")
     add("--launches", default=env("P3D_LAUNCHES", "eager,graph"), help="eager, graph (CUDA graph replay)")
@@ -214,7 +219,7 @@ class Plan:
 def plan(args: argparse.Namespace) -> Plan:
     """The measurements in order, implementations of one problem together. ValueError for an unknown name."""
     cases = select(args.cases)
-    passes = _names("passes", args.passes, ("infer", "train", "fwd", "dgrad", "wgrad"))
+    passes = _names("passes", args.passes, PASSES)
     implementations = _names("implementations", args.implementations, IMPLEMENTATIONS)
     launches = _names("launches", args.launches, ("eager", "graph"))
     name = args.dtype or ("float32" if args.toy else "bfloat16")
