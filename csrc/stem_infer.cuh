@@ -84,7 +84,7 @@ __device__ __forceinline__ void take_registers() {
 }
 
 template <int kStages>
-struct Ring {  // a place in the ring, with the parity of its turn
+struct StageRing {  // a place in the ring, with the parity of its turn
     int index = 0;
     uint32_t parity = 0;
 
@@ -100,14 +100,20 @@ struct StemSizes {
     int64_t pooled_frames, pooled_height, pooled_width;
 };
 
-// The sizes that follow from a clip's; or why the kernel `op` takes none such.
-inline const char* stem_sizes(StemSizes& out, const char* op, const StemShape& s) {
+// Why the kernel `op` takes no such clip, whatever the pool; nullptr if it does.
+inline const char* clip_why_not(const char* op, const StemShape& s) {
     using Long = long long;
     if (s.channels < 1 || s.channels > 4) return fail("%s: channels: expected 1 to 4, got %lld", op, Long(s.channels));
     if (std::min({s.clips, s.frames, s.height, s.width}) < 1 ||
         std::max({s.clips, s.frames, s.height, s.width}) >= 1 << 28)
         return fail("%s: clips, frames, height, width: expected 1 to 2^28 - 1, got %lld, %lld, %lld, %lld", op,
                     Long(s.clips), Long(s.frames), Long(s.height), Long(s.width));
+    return nullptr;
+}
+
+// The sizes that follow from a clip's; or why the kernel `op` takes none such.
+inline const char* stem_sizes(StemSizes& out, const char* op, const StemShape& s) {
+    if (const char* reason = clip_why_not(op, s)) return reason;
     // Windows of `window` steps of 2: as many as fit, or one more where one begins inside.
     auto pooled = [&](int64_t size, int window, int padding) {
         int64_t left = size + 2 * padding * s.padded - window + !s.padded;

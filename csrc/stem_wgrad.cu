@@ -182,7 +182,7 @@ __device__ __forceinline__ void produce_clip(const StemWgradArgs& a, const StemW
     constexpr int kRow = kCi * kPlane, kKept = (kRows - kFresh) * kRow;
     Turns turns(a);
     WgradTile tile(a, turns.first);
-    Ring<Shared::kStages> ring;
+    StageRing<Shared::kStages> ring;
     uint32_t before = 0;
     // Of the fresh rows, those that registers hold while their stage is still in use.
     constexpr int kEarly = kPlanes ? kCi < 4 ? 2 : 1 : 0, kLate = kRows - kEarly * kClipWarps;
@@ -385,7 +385,7 @@ __device__ __forceinline__ void produce_gradient(const StemWgradArgs& a, const S
         if (i < turns.count) prefetch_cell<kPadded>(a, far);
         far.advance(a);
     }
-    Ring<StemWgradShared<kCi>::kStages> ring;
+    StageRing<StemWgradShared<kCi>::kStages> ring;
 #pragma unroll 1
     for (int i = 0; i < turns.count; ++i) {
         Cell<kPadded> cell;
@@ -419,7 +419,7 @@ __device__ __forceinline__ void consume(const StemWgradArgs& a, const StemWgradS
     }
     int steps = (a.tile + 15) / 16;
     Turns turns(a);
-    Ring<Shared::kStages> ring;
+    StageRing<Shared::kStages> ring;
 #pragma unroll 1
     for (int i = 0; i < turns.count; ++i, ring.advance()) {
         barrier_wait(shared.full(ring.index), ring.parity);
