@@ -182,6 +182,27 @@ const char* stem_infer(const StemInfer& p);
 // Why stem_infer cannot run this shape; nullptr if it can.
 const char* stem_infer_why_not(const StemShape& shape);
 
+// The stem's convolution in training, z = conv(x), rounded; x of float32, float16 or bfloat16 as it lies, w as the net
+// keeps it, both rounded to the dtype as they are read. With `partials` the statistics of the rounded z: a row (n,
+// mean, M2) for each of R parts of the positions, M2 = sum (z - mean)^2. Of the shape `padded` does not matter.
+struct StemFwd {
+    StemShape shape;
+    int64_t strides[5];        // of x, in elements: N, Ci, T, H, W
+    PixelType x_type, w_type;  // not uint8
+    DType dtype;               // of z; sums are float32
+    const void* x;             // [N, Ci, T, H, W] by its strides
+    const void* w;             // [64, Ci, 7, 7]
+    void* z;                   // [N, T, Ho, Wo, 64]  16-byte aligned
+    float* partials;           // [R, 3, 64], R = stem_fwd_partials(shape); or nullptr
+    CUstream_st* stream;
+};
+
+const char* stem_fwd(const StemFwd& p);
+
+// Why stem_fwd cannot run this shape, nullptr if it can; and R on the current device, 0 if it cannot.
+const char* stem_fwd_why_not(const StemShape& shape);
+int stem_fwd_partials(const StemShape& shape);
+
 // The weight gradient of the stem's convolution, x as above, but for the scale: with z the raw output of the
 // convolution, mean its own a channel, and r[p,co] the sum of g over the windows of the pool that took position p,
 //

@@ -322,7 +322,8 @@ def conv_wgrad(
 
 
 STEM_COUTS = 64
-_PIXELS = {**_DTYPES, torch.float32: "float32", torch.uint8: "uint8"}
+_FLOATS = {**_DTYPES, torch.float32: "float32"}
+_PIXELS = {**_FLOATS, torch.uint8: "uint8"}
 
 
 def stem_pack(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -352,6 +353,18 @@ def stem_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | N
     return native if isinstance(native, str) else native.stem_infer_why_not(*x.shape, _padded(wiring))
 
 
+def stem_fwd_why_not(x: Tensor, w: Tensor, dtype: torch.dtype) -> str | None:
+    """Why `stem_fwd` cannot run clips x and w [Co, Ci, 1, 7, 7] to `dtype` on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"stem_fwd: dtype {dtype} (expected bfloat16 or float16)"
+    if x.dtype not in _FLOATS or w.dtype not in _FLOATS:
+        return f"stem_fwd: pixels of {x.dtype}, weights of {w.dtype} (expected float32, float16 or bfloat16)"
+    if w.size(0) != STEM_COUTS:
+        return f"stem_fwd: {w.size(0)} output channels (expected {STEM_COUTS})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.stem_fwd_why_not(*x.shape)
+
+
 def stem_wgrad_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | None:
     """Why `stem_wgrad` cannot run for clips x and z of Co channels of `dtype` on the current device, or None."""
     if dtype not in _DTYPES:
@@ -366,6 +379,51 @@ def stem_wgrad_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> s
 
 def _padded(wiring: str) -> bool:
     return wiring == "port"
+
+
+def stem_fwd(
+    x: Tensor,  # [N, Ci, T, H, W], any strides
+    w: Tensor,  # [64, Ci, 1, 7, 7]
+    dtype: torch.dtype,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """z = conv(x, w), 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3); x and w rounded to `dtype` as they are read.
+
+    float32 accumulation, z rounded once. `stats`: also return the partial statistics of the rounded z. Fastest where x
+    lies in planes or pixel by pixel, rows are multiples of 8 pixels and everything is 16-byte aligned. An infinity or
+    NaN in the clip also reaches outputs one position beside those whose window it lies in.
+
+    Returns:
+        z [N, 64, T, Ho, Wo] channels_last_3d, and float32 [R, 3, 64] rows (n, mean, M2), or None. Runs of the same
+        shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape or dtype differ from the above.
+        RuntimeError: the kernel cannot run (what `stem_fwd_why_not` says), or CUDA failed.
+    """
+    n, ci, t, *sizes = x.shape
+    if x.dtype not in _FLOATS or w.dtype not in _FLOATS or dtype not in _DTYPES:
+        raise ValueError(f"x, w, dtype: expected floats and bfloat16 or float16, got {x.dtype}, {w.dtype}, {dtype}")
+    if w.shape != (STEM_COUTS, ci, 1, 7, 7) or not w.is_contiguous():
+        raise ValueError(f"w: expected contiguous {[STEM_COUTS, ci, 1, 7, 7]}, got {list(w.shape)}")
+    z = alloc((n, STEM_COUTS, t, *((s - 1) // 2 + 1 for s in sizes)), x.device, dtype)
+    if z.numel() == 0:
+        return z, torch.zeros((1, 3, STEM_COUTS), device=x.device) if stats else None
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = *x.shape, x.stride(), _FLOATS[x.dtype], _FLOATS[w.dtype], _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.stem_fwd(*addresses, *rest, stream))
+        with torch.cuda.device(x.device):
+            plan.rows = native.stem_fwd_partials(*x.shape)
+        return plan
+
+    plan = plan_for(("stem_fwd", x.shape, x.stride(), x.dtype, w.dtype, x.device, dtype), build)
+    part = alloc((plan.rows, 3, STEM_COUTS), x.device) if stats else None
+    plan(x, w, z, part)
+    return z, part
 
 
 def stem_wgrad(

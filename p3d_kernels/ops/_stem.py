@@ -6,6 +6,7 @@ that G neighbouring outputs of one image row see (G = 2 for RGB: 10 columns, 30 
 laid out for all G at once. The columns start one to the left of the window, at an even address. The patch is read
 straight from the clip by its strides and cast on the way: no layout copy, no cast pass, no im2col in memory.
 The kernel writes z raw, with partial statistics of the rounded values; the pool normalises as it reads (max_pool.py).
+On Hopper, in half precision and with 64 channels out, a CUDA kernel does the same (csrc/stem_fwd.cu).
 
 Backward. The pool sends the gradient of each window to one position, so the sums that batch normalisation needs,
 sum g and sum g (z - mean), are sums over the pooled tensor. The weight gradient forms dz from g, the pool's bytes and z
@@ -476,15 +477,21 @@ def _conv_plan(x: Tensor, packed: Tensor, co: int, precision: str) -> Plan:
     return plan
 
 
+def _raw_conv(x: Tensor, w: Tensor, dtype: torch.dtype, stats: bool) -> tuple[Tensor, Tensor | None]:
+    """(z, partial statistics or None): the CUDA kernel where it has one for this, else the Triton kernel."""
+    if cuda_allowed(x.new_empty(0, dtype=dtype)) and _cuda.stem_fwd_why_not(x, w, dtype) is None:
+        return _cuda.stem_fwd(x.detach(), w.detach().contiguous(), dtype, stats)
+    return stem_conv(x, stem_pack(w, dtype, channels_last(x)), w.size(0), None, stats)
+
+
 def stem_fwd(x, w, norm, wiring, dtype, save):
     """(y, record, z, taps, winners); the last three None unless `save`."""
     co, pool = w.size(0), reference.stem_pool(wiring)
-    packed = stem_pack(w, dtype, channels_last(x))
     if not norm.training and not save:
         record = bn_finalise(norm, co, None, x.device)
-        a, _ = stem_conv(x, packed, co, record, False)
+        a, _ = stem_conv(x, stem_pack(w, dtype, channels_last(x)), co, record, False)
         return pool_fwd(a, **pool)[0], record, None, None, None
-    z, part = stem_conv(x, packed, co, None, norm.training)
+    z, part = _raw_conv(x, w, dtype, norm.training)
     record = bn_finalise(norm, co, part, x.device)
     y, tap, winner = pool_fwd(z, **pool, record=record, save_tap=save, save_winner=save)
     return y, record, z if save else None, tap, winner
