@@ -333,6 +333,152 @@ def test_wgrad_of_more_than_2_31_elements():
     assert alone.norm() > 0 and (dw - alone).norm() <= 1e-3 * alone.norm()  # summed in other parts
 
 
+FWD_SIZES = [*WGRAD_SIZES, (3, 3, 1, 31, 40), (70, 3, 5, 18, 64)]  # lone frames, strips of an odd number of pairs
+
+
+def _statistics_of(part):
+    """(n, mean, M2) [64], float64, of the partial statistics."""
+    n, mean, m2 = part.double().unbind(1)
+    total = n.sum(0)
+    joint = (n * mean).sum(0) / total
+    return total, joint, (m2 + n * (mean - joint) ** 2).sum(0)
+
+
+def _judge_fwd(x, w, dtype):
+    z, part = _cuda.stem_fwd(x, w, dtype, True)
+    assert z.dtype == dtype and z.is_contiguous(memory_format=torch.channels_last_3d)
+    check(z, F.conv3d(x.to(dtype).double(), w.to(dtype).double(), stride=(1, 2, 2), padding=(0, 3, 3)), dtype)
+    seen = z.double().movedim(1, -1).flatten(0, -2)
+    n, mean, m2 = _statistics_of(part)
+    deviation = seen.std(0, correction=0)
+    assert (n == len(seen)).all()
+    assert ((mean - seen.mean(0)).abs() <= 1e-5 * deviation + 1e-6 * seen.mean(0).abs()).all()
+    assert ((m2 / n - deviation**2).abs() <= 1e-5 * deviation**2 + 1e-12 * seen.mean(0) ** 2).all()
+    again, same = _cuda.stem_fwd(x, w, dtype, True)
+    assert torch.equal(again, z) and torch.equal(same, part)
+    alone, none = _cuda.stem_fwd(x, w, dtype)
+    assert none is None and torch.equal(alone, z)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ["planes", "ndhwc"])
+@pytest.mark.parametrize("shape", FWD_SIZES, ids=_names)
+def test_fwd_sizes(shape, layout, dtype):
+    _judge_fwd(_laid_out(_pixels(shape, dtype), layout), _weight(shape[1]), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["planes", "ndhwc", "cropped", "shifted", "strided", "frames last"])
+@pytest.mark.parametrize("pixels", PIXELS[:3], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_fwd_pixels_and_layouts(channels, pixels, layout):
+    for width, dtype, weights in ((72, torch.bfloat16, torch.float32), (45, torch.float16, torch.bfloat16)):
+        x = _laid_out(_pixels((2, channels, 3, 22, width), pixels), layout)
+        _judge_fwd(x, _weight(channels).to(weights), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", PIXELS[:3], ids=str)
+def test_fwd_far_from_zero(weights):
+    x, w = _pixels((4, 3, 4, 80, 96), torch.float32) / 10 + 20, _weight(3).to(weights)
+    _judge_fwd(x, w, torch.float16)
+    x[:, :, :, :40] = 0  # what the sums start from is not near the mean
+    _judge_fwd(x, w, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pixels", PIXELS[:3], ids=str)
+def test_fwd_of_a_batch_is_that_of_its_clips(pixels):
+    x, w = _pixels((37, 3, 6, 44, 56), pixels), _weight(3)
+    z, _ = _cuda.stem_fwd(x, w, torch.bfloat16)
+    for n in (0, 36):  # planned otherwise, but every output is the same sum
+        assert torch.equal(_cuda.stem_fwd(x[n : n + 1], w, torch.bfloat16)[0], z[n : n + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("width", [48, 45])
+def test_fwd_keeps_what_is_not_finite_near_its_pixel(width, value):
+    x, w = _pixels((2, 3, 4, 40, width), torch.bfloat16), _weight(3)
+    hit = torch.zeros(2, 1, 4, 40, width, device="cuda")
+    for n, c, t, h, column in ((0, 1, 1, 0, 0), (0, 2, 2, 21, 20), (1, 0, 3, 39, width - 1), (1, 2, 0, 12, 31)):
+        x[n, c, t, h, column], hit[n, 0, t, h, column] = value, 1
+    z, part = _cuda.stem_fwd(x, w, torch.bfloat16, True)
+    clean, _ = _cuda.stem_fwd(x.where(hit == 0, 0), w, torch.bfloat16)
+    near = F.conv3d(F.pad(hit, (4, 3, 3, 3)), torch.ones(1, 1, 1, 7, 8, device="cuda"), stride=(1, 2, 2)) > 0
+    near = near.expand_as(z)
+    reached = F.conv3d(hit, torch.ones(1, 1, 1, 7, 7, device="cuda"), stride=(1, 2, 2), padding=(0, 3, 3)) > 0
+    assert not z[reached.expand_as(z)].isfinite().any()
+    assert z[~near].isfinite().all() and torch.equal(z[~near], clean[~near])
+    _, _, m2 = _statistics_of(part)
+    assert m2.isnan().all()
+
+
+@pytest.mark.gpu
+def test_fwd_in_a_graph():
+    x, w = _pixels((2, 3, 4, 40, 48), torch.float32), _weight(3)
+    _cuda.stem_fwd(x, w, torch.bfloat16, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z, part = _cuda.stem_fwd(x, w, torch.bfloat16, True)
+    x.copy_(_pixels(x.shape, torch.float32)), w.copy_(_weight(3))
+    graph.replay()
+    expected, rows = _cuda.stem_fwd(x, w, torch.bfloat16, True)
+    assert torch.equal(z, expected) and torch.equal(part, rows)
+
+
+@pytest.mark.gpu
+def test_fwd_of_more_than_2_31_elements():
+    x, w = torch.randn(330, 3, 16, 160, 160, device="cuda", dtype=torch.bfloat16), _weight(3)
+    z, part = _cuda.stem_fwd(x, w, torch.bfloat16, True)
+    for i in (0, 164, 329):
+        assert torch.equal(z[i : i + 1], _cuda.stem_fwd(x[i : i + 1], w, torch.bfloat16)[0])
+    n, mean, m2 = _statistics_of(part)
+    assert (n == z.numel() // 64).all()
+    means = torch.stack([clip.double().mean((1, 2, 3)) for clip in z])
+    spread = torch.stack([(c.double() - mean.view(-1, 1, 1, 1)).square().mean((1, 2, 3)) for c in z]).mean(0)
+    assert ((mean - means.mean(0)).abs() <= 1e-5 * spread.sqrt()).all()
+    assert ((m2 / n - spread).abs() <= 1e-5 * spread).all()
+
+    memory = torch.empty(2**31 + 3 * 4 * 40 * 48, device="cuda", dtype=torch.bfloat16)
+    far = memory.as_strided((2, 3, 4, 40, 48), (2**31, 4 * 40 * 48, 40 * 48, 48, 1))
+    far.copy_(_pixels(far.shape, torch.float32))
+    assert torch.equal(_cuda.stem_fwd(far, w, torch.bfloat16)[0], _cuda.stem_fwd(far.clone(), w, torch.bfloat16)[0])
+
+
+@pytest.mark.gpu
+def test_fwd_of_an_empty_batch():
+    z, part = _cuda.stem_fwd(_pixels((0, 3, 4, 40, 48), torch.bfloat16), _weight(3), torch.bfloat16, True)
+    assert z.shape == (0, 64, 4, 20, 24) and part.shape == (1, 3, 64) and not part.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_the_op_takes_the_fwd(wiring, training, monkeypatch):
+    x, w = _pixels((2, 3, 4, 40, 48), torch.float32), _weight(3)
+    weight, bias = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+    taken = []
+    kernel = _cuda.stem_fwd
+    monkeypatch.setattr(_cuda, "stem_fwd", lambda *a: taken.append(a) or kernel(*a))
+
+    def run(backend):
+        mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+        leaf = w.clone().requires_grad_()
+        with p3d.use_backend(backend), torch.autocast("cuda", torch.bfloat16):
+            y = stem(x, leaf, p3d.Norm(weight, bias, mean, var, training=training), wiring)
+            y.backward(torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype))
+        return y.detach().float(), leaf.grad, mean, var
+
+    ours = run(None)
+    assert len(taken) == 1
+    theirs = run("triton")
+    assert len(taken) == 1
+    for name, a, b in zip(("y", "dw", "mean", "var"), ours, theirs):
+        assert (a - b).norm() <= 4e-3 * b.norm(), name
+
+
 @pytest.mark.gpu
 def test_native_reasons():
     x = torch.empty(1, 5, 2, 16, 16, device="cuda", dtype=torch.bfloat16)
@@ -343,6 +489,8 @@ def test_native_reasons():
     assert "stem_wgrad: channels" in _cuda.stem_wgrad_why_not(x, torch.bfloat16, 64, "port")
     assert "pool" in _cuda.stem_wgrad_why_not(x[:, :3, :1], torch.bfloat16, 64, "port")
     assert _cuda.stem_wgrad_why_not(x[:, :3], torch.bfloat16, 64, "port") is None
+    assert "stem_fwd: channels" in _cuda.stem_fwd_why_not(x, _weight(5), torch.bfloat16)
+    assert _cuda.stem_fwd_why_not(x[:, :3, :1], _weight(3), torch.bfloat16) is None
 
 
 def test_reasons():
@@ -353,6 +501,11 @@ def test_reasons():
     assert "float32" in _cuda.stem_wgrad_why_not(x, torch.float32, 64, "author")
     assert "uint8" in _cuda.stem_wgrad_why_not(x.to(torch.uint8), torch.float16, 64, "author")
     assert "32 output channels" in _cuda.stem_wgrad_why_not(x, torch.float16, 32, "author")
+    w = torch.empty(64, 3, 1, 7, 7)
+    assert "dtype torch.float32" in _cuda.stem_fwd_why_not(x, w, torch.float32)
+    assert "uint8" in _cuda.stem_fwd_why_not(x.to(torch.uint8), w, torch.float16)
+    assert "weights of torch.float64" in _cuda.stem_fwd_why_not(x, w.double(), torch.float16)
+    assert "32 output channels" in _cuda.stem_fwd_why_not(x, w[:32], torch.float16)
 
 
 def test_arguments_are_checked_before_any_launch():
@@ -399,6 +552,20 @@ def test_arguments_of_the_wgrad_are_checked_before_any_launch():
     ):
         with pytest.raises(ValueError, match=message):
             _cuda.stem_wgrad(**{**given, name: wrong}, wiring="port")
+
+
+def test_arguments_of_the_fwd_are_checked_before_any_launch():
+    x, w = torch.zeros(1, 3, 2, 16, 16), torch.zeros(64, 3, 1, 7, 7)
+    for args, message in (
+        ((x.to(torch.uint8), w, torch.float16), "x, w, dtype: expected floats"),
+        ((x, w.double(), torch.float16), "x, w, dtype: expected floats"),
+        ((x, w, torch.float32), "x, w, dtype: expected floats"),
+        ((x[:, :2], w, torch.float16), r"w: expected contiguous \[64, 2, 1, 7, 7\]"),
+        ((x, w[:32], torch.float16), "w: expected contiguous"),
+        ((x, w.transpose(3, 4), torch.float16), "w: expected contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cuda.stem_fwd(*args)
 
 
 def test_packing_holds_every_weight_once():
