@@ -33,6 +33,8 @@ struct SpatialPlan {
     int plane, halo, tiles;   // bytes of a plane, positions of a halo tile, tiles in all
     int blocks, cout_blocks;  // the grid
     int shared;               // bytes
+    int processors;           // planned for
+    int64_t cost;             // cycles, about
 };
 
 // A message with its values; valid until the thread's next.
@@ -42,6 +44,22 @@ inline const char* fail(const char* format, Values... values) {
     std::snprintf(message, sizeof message, format, values...);
     return message;
 }
+
+// How spatial_infer.cuh divides a shape. A tile is some rows of one frame, for 64 couts.
+constexpr int kBoxSizes[] = {216, 208, 128, 64};  // N of its kernels
+constexpr int kMaxBoxes = 6;                      // halo tiles
+
+struct BoxPlan {
+    int positions;                 // N of the matrix instruction
+    int rows, frame_tiles, tiles;  // of a tile; tiles of a frame, and in all
+    int stored_rows;               // at a time, a divisor of rows
+    int chunks, buffers;           // of 64 input channels; halo tiles
+    int box_bytes, buffer_bytes;   // of a halo tile: as copied, and with what is read past that
+    int staging_bytes;
+    int blocks, cout_blocks;  // the grid
+    int shared;               // bytes
+    int64_t cost;             // cycles, about
+};
 
 // Why no kernel takes these sizes, whatever its tile; nullptr if they are in order.
 inline const char* sizes_why_not(const char* op, const ConvShape& s) {
@@ -89,12 +107,14 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     int64_t best_cost = -1;
     auto consider = [&](int n) {
         SpatialPlan plan{};
+        plan.processors = processors;
         if (!fits(plan, s, n, resident)) return;
         plan.cout_blocks = resident ? 1 : int((s.out_channels + 127) / 128);
         plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
         int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = s.in_channels / 16 * kTaps;
         int64_t overhead = resident ? 500 : 1000 + 8 * n;  // what the other warpgroup does not hide
         int64_t cost = turns * (2 * steps * std::max(n / 2, 16 + n / 4) + overhead);
+        plan.cost = cost;
         if (best_cost < 0 || cost < best_cost) best_cost = cost, best = plan;
     };
     if (resident)
@@ -104,6 +124,46 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     if (best_cost < 0)
         return fail("spatial_conv: width: expected rows that fit in shared memory, got %lld", (long long)s.width);
     return nullptr;
+}
+
+// The same for spatial_infer.cuh: the rows of a tile that finish first; false if all weights of 64 couts and two halo
+// tiles fit for none.
+inline bool box_plan(BoxPlan& best, const ConvShape& s, int processors) {
+    auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+    int64_t pitch = s.width + 1, chunks = s.in_channels / kChunk;
+    int weights = int(std::min<int64_t>(chunks, 8)) * kTaps * kWeightBytes;
+    bool found = false;
+    if (pitch > kBoxSizes[0] || weights > kSharedLimit) return false;
+    for (int n : kBoxSizes) {
+        BoxPlan plan{};
+        if (n < pitch) continue;
+        int64_t most = std::min(s.height, n / pitch);
+        plan.positions = n;
+        plan.frame_tiles = int((s.height + most - 1) / most);
+        plan.rows = int((s.height + plan.frame_tiles - 1) / plan.frame_tiles);
+        if (double(s.frames) * plan.frame_tiles > 1 << 30) continue;
+        plan.tiles = int(s.frames * plan.frame_tiles);
+        plan.chunks = int(chunks);
+        plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
+        int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
+        plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
+        int fixed = weights + 8 * (int(chunks) * kTaps + 2 * kMaxBoxes + 1);
+        // The fewest stores that leave room for two halo tiles; 8 rows of staging take what is not to be stored.
+        for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
+            if (plan.rows % plan.stored_rows) continue;
+            plan.staging_bytes = int(round_up(plan.stored_rows * pitch + 7, 8) + 8) * 2 * kChunk;
+            plan.buffers = std::min(kMaxBoxes, (kSharedLimit - fixed - plan.staging_bytes) / plan.buffer_bytes);
+            if (plan.buffers >= 2) break;
+        }
+        if (plan.stored_rows == 0) continue;
+        plan.shared = fixed + plan.staging_bytes + plan.buffers * plan.buffer_bytes;
+        plan.cout_blocks = int(s.out_channels / kChunk);
+        plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
+        plan.cost = turns * (chunks * kTaps * 4 * std::max(n / 2, 16 + n / 4)) + 500;  // the last tile's way out
+        if (!found || plan.cost < best.cost) best = plan, found = true;
+    }
+    return found;
 }
 
 }  // namespace p3d
