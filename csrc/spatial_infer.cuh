@@ -1,15 +1,20 @@
 // The spatial convolution where nothing happens to an element as it is read, and no statistics are left: forward,
 // without `affine` and `partials`. The product is that of spatial_kernel.cuh; what differs is who moves the data.
 //
-// A tile is R rows of one frame, for 64 couts. The copy engine brings its halo as one box of R + 2 rows of W + 1
-// columns from row -1, column -1 on, 64 channels at a time, zeros outside the frame: a raster of pitch W + 1 once more,
-// whose zero column serves the end of the row before. It lies in shared memory as rows of 128 bytes, a position each,
-// swizzled by address, so a tap is the same matrix some rows on. What follows the box is zeroed once; of that only the
-// first position meets an output. y leaves as boxes of W + 1 columns too: the copy engine drops column W and rows past
-// H.
+// A tile is R rows of one frame. The copy engine brings its halo as one box of R + 2 rows of W + 1 columns from row -1,
+// column -1 on, 64 channels at a time, zeros outside the frame: a raster of pitch W + 1 once more, whose zero column
+// serves the end of the row before. It lies in shared memory as rows of 128 bytes, a position each, swizzled by
+// address, so a tap is the same matrix some rows on. What follows the box is zeroed once; of that only the first
+// position meets an output. y leaves as boxes of W + 1 columns too: the copy engine drops column W and rows past H.
 //
-// A block is persistent and keeps all weights of its couts. One thread brings halo tiles; two warpgroups take tiles by
-// turns: one multiplies while the other stores.
+// A block is persistent and owns a range of couts. Threads of its first warpgroup produce, two warpgroups multiply and
+// store, in one of two ways:
+//   resident  (64 and 128 channels) a block has 64 couts, all of whose weights stay; warpgroups take tiles by
+//             turns: one multiplies while the other stores
+//   streamed  (else) a block has 128 couts, 64 a warpgroup, and both multiply the same tile. Weights pass through a
+//             ring. Two blocks of other tiles and the same couts are a cluster: each fetches half of the weights, for
+//             both, so a stage is free once the warps of both blocks have read it. They take equally many tiles, if
+//             need be one past the last, of which the copy engine makes zeros and stores nothing.
 #pragma once
 
 #include "spatial_kernel.cuh"
@@ -32,24 +37,51 @@ struct BoxArgs {
     int frame_tiles, tiles;               // of a frame, in all
     int chunks, buffers;                  // of 64 input channels; halo tiles
     int box_bytes, buffer_bytes, staged;  // of a halo tile; bytes of staging
+    int weight_bytes, stages;             // streamed: stages of the ring
 };
 
-// Where everything lies in shared memory. Of staging, the first 8 rows take what is not to be stored.
+// Where everything lies in shared memory. Of staging, the first 8 rows take what is not to be stored. Barriers come in
+// pairs: filled, then emptied.
 struct BoxShared {
     uint32_t weights, halo, staging, barriers;
 
-    __device__ __forceinline__ BoxShared(const void* base, const BoxArgs& a)
+    __device__ __forceinline__ BoxShared(const void* base, const BoxArgs& a, bool resident)
         : weights(shared_address(base)),
-          halo(weights + a.chunks * kTaps * kWeightBytes),
+          halo(weights + a.weight_bytes),
           staging(halo + a.buffers * a.buffer_bytes + 8 * 128),
-          barriers(staging - 8 * 128 + a.staged) {}
-    __device__ __forceinline__ uint32_t staging_free() const { return barriers; }
-    __device__ __forceinline__ uint32_t halo_full(int buffer) const { return barriers + 8 + 16 * buffer; }
-    __device__ __forceinline__ uint32_t halo_empty(int buffer) const { return barriers + 16 + 16 * buffer; }
-    __device__ __forceinline__ uint32_t weights_full(int item) const {
-        return barriers + 8 + 16 * kMaxBoxes + 8 * item;
-    }
+          barriers(staging - 8 * 128 + (resident ? 1 : 2) * a.staged) {}
+    __device__ __forceinline__ uint32_t staging_free(int group) const { return barriers + 8 * group; }
+    __device__ __forceinline__ uint32_t halo_full(int buffer) const { return barriers + 16 + 16 * buffer; }
+    __device__ __forceinline__ uint32_t halo_empty(int buffer) const { return halo_full(buffer) + 8; }
+    __device__ __forceinline__ uint32_t weights_full(int i) const { return barriers + 16 + 16 * (kMaxBoxes + i); }
+    __device__ __forceinline__ uint32_t weights_empty(int i) const { return weights_full(i) + 8; }
 };
+
+// The two blocks of a cluster wait for each other, all threads.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile(
+        "{.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// copy_box to both blocks of the cluster, at the same place and with the same barrier of each.
+__device__ __forceinline__ void copy_box_to_both(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0,
+                                                 int i1, int i2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "h"(uint16_t(3))
+        : "memory");
+}
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -73,8 +105,15 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t sourc
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// ---- Producer.
+// Whether this block works on the tile, or at least the other block of its cluster does.
+template <bool kResident>
+__device__ __forceinline__ bool in_turn(const BoxArgs& a, int tile) {
+    return (kResident ? tile : tile & ~1) < a.tiles;
+}
 
+// ---- Producers.
+
+template <bool kResident>
 __device__ __forceinline__ void produce_boxes(const BoxMaps& maps, const BoxArgs& a, const BoxShared& shared) {
     auto bring_weights = [&](int chunk) {
         for (int tap = 0; tap < kTaps; ++tap) {
@@ -85,29 +124,48 @@ __device__ __forceinline__ void produce_boxes(const BoxMaps& maps, const BoxArgs
         }
     };
     // With out_affine the weights may be read while the kernel before still runs.
-    if (a.out_affine) bring_weights(0);
+    if (kResident && a.out_affine) bring_weights(0);
     dependency_wait();
     Slot slot;
-    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
         int frame = tile / a.frame_tiles, row = (tile - frame * a.frame_tiles) * a.rows;
         for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
             barrier_wait(shared.halo_empty(slot.index), slot.parity ^ 1);
             barrier_expect(shared.halo_full(slot.index), a.box_bytes);
             copy_box(shared.halo + slot.index * a.buffer_bytes, maps.x, shared.halo_full(slot.index), chunk * kChunk,
                      -1, row - 1, frame);
-            if (tile == int(blockIdx.x) && (chunk > 0 || !a.out_affine)) bring_weights(chunk);
+            if (kResident && tile == int(blockIdx.x) && (chunk > 0 || !a.out_affine)) bring_weights(chunk);
         }
     }
 }
 
+// Fetches this block's half of every stage of weights.
+__device__ __forceinline__ void stream_weights(const BoxMaps& maps, const BoxArgs& a, const BoxShared& shared) {
+    if (!a.out_affine) dependency_wait();
+    int rank = blockIdx.x % 2;
+    Slot stage;
+    for (int tile = blockIdx.x; in_turn<false>(a, tile); tile += gridDim.x)
+        for (int chunk = 0; chunk < a.chunks; ++chunk)
+            for (int tap = 0; tap < kTaps; ++tap, stage.advance(a.stages)) {
+                barrier_wait(shared.weights_empty(stage.index), stage.parity ^ 1);
+                barrier_expect(shared.weights_full(stage.index), 2 * kWeightBytes);  // the other half comes by itself
+                copy_box_to_both(shared.weights + (2 * stage.index + rank) * kWeightBytes, maps.w,
+                                 shared.weights_full(stage.index), chunk * kChunk, tap,
+                                 (2 * int(blockIdx.y) + rank) * kChunk);
+            }
+}
+
 // ---- Consumers.
 
-template <typename T, int kN>
+template <typename T, int kN, bool kResident>
 __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs& a, const BoxShared& shared,
                                               int group) {
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    int cout = blockIdx.y * kChunk, mine = cout + 16 * warp + lane / 4;  // couts of this thread: mine and mine + 8
-    auto turn = [](int g) { return 3 + g; };                             // named barrier: warpgroup g may multiply
+    int cout = (kResident ? int(blockIdx.y) : 2 * int(blockIdx.y) + group) * kChunk;
+    int mine = cout + 16 * warp + lane / 4;   // couts of this thread: mine and mine + 8
+    auto turn = [](int g) { return 3 + g; };  // named barrier: warpgroup g may multiply
+    int out = kResident ? 0 : group;          // its staging
+    uint32_t staging = shared.staging + out * a.staged;
     float mean[2], scale[2], bias[2];
     if (a.out_affine)
         for (int m = 0; m < 2; ++m) {
@@ -115,12 +173,12 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
             scale[m] = a.out_affine[a.out_channels + mine + 8 * m];
             bias[m] = a.out_affine[2 * a.out_channels + mine + 8 * m];
         }
-    Slot slot;
-    uint32_t stores = 0;  // of both warpgroups, so far
+    Slot slot, stage;
+    uint32_t stores = 0;  // from this staging so far
     int stored = a.stored_rows * a.pitch;
-    if (group == 1) named_arrive(turn(0), 256);
-    for (int tile = blockIdx.x, owner = 0; tile < a.tiles; tile += gridDim.x, owner ^= 1) {
-        if (owner != group) {
+    if (kResident && group == 1) named_arrive(turn(0), 256);
+    for (int tile = blockIdx.x, owner = 0; in_turn<kResident>(a, tile); tile += gridDim.x, owner ^= 1) {
+        if (kResident && owner != group) {
             for (int chunk = 0; chunk < a.chunks; ++chunk) slot.advance(a.buffers);
             stores += a.rows / a.stored_rows;
             continue;
@@ -129,16 +187,19 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
 #pragma unroll
         for (int i = 0; i < kN / 2; ++i) d[i] = 0;
         wgmma_pin(d);
-        named_sync(turn(group), 256);
-        int last = -1;
+        if (kResident) named_sync(turn(group), 256);
+        int last = -1, last_stage = -1;
+        auto free_stage = [&] {
+            if (!kResident && lane < 2 && last_stage >= 0) barrier_arrive_at(shared.weights_empty(last_stage), lane);
+        };
         for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
             barrier_wait(shared.halo_full(slot.index), slot.parity);
             uint32_t x = shared.halo + slot.index * a.buffer_bytes;
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
-                int item = chunk * kTaps + tap;
-                barrier_wait(shared.weights_full(item), 0);
-                uint32_t w = shared.weights + item * kWeightBytes;
+                int item = kResident ? chunk * kTaps + tap : stage.index;
+                barrier_wait(shared.weights_full(item), stage.parity);
+                uint32_t w = shared.weights + (kResident ? item : 2 * item + group) * kWeightBytes;
                 uint32_t moved = x + 128 * (tap / 3 * a.pitch + tap % 3);
                 wgmma_fence();
 #pragma unroll
@@ -146,16 +207,19 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
                     wgmma<T, 0>(d, swizzled_descriptor(w + 32 * k, 8 * 128),
                                 swizzled_descriptor(moved + 32 * k, 8 * 128));
                 wgmma_commit();
-                if (tap == 0 && last >= 0) {  // the chunk before this one has been read
-                    wgmma_wait<1>();
-                    if (lane == 0) barrier_arrive(shared.halo_empty(last));
-                }
+                if (!kResident || (tap == 0 && last >= 0)) wgmma_wait<1>();  // the tap before this one has been read
+                if (tap == 0 && last >= 0 && lane == 0) barrier_arrive(shared.halo_empty(last));
+                if (kResident) continue;
+                free_stage();
+                last_stage = stage.index;
+                stage.advance(a.stages);
             }
             last = slot.index;
         }
-        named_arrive(turn(1 - group), 256);
+        if (kResident) named_arrive(turn(1 - group), 256);
         wgmma_wait<0>();
         wgmma_pin(d);
+        free_stage();
         if (lane == 0) barrier_arrive(shared.halo_empty(last));
 
         uint32_t v[kN / 4];
@@ -174,8 +238,8 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
         int piece = 2 * warp + lane / 8 % 2;  // 8 couts
         for (int begin = 0, to = row; to < row + a.rows; begin += stored, to += a.stored_rows, ++stores) {
             int position = lane % 8 - begin;  // in staging, of this lane's row of the first matrix
-            uint32_t turned = shared.staging + position * 128 + ((piece ^ (position & 7)) << 4);
-            barrier_wait(shared.staging_free(), (stores & 1) ^ 1);
+            uint32_t turned = staging + position * 128 + ((piece ^ (position & 7)) << 4);
+            barrier_wait(shared.staging_free(out), (stores & 1) ^ 1);
 #pragma unroll
             for (int j = 0; j < kN / 8; ++j)
                 if (8 * j + 8 > begin && 8 * j < begin + stored)
@@ -183,24 +247,24 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
             fence_proxy_async();
             named_sync(1 + group, 128);
             if (thread == 0) {
-                store_box(maps.y, shared.staging, cout, 0, to, frame);
-                barrier_arrive(shared.staging_free());
+                store_box(maps.y, staging, cout, 0, to, frame);
+                barrier_arrive(shared.staging_free(out));
             }
         }
     }
 }
 
-template <typename T, int kN>
-__global__ void __launch_bounds__(kBoxThreads, 1)
-    spatial_infer_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
+template <typename T, int kN, bool kResident>
+__device__ __forceinline__ void spatial_infer_block(const BoxMaps& maps, const BoxArgs& a) {
     extern __shared__ __align__(1024) char memory[];
-    BoxShared shared(memory, a);
+    BoxShared shared(memory, a, kResident);
     if (threadIdx.x == 0) {
         prefetch_map(maps.x), prefetch_map(maps.y), prefetch_map(maps.w);
-        barrier_init(shared.staging_free(), 1);
-        for (int i = 0; i < a.buffers; ++i)
-            barrier_init(shared.halo_full(i), 1), barrier_init(shared.halo_empty(i), 4);  // a warpgroup's warps
-        for (int i = 0; i < a.chunks * kTaps; ++i) barrier_init(shared.weights_full(i), 1);
+        for (int g = 0; g < 2; ++g) barrier_init(shared.staging_free(g), 1);
+        for (int i = 0; i < a.buffers; ++i)  // emptied by the warps that read it
+            barrier_init(shared.halo_full(i), 1), barrier_init(shared.halo_empty(i), kResident ? 4 : 8);
+        for (int i = 0; i < a.stages; ++i)
+            barrier_init(shared.weights_full(i), 1), barrier_init(shared.weights_empty(i), 16);  // of both blocks
         barrier_init_fence();
     }
     for (int i = 0; i < a.buffers; ++i)
@@ -208,15 +272,30 @@ __global__ void __launch_bounds__(kBoxThreads, 1)
             store_shared(shared.halo + i * a.buffer_bytes + byte, uint4{});
     fence_proxy_async();
     __syncthreads();
+    if (!kResident) cluster_sync();
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same register for the warp, as the compiler can tell
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) produce_boxes(maps, a, shared);
+        if (threadIdx.x == 0) produce_boxes<kResident>(maps, a, shared);
+        if (!kResident && threadIdx.x == 32) stream_weights(maps, a, shared);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         dependency_wait();
-        consume_boxes<T, kN>(maps, a, shared, group - 1);
+        consume_boxes<T, kN, kResident>(maps, a, shared, group - 1);
     }
+    if (!kResident) cluster_sync();  // nobody leaves while the other block may still free a stage here
+}
+
+template <typename T, int kN>
+__global__ void __launch_bounds__(kBoxThreads, 1)
+    spatial_infer_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
+    spatial_infer_block<T, kN, true>(maps, a);
+}
+
+template <typename T, int kN>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBoxThreads, 1)
+    spatial_infer_streamed_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
+    spatial_infer_block<T, kN, false>(maps, a);
 }
 
 // ---- Host.
@@ -251,16 +330,17 @@ const char* launch_boxes(const BoxPlan& plan, const BoxMaps& maps, const BoxArgs
             launch_dependent(kernel, dim3(plan.blocks, plan.cout_blocks), kBoxThreads, plan.shared, stream, maps, args);
         return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
-    switch (plan.positions) {
-        case 216:
-            return launch(spatial_infer_kernel<T, 216>);
-        case 208:
-            return launch(spatial_infer_kernel<T, 208>);
-        case 128:
-            return launch(spatial_infer_kernel<T, 128>);
-        case 64:
-            return launch(spatial_infer_kernel<T, 64>);
-    }
+#define P3D_CASE(N, RESIDENT, KERNEL) \
+    if (plan.positions == N && plan.resident == RESIDENT) return launch(KERNEL<T, N>)
+    P3D_CASE(216, true, spatial_infer_kernel);
+    P3D_CASE(208, true, spatial_infer_kernel);
+    P3D_CASE(128, true, spatial_infer_kernel);
+    P3D_CASE(64, true, spatial_infer_kernel);
+    P3D_CASE(216, false, spatial_infer_streamed_kernel);
+    P3D_CASE(112, false, spatial_infer_streamed_kernel);
+    P3D_CASE(64, false, spatial_infer_streamed_kernel);
+    P3D_CASE(48, false, spatial_infer_streamed_kernel);
+#undef P3D_CASE
     return "spatial_conv: no kernel for the planned tile";
 }
 
@@ -285,6 +365,8 @@ inline const char* spatial_infer(const SpatialConv& p, const BoxPlan& plan) {
     args.box_bytes = plan.box_bytes;
     args.buffer_bytes = plan.buffer_bytes;
     args.staged = plan.staging_bytes;
+    args.weight_bytes = plan.stages * (plan.resident ? 1 : 2) * kWeightBytes;
+    args.stages = plan.stages;
     return p.dtype == DType::bf16 ? launch_boxes<__nv_bfloat16>(plan, maps, args, p.stream)
                                   : launch_boxes<__half>(plan, maps, args, p.stream);
 }

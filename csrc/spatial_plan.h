@@ -45,12 +45,14 @@ inline const char* fail(const char* format, Values... values) {
     return message;
 }
 
-// How spatial_infer.cuh divides a shape. A tile is some rows of one frame, for 64 couts.
-constexpr int kBoxSizes[] = {216, 208, 128, 64};  // N of its kernels
-constexpr int kMaxBoxes = 6;                      // halo tiles
+// How spatial_infer.cuh divides a shape. A tile is some rows of one frame. N of its kernels, streamed and resident:
+constexpr int kBoxSizes[2][4] = {{216, 112, 64, 48}, {216, 208, 128, 64}};
+constexpr int kMaxBoxes = 6;  // halo tiles
 
 struct BoxPlan {
     int positions;                 // N of the matrix instruction
+    bool resident;                 // all weights of a block's couts stay in shared memory
+    int stages;                    // of weights; resident: their boxes
     int rows, frame_tiles, tiles;  // of a tile; tiles of a frame, and in all
     int stored_rows;               // at a time, a divisor of rows
     int chunks, buffers;           // of 64 input channels; halo tiles
@@ -126,42 +128,58 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     return nullptr;
 }
 
-// The same for spatial_infer.cuh: the rows of a tile that finish first; false if all weights of 64 couts and two halo
-// tiles fit for none.
-inline bool box_plan(BoxPlan& best, const ConvShape& s, int processors) {
-    auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles.
+inline bool fits(BoxPlan& plan, const ConvShape& s, int n, bool resident) {
+    auto round_up = [](int64_t v, int64_t unit) { return (v + unit - 1) / unit * unit; };
     int64_t pitch = s.width + 1, chunks = s.in_channels / kChunk;
-    int weights = int(std::min<int64_t>(chunks, 8)) * kTaps * kWeightBytes;
+    if (n < pitch || (resident && chunks > 3)) return false;
+    int64_t most = std::min(s.height, n / pitch), frame_tiles = (s.height + most - 1) / most;
+    if (double(s.frames) * double(frame_tiles) > 1 << 30) return false;
+    plan.positions = n;
+    plan.resident = resident;
+    plan.chunks = int(chunks);
+    plan.frame_tiles = int(frame_tiles);
+    plan.rows = int((s.height + frame_tiles - 1) / frame_tiles);
+    plan.tiles = int(s.frames * frame_tiles);
+    plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
+    int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
+    plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
+    int stage = (resident ? 1 : 2) * kWeightBytes, staging = resident ? 1 : 2;
+    plan.stages = resident ? plan.chunks * kTaps : 4;
+    int fixed = plan.stages * stage + 16 * (1 + kMaxBoxes + (resident ? plan.stages : kMaxStages));
+    for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
+        if (plan.rows % plan.stored_rows) continue;
+        // 8 rows of staging take what is not to be stored.
+        plan.staging_bytes = int(round_up(plan.stored_rows * pitch + 7, 8) + 8) * 2 * kChunk;
+        int room = kSharedLimit - fixed - staging * plan.staging_bytes;
+        plan.buffers = std::min(resident ? kMaxBoxes : kMaxBuffers, room / plan.buffer_bytes);
+        room -= plan.buffers * plan.buffer_bytes;
+        if (plan.buffers < 2) continue;
+        if (!resident) plan.stages = std::min(kMaxStages, plan.stages + room / stage);
+        plan.shared = fixed + staging * plan.staging_bytes + plan.buffers * plan.buffer_bytes;
+        if (!resident) plan.shared += (plan.stages - 4) * stage;
+        return true;
+    }
+    return false;
+}
+
+// The rows of a tile that finish first; false if spatial_infer.cuh has no kernel for the shape.
+inline bool box_plan(BoxPlan& best, const ConvShape& s, int processors) {
     bool found = false;
-    if (pitch > kBoxSizes[0] || weights > kSharedLimit) return false;
-    for (int n : kBoxSizes) {
-        BoxPlan plan{};
-        if (n < pitch) continue;
-        int64_t most = std::min(s.height, n / pitch);
-        plan.positions = n;
-        plan.frame_tiles = int((s.height + most - 1) / most);
-        plan.rows = int((s.height + plan.frame_tiles - 1) / plan.frame_tiles);
-        if (double(s.frames) * plan.frame_tiles > 1 << 30) continue;
-        plan.tiles = int(s.frames * plan.frame_tiles);
-        plan.chunks = int(chunks);
-        plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
-        int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
-        plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
-        int fixed = weights + 8 * (int(chunks) * kTaps + 2 * kMaxBoxes + 1);
-        // The fewest stores that leave room for two halo tiles; 8 rows of staging take what is not to be stored.
-        for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
-            if (plan.rows % plan.stored_rows) continue;
-            plan.staging_bytes = int(round_up(plan.stored_rows * pitch + 7, 8) + 8) * 2 * kChunk;
-            plan.buffers = std::min(kMaxBoxes, (kSharedLimit - fixed - plan.staging_bytes) / plan.buffer_bytes);
-            if (plan.buffers >= 2) break;
+    for (bool resident : {true, false}) {
+        if (!resident && s.out_channels % (2 * kChunk)) continue;
+        for (int n : kBoxSizes[resident]) {
+            BoxPlan plan{};
+            if (!fits(plan, s, n, resident)) continue;
+            int team = resident ? 1 : 2;  // blocks of a cluster, warpgroups that share a tile
+            plan.cout_blocks = int(s.out_channels / kChunk) / team;
+            int most = std::max(1, processors / plan.cout_blocks / team) * team;
+            plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
+            int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
+            int64_t product = int64_t(team) * plan.chunks * kTaps * 4 * std::max(n / 2, 16 + n / 4);
+            plan.cost = resident ? turns * product + 500 : turns * (product + 1000);  // what no product hides
+            if (!found || plan.cost < best.cost) best = plan, found = true;
         }
-        if (plan.stored_rows == 0) continue;
-        plan.shared = fixed + plan.staging_bytes + plan.buffers * plan.buffer_bytes;
-        plan.cout_blocks = int(s.out_channels / kChunk);
-        plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
-        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
-        plan.cost = turns * (chunks * kTaps * 4 * std::max(n / 2, 16 + n / 4)) + 500;  // the last tile's way out
-        if (!found || plan.cost < best.cost) best = plan, found = true;
     }
     return found;
 }
