@@ -15,6 +15,10 @@
 //             ring. Two blocks of other tiles and the same couts are a cluster: each fetches half of the weights, for
 //             both, so a stage is free once the warps of both blocks have read it. They take equally many tiles, if
 //             need be one past the last, of which the copy engine makes zeros and stores nothing.
+//
+// T alone, 3x1x1, is the same with three taps in place of nine: its frames are the clips, its rows the frames of a clip
+// and its columns their positions. A tile is some columns of R rows, and as a tap moves by rows alone the box has no
+// column more.
 #pragma once
 
 #include "spatial_kernel.cuh"
@@ -24,20 +28,20 @@ namespace p3d {
 constexpr int kBoxThreads = 384;
 
 struct BoxMaps {
-    CUtensorMap x;  // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64
-    CUtensorMap y;  // [F, H, W, Co], in boxes of 1 x stored_rows x (W + 1) x 64
-    CUtensorMap w;  // [Co, 9, Ci], in boxes of 64 x 1 x 64
+    CUtensorMap x;  // [F, H, W, Ci], in boxes of 1 x (R + 2) x pitch x 64
+    CUtensorMap y;  // [F, H, W, Co], in boxes of 1 x stored_rows x pitch x 64
+    CUtensorMap w;  // [Co, taps, Ci], in boxes of 64 x 1 x 64
 };
 
 struct BoxArgs {
     const float* out_affine;  // [3, Co] or nullptr
     int out_channels;
-    int pitch;                            // W + 1
-    int rows, stored_rows;                // R; at a time
-    int frame_tiles, tiles;               // of a frame, in all
-    int chunks, buffers;                  // of 64 input channels; halo tiles
-    int box_bytes, buffer_bytes, staged;  // of a halo tile; bytes of staging
-    int weight_bytes, stages;             // streamed: stages of the ring
+    int pitch, before;                     // columns of a box; before the tile's first: W + 1 and 1, of T any and 0
+    int rows, stored_rows;                 // R; at a time
+    int column_tiles, frame_tiles, tiles;  // side by side, of a frame, in all
+    int chunks, buffers;                   // of 64 input channels; halo tiles
+    int box_bytes, buffer_bytes, staged;   // of a halo tile; bytes of staging
+    int weight_bytes, stages;              // streamed: stages of the ring
 };
 
 // Where everything lies in shared memory. Of staging, the first 8 rows take what is not to be stored. Barriers come in
@@ -105,6 +109,17 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t sourc
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+struct BoxTile {
+    int frame, row, column;  // its first
+
+    __device__ __forceinline__ BoxTile(const BoxArgs& a, int tile) {
+        frame = tile / a.frame_tiles;
+        int rest = tile - frame * a.frame_tiles, line = rest / a.column_tiles;
+        row = line * a.rows;
+        column = (rest - line * a.column_tiles) * a.pitch;
+    }
+};
+
 // Whether this block works on the tile, or at least the other block of its cluster does.
 template <bool kResident>
 __device__ __forceinline__ bool in_turn(const BoxArgs& a, int tile) {
@@ -113,11 +128,11 @@ __device__ __forceinline__ bool in_turn(const BoxArgs& a, int tile) {
 
 // ---- Producers.
 
-template <bool kResident>
+template <bool kResident, int kCount>
 __device__ __forceinline__ void produce_boxes(const BoxMaps& maps, const BoxArgs& a, const BoxShared& shared) {
     auto bring_weights = [&](int chunk) {
-        for (int tap = 0; tap < kTaps; ++tap) {
-            int item = chunk * kTaps + tap;
+        for (int tap = 0; tap < kCount; ++tap) {
+            int item = chunk * kCount + tap;
             barrier_expect(shared.weights_full(item), kWeightBytes);
             copy_box(shared.weights + item * kWeightBytes, maps.w, shared.weights_full(item), chunk * kChunk, tap,
                      int(blockIdx.y) * kChunk);
@@ -128,12 +143,12 @@ __device__ __forceinline__ void produce_boxes(const BoxMaps& maps, const BoxArgs
     dependency_wait();
     Slot slot;
     for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
-        int frame = tile / a.frame_tiles, row = (tile - frame * a.frame_tiles) * a.rows;
+        BoxTile at(a, tile);
         for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
             barrier_wait(shared.halo_empty(slot.index), slot.parity ^ 1);
             barrier_expect(shared.halo_full(slot.index), a.box_bytes);
             copy_box(shared.halo + slot.index * a.buffer_bytes, maps.x, shared.halo_full(slot.index), chunk * kChunk,
-                     -1, row - 1, frame);
+                     at.column - a.before, at.row - 1, at.frame);
             if (kResident && tile == int(blockIdx.x) && (chunk > 0 || !a.out_affine)) bring_weights(chunk);
         }
     }
@@ -157,7 +172,7 @@ __device__ __forceinline__ void stream_weights(const BoxMaps& maps, const BoxArg
 
 // ---- Consumers.
 
-template <typename T, int kN, bool kResident>
+template <typename T, int kN, bool kResident, int kCount>
 __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs& a, const BoxShared& shared,
                                               int group) {
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
@@ -196,11 +211,11 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
             barrier_wait(shared.halo_full(slot.index), slot.parity);
             uint32_t x = shared.halo + slot.index * a.buffer_bytes;
 #pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) {
-                int item = kResident ? chunk * kTaps + tap : stage.index;
+            for (int tap = 0; tap < kCount; ++tap) {
+                int item = kResident ? chunk * kCount + tap : stage.index;
                 barrier_wait(shared.weights_full(item), stage.parity);
                 uint32_t w = shared.weights + (kResident ? item : 2 * item + group) * kWeightBytes;
-                uint32_t moved = x + 128 * (tap / 3 * a.pitch + tap % 3);
+                uint32_t moved = x + 128 * (kCount == 9 ? tap / 3 * a.pitch + tap % 3 : tap * a.pitch);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < kChunk / 16; ++k)
@@ -234,9 +249,9 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
                 }
                 v[2 * j + m] = pack<T>(first, second);
             }
-        int frame = tile / a.frame_tiles, row = (tile - frame * a.frame_tiles) * a.rows;
+        BoxTile at(a, tile);
         int piece = 2 * warp + lane / 8 % 2;  // 8 couts
-        for (int begin = 0, to = row; to < row + a.rows; begin += stored, to += a.stored_rows, ++stores) {
+        for (int begin = 0, to = at.row; to < at.row + a.rows; begin += stored, to += a.stored_rows, ++stores) {
             int position = lane % 8 - begin;  // in staging, of this lane's row of the first matrix
             uint32_t turned = staging + position * 128 + ((piece ^ (position & 7)) << 4);
             barrier_wait(shared.staging_free(out), (stores & 1) ^ 1);
@@ -247,15 +262,15 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
             fence_proxy_async();
             named_sync(1 + group, 128);
             if (thread == 0) {
-                store_box(maps.y, staging, cout, 0, to, frame);
+                store_box(maps.y, staging, cout, at.column, to, at.frame);
                 barrier_arrive(shared.staging_free(out));
             }
         }
     }
 }
 
-template <typename T, int kN, bool kResident>
-__device__ __forceinline__ void spatial_infer_block(const BoxMaps& maps, const BoxArgs& a) {
+template <typename T, int kN, bool kResident, int kCount>
+__device__ __forceinline__ void box_block(const BoxMaps& maps, const BoxArgs& a) {
     extern __shared__ __align__(1024) char memory[];
     BoxShared shared(memory, a, kResident);
     if (threadIdx.x == 0) {
@@ -276,12 +291,12 @@ __device__ __forceinline__ void spatial_infer_block(const BoxMaps& maps, const B
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same register for the warp, as the compiler can tell
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) produce_boxes<kResident>(maps, a, shared);
+        if (threadIdx.x == 0) produce_boxes<kResident, kCount>(maps, a, shared);
         if (!kResident && threadIdx.x == 32) stream_weights(maps, a, shared);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         dependency_wait();
-        consume_boxes<T, kN, kResident>(maps, a, shared, group - 1);
+        consume_boxes<T, kN, kResident, kCount>(maps, a, shared, group - 1);
     }
     if (!kResident) cluster_sync();  // nobody leaves while the other block may still free a stage here
 }
@@ -289,13 +304,19 @@ __device__ __forceinline__ void spatial_infer_block(const BoxMaps& maps, const B
 template <typename T, int kN>
 __global__ void __launch_bounds__(kBoxThreads, 1)
     spatial_infer_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
-    spatial_infer_block<T, kN, true>(maps, a);
+    box_block<T, kN, true, kTaps>(maps, a);
 }
 
 template <typename T, int kN>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBoxThreads, 1)
     spatial_infer_streamed_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
-    spatial_infer_block<T, kN, false>(maps, a);
+    box_block<T, kN, false, kTaps>(maps, a);
+}
+
+template <typename T, int kN>
+__global__ void __launch_bounds__(kBoxThreads, 1)
+    temporal_boxes_kernel(const __grid_constant__ BoxMaps maps, const __grid_constant__ BoxArgs a) {
+    box_block<T, kN, true, 3>(maps, a);
 }
 
 // ---- Host.
@@ -304,7 +325,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kBoxThreads, 1)
 inline const char* box_plan_here(BoxPlan& plan, bool& faster, const ConvShape& shape) {
     SpatialPlan other;
     if (const char* error = plan_here(other, shape, Pass::forward)) return error;
-    faster = box_plan(plan, shape, other.processors) && plan.cost <= other.cost;
+    faster = box_plan(plan, shape, kTaps, other.processors) && plan.cost <= other.cost;
     return nullptr;
 }
 
@@ -323,15 +344,17 @@ inline const char* frame_map(CUtensorMap& map, const void* base, DType dtype, co
     return result == CUDA_SUCCESS ? nullptr : fail("spatial_conv: cuTensorMapEncodeTiled failed with %d", int(result));
 }
 
+inline const char* launch_boxes(void (*kernel)(BoxMaps, BoxArgs), const BoxPlan& plan, const BoxMaps& maps,
+                                const BoxArgs& args, cudaStream_t stream) {
+    cudaError_t error =
+        launch_dependent(kernel, dim3(plan.blocks, plan.cout_blocks), kBoxThreads, plan.shared, stream, maps, args);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <typename T>
-const char* launch_boxes(const BoxPlan& plan, const BoxMaps& maps, const BoxArgs& args, cudaStream_t stream) {
-    auto launch = [&](auto kernel) {
-        cudaError_t error =
-            launch_dependent(kernel, dim3(plan.blocks, plan.cout_blocks), kBoxThreads, plan.shared, stream, maps, args);
-        return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-    };
+const char* launch_spatial(const BoxPlan& plan, const BoxMaps& maps, const BoxArgs& args, cudaStream_t stream) {
 #define P3D_CASE(N, RESIDENT, KERNEL) \
-    if (plan.positions == N && plan.resident == RESIDENT) return launch(KERNEL<T, N>)
+    if (plan.positions == N && plan.resident == RESIDENT) return launch_boxes(KERNEL<T, N>, plan, maps, args, stream)
     P3D_CASE(216, true, spatial_infer_kernel);
     P3D_CASE(208, true, spatial_infer_kernel);
     P3D_CASE(128, true, spatial_infer_kernel);
@@ -344,20 +367,27 @@ const char* launch_boxes(const BoxPlan& plan, const BoxMaps& maps, const BoxArgs
     return "spatial_conv: no kernel for the planned tile";
 }
 
-// y = epi(conv(x, w)) of p, which has neither affine nor partials, divided as `plan` says.
-inline const char* spatial_infer(const SpatialConv& p, const BoxPlan& plan) {
+template <typename T>
+const char* launch_temporal(const BoxPlan& plan, const BoxMaps& maps, const BoxArgs& args, cudaStream_t stream) {
+    if (plan.positions == 208) return launch_boxes(temporal_boxes_kernel<T, 208>, plan, maps, args, stream);
+    if (plan.positions == 112) return launch_boxes(temporal_boxes_kernel<T, 112>, plan, maps, args, stream);
+    return launch_boxes(temporal_boxes_kernel<T, 64>, plan, maps, args, stream);
+}
+
+// The maps and arguments of p, whose frames, height and width are those of x; of T its clips, time and frame.
+inline const char* prepare_boxes(BoxMaps& maps, BoxArgs& args, const SpatialConv& p, const BoxPlan& plan) {
     const ConvShape& s = p.shape;
-    BoxMaps maps{};
-    int pitch = int(s.width + 1);
-    if (const char* error = frame_map(maps.x, p.x, p.dtype, s, s.in_channels, plan.rows + 2, pitch)) return error;
-    if (const char* error = frame_map(maps.y, p.y, p.dtype, s, s.out_channels, plan.stored_rows, pitch)) return error;
-    if (const char* error = weight_map(maps.w, p.w, p.dtype, s.in_channels, s.out_channels)) return error;
-    BoxArgs args{};
+    if (const char* error = frame_map(maps.x, p.x, p.dtype, s, s.in_channels, plan.rows + 2, plan.pitch)) return error;
+    if (const char* error = frame_map(maps.y, p.y, p.dtype, s, s.out_channels, plan.stored_rows, plan.pitch))
+        return error;
+    if (const char* error = weight_map(maps.w, p.w, p.dtype, s.in_channels, s.out_channels, plan.taps)) return error;
     args.out_affine = p.out_affine;
     args.out_channels = int(s.out_channels);
-    args.pitch = pitch;
+    args.pitch = plan.pitch;
+    args.before = plan.taps == kTaps ? 1 : 0;
     args.rows = plan.rows;
     args.stored_rows = plan.stored_rows;
+    args.column_tiles = plan.column_tiles;
     args.frame_tiles = plan.frame_tiles;
     args.tiles = plan.tiles;
     args.chunks = plan.chunks;
@@ -367,8 +397,16 @@ inline const char* spatial_infer(const SpatialConv& p, const BoxPlan& plan) {
     args.staged = plan.staging_bytes;
     args.weight_bytes = plan.stages * (plan.resident ? 1 : 2) * kWeightBytes;
     args.stages = plan.stages;
-    return p.dtype == DType::bf16 ? launch_boxes<__nv_bfloat16>(plan, maps, args, p.stream)
-                                  : launch_boxes<__half>(plan, maps, args, p.stream);
+    return nullptr;
+}
+
+// y = epi(conv(x, w)) of p, which has neither affine nor partials, divided as `plan` says.
+inline const char* spatial_infer(const SpatialConv& p, const BoxPlan& plan) {
+    BoxMaps maps{};
+    BoxArgs args{};
+    if (const char* error = prepare_boxes(maps, args, p, plan)) return error;
+    return p.dtype == DType::bf16 ? launch_spatial<__nv_bfloat16>(plan, maps, args, p.stream)
+                                  : launch_spatial<__half>(plan, maps, args, p.stream);
 }
 
 }  // namespace p3d

@@ -47,16 +47,20 @@ inline const char* fail(const char* format, Values... values) {
 
 // How spatial_infer.cuh divides a shape. A tile is some rows of one frame. N of its kernels, streamed and resident:
 constexpr int kBoxSizes[2][4] = {{216, 112, 64, 48}, {216, 208, 128, 64}};
-constexpr int kMaxBoxes = 6;  // halo tiles
+constexpr int kTemporalSizes[] = {208, 112, 64};  // of T, resident
+constexpr int kMaxBoxes = 6;                      // halo tiles
 
 struct BoxPlan {
-    int positions;                 // N of the matrix instruction
-    bool resident;                 // all weights of a block's couts stay in shared memory
-    int stages;                    // of weights; resident: their boxes
-    int rows, frame_tiles, tiles;  // of a tile; tiles of a frame, and in all
-    int stored_rows;               // at a time, a divisor of rows
-    int chunks, buffers;           // of 64 input channels; halo tiles
-    int box_bytes, buffer_bytes;   // of a halo tile: as copied, and with what is read past that
+    int positions;                         // N of the matrix instruction
+    bool resident;                         // all weights of a block's couts stay in shared memory
+    int stages;                            // of weights; resident: their boxes
+    int taps;                              // 9, or 3 of T
+    int pitch;                             // columns of a box
+    int rows;                              // of a tile
+    int column_tiles, frame_tiles, tiles;  // side by side, of a frame, in all
+    int stored_rows;                       // at a time, a divisor of rows
+    int chunks, buffers;                   // of 64 input channels; halo tiles
+    int box_bytes, buffer_bytes;           // of a halo tile: as copied, and with what is read past that
     int staging_bytes;
     int blocks, cout_blocks;  // the grid
     int shared;               // bytes
@@ -128,24 +132,35 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     return nullptr;
 }
 
-// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles.
-inline bool fits(BoxPlan& plan, const ConvShape& s, int n, bool resident) {
+// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles. T, of
+// three taps, has clips, time and frame for frames, height and width.
+inline bool fits(BoxPlan& plan, const ConvShape& s, int taps, int n, bool resident) {
     auto round_up = [](int64_t v, int64_t unit) { return (v + unit - 1) / unit * unit; };
-    int64_t pitch = s.width + 1, chunks = s.in_channels / kChunk;
-    if (n < pitch || (resident && chunks > 3)) return false;
-    int64_t most = std::min(s.height, n / pitch), frame_tiles = (s.height + most - 1) / most;
-    if (double(s.frames) * double(frame_tiles) > 1 << 30) return false;
+    auto parts = [](int64_t whole, int64_t most) { return (whole + most - 1) / most; };
+    int64_t chunks = s.in_channels / kChunk, pitch = s.width + 1, column_tiles = 1;
+    if (taps != kTaps) {
+        column_tiles = parts(s.width, n / std::min<int64_t>(s.height, 8));
+        pitch = parts(s.width, column_tiles);
+    }
+    if (n < pitch || (resident && chunks * taps * kWeightBytes > kSharedLimit)) return false;
+    int64_t lines = parts(s.height, std::min(s.height, n / pitch));
+    if (double(s.frames) * double(lines) * double(column_tiles) > 1 << 30) return false;
+    int64_t channels = std::max(s.in_channels, s.out_channels);
+    if (double(channels) * double(s.height) * double(s.width) > 5e11) return false;  // strides of a map are below 2^40
     plan.positions = n;
     plan.resident = resident;
     plan.chunks = int(chunks);
-    plan.frame_tiles = int(frame_tiles);
-    plan.rows = int((s.height + frame_tiles - 1) / frame_tiles);
-    plan.tiles = int(s.frames * frame_tiles);
+    plan.taps = taps;
+    plan.pitch = int(pitch);
+    plan.rows = int(parts(s.height, lines));
+    plan.column_tiles = int(column_tiles);
+    plan.frame_tiles = int(lines * column_tiles);
+    plan.tiles = int(s.frames * plan.frame_tiles);
     plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
     int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
     plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
     int stage = (resident ? 1 : 2) * kWeightBytes, staging = resident ? 1 : 2;
-    plan.stages = resident ? plan.chunks * kTaps : 4;
+    plan.stages = resident ? plan.chunks * taps : 4;
     int fixed = plan.stages * stage + 16 * (1 + kMaxBoxes + (resident ? plan.stages : kMaxStages));
     for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
         if (plan.rows % plan.stored_rows) continue;
@@ -164,23 +179,27 @@ inline bool fits(BoxPlan& plan, const ConvShape& s, int n, bool resident) {
 }
 
 // The rows of a tile that finish first; false if spatial_infer.cuh has no kernel for the shape.
-inline bool box_plan(BoxPlan& best, const ConvShape& s, int processors) {
+inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors) {
     bool found = false;
-    for (bool resident : {true, false}) {
-        if (!resident && s.out_channels % (2 * kChunk)) continue;
-        for (int n : kBoxSizes[resident]) {
-            BoxPlan plan{};
-            if (!fits(plan, s, n, resident)) continue;
-            int team = resident ? 1 : 2;  // blocks of a cluster, warpgroups that share a tile
-            plan.cout_blocks = int(s.out_channels / kChunk) / team;
-            int most = std::max(1, processors / plan.cout_blocks / team) * team;
-            plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
-            int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
-            int64_t product = int64_t(team) * plan.chunks * kTaps * 4 * std::max(n / 2, 16 + n / 4);
-            plan.cost = resident ? turns * product + 500 : turns * (product + 1000);  // what no product hides
-            if (!found || plan.cost < best.cost) best = plan, found = true;
-        }
+    auto consider = [&](int n, bool resident) {
+        BoxPlan plan{};
+        if (!fits(plan, s, taps, n, resident)) return;
+        int team = resident ? 1 : 2;  // blocks of a cluster, warpgroups that share a tile
+        plan.cout_blocks = int(s.out_channels / kChunk) / team;
+        int most = std::max(1, processors / plan.cout_blocks / team) * team;
+        plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
+        int64_t product = int64_t(team) * plan.chunks * taps * 4 * std::max(n / 2, 16 + n / 4);
+        plan.cost = resident ? turns * product + 500 : turns * (product + 1000);  // what no product hides
+        if (!found || plan.cost < best.cost) best = plan, found = true;
+    };
+    if (taps != kTaps) {
+        for (int n : kTemporalSizes) consider(n, true);
+        return found;
     }
+    for (int n : kBoxSizes[1]) consider(n, true);
+    if (s.out_channels % (2 * kChunk) == 0)
+        for (int n : kBoxSizes[0]) consider(n, false);
     return found;
 }
 
