@@ -353,31 +353,40 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"));
 
-    m.def(
-        "temporal_infer",
-        [](uintptr_t x, uintptr_t o, uintptr_t w, uintptr_t affine, uintptr_t y, int64_t clips, int64_t time,
-           int64_t frame, int64_t channels, const std::string& join_name, const std::string& dtype_name,
-           uintptr_t stream) {
-            p3d::TemporalInfer p{};
-            p.shape = {clips, time, frame, channels};
-            p.dtype = dtype(dtype_name);
-            p.join = join(join_name);
-            p.x = pointer<const void>(x);
-            p.o = pointer<const void>(o);
-            p.w = pointer<const void>(w);
-            p.affine = pointer<const float>(affine);
-            p.y = pointer<void>(y);
-            p.stream = pointer<CUstream_st>(stream);
-            check(p3d::temporal_infer(p));
-        },
-        py::arg("x"), py::arg("o"), py::arg("w"), py::arg("affine"), py::arg("y"), py::arg("clips"), py::arg("time"),
-        py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"), py::arg("stream"));
+    auto temporal = [&](const char* name, auto launch) {
+        m.def(
+            name,
+            [launch](uintptr_t x, uintptr_t o, uintptr_t w, uintptr_t affine, uintptr_t y, int64_t clips, int64_t time,
+                     int64_t frame, int64_t channels, const std::string& join_name, const std::string& dtype_name,
+                     uintptr_t stream) {
+                p3d::TemporalInfer p{};
+                p.shape = {clips, time, frame, channels};
+                p.dtype = dtype(dtype_name);
+                p.join = join(join_name);
+                p.x = pointer<const void>(x);
+                p.o = pointer<const void>(o);
+                p.w = pointer<const void>(w);
+                p.affine = pointer<const float>(affine);
+                p.y = pointer<void>(y);
+                p.stream = pointer<CUstream_st>(stream);
+                check(launch(p));
+            },
+            py::arg("x"), py::arg("o"), py::arg("w"), py::arg("affine"), py::arg("y"), py::arg("clips"),
+            py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("join"), py::arg("dtype"),
+            py::arg("stream"));
+    };
+    temporal("temporal_infer", p3d::temporal_infer);
+    temporal("temporal_boxes", p3d::temporal_boxes);
 
-    m.def(
-        "temporal_infer_why_not",
-        [](int64_t clips, int64_t time, int64_t frame, int64_t channels) {
-            const char* why = p3d::temporal_infer_why_not({clips, time, frame, channels});
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
-        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"));
+    auto temporal_reason = [&](const char* name, auto why_not) {
+        m.def(
+            name,
+            [why_not](int64_t clips, int64_t time, int64_t frame, int64_t channels) {
+                const char* why = why_not({clips, time, frame, channels});
+                return why ? std::optional<std::string>(why) : std::nullopt;
+            },
+            py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"));
+    };
+    temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
+    temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
 }

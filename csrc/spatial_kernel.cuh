@@ -203,11 +203,12 @@ inline const char* plan_here(SpatialPlan& plan, const ConvShape& shape, Pass pas
     return error == cudaSuccess ? spatial_plan(plan, shape, pass, processors) : cudaGetErrorString(error);
 }
 
-// Weights as [outer, 9, inner], read in boxes of 64 x 1 x 64.
-inline const char* weight_map(CUtensorMap& map, const void* weights, DType dtype, uint64_t inner, uint64_t outer) {
+// Weights as [outer, taps, inner], read in boxes of 64 x 1 x 64.
+inline const char* weight_map(CUtensorMap& map, const void* weights, DType dtype, uint64_t inner, uint64_t outer,
+                              uint64_t taps = kTaps) {
     auto encode = tensor_map_encoder();
     if (!encode) return "spatial_conv: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
-    cuuint64_t sizes[] = {inner, kTaps, outer}, strides[] = {2 * inner, 2 * inner * kTaps};
+    cuuint64_t sizes[] = {inner, taps, outer}, strides[] = {2 * inner, 2 * inner * taps};
     cuuint32_t box[] = {kChunk, 1, kChunk}, steps[] = {1, 1, 1};
     auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     CUresult result =

@@ -33,6 +33,8 @@ struct SpatialPlan {
     int plane, halo, tiles;   // bytes of a plane, positions of a halo tile, tiles in all
     int blocks, cout_blocks;  // the grid
     int shared;               // bytes
+    int processors;           // planned for
+    int64_t cost;             // cycles, about
 };
 
 // A message with its values; valid until the thread's next.
@@ -42,6 +44,28 @@ inline const char* fail(const char* format, Values... values) {
     std::snprintf(message, sizeof message, format, values...);
     return message;
 }
+
+// How spatial_infer.cuh divides a shape. A tile is some rows of one frame. N of its kernels, streamed and resident:
+constexpr int kBoxSizes[2][4] = {{216, 112, 64, 48}, {216, 208, 128, 64}};
+constexpr int kTemporalSizes[] = {208, 112, 64};  // of T, resident
+constexpr int kMaxBoxes = 6;                      // halo tiles
+
+struct BoxPlan {
+    int positions;                         // N of the matrix instruction
+    bool resident;                         // all weights of a block's couts stay in shared memory
+    int stages;                            // of weights; resident: their boxes
+    int taps;                              // 9, or 3 of T
+    int pitch;                             // columns of a box
+    int rows;                              // of a tile
+    int column_tiles, frame_tiles, tiles;  // side by side, of a frame, in all
+    int stored_rows;                       // at a time, a divisor of rows
+    int chunks, buffers;                   // of 64 input channels; halo tiles
+    int box_bytes, buffer_bytes;           // of a halo tile: as copied, and with what is read past that
+    int staging_bytes;
+    int blocks, cout_blocks;  // the grid
+    int shared;               // bytes
+    int64_t cost;             // cycles, about
+};
 
 // Why no kernel takes these sizes, whatever its tile; nullptr if they are in order.
 inline const char* sizes_why_not(const char* op, const ConvShape& s) {
@@ -89,12 +113,14 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     int64_t best_cost = -1;
     auto consider = [&](int n) {
         SpatialPlan plan{};
+        plan.processors = processors;
         if (!fits(plan, s, n, resident)) return;
         plan.cout_blocks = resident ? 1 : int((s.out_channels + 127) / 128);
         plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
         int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = s.in_channels / 16 * kTaps;
         int64_t overhead = resident ? 500 : 1000 + 8 * n;  // what the other warpgroup does not hide
         int64_t cost = turns * (2 * steps * std::max(n / 2, 16 + n / 4) + overhead);
+        plan.cost = cost;
         if (best_cost < 0 || cost < best_cost) best_cost = cost, best = plan;
     };
     if (resident)
@@ -104,6 +130,77 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     if (best_cost < 0)
         return fail("spatial_conv: width: expected rows that fit in shared memory, got %lld", (long long)s.width);
     return nullptr;
+}
+
+// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles. T, of
+// three taps, has clips, time and frame for frames, height and width.
+inline bool fits(BoxPlan& plan, const ConvShape& s, int taps, int n, bool resident) {
+    auto round_up = [](int64_t v, int64_t unit) { return (v + unit - 1) / unit * unit; };
+    auto parts = [](int64_t whole, int64_t most) { return (whole + most - 1) / most; };
+    int64_t chunks = s.in_channels / kChunk, pitch = s.width + 1, column_tiles = 1;
+    if (taps != kTaps) {
+        column_tiles = parts(s.width, n / std::min<int64_t>(s.height, 8));
+        pitch = parts(s.width, column_tiles);
+    }
+    if (n < pitch || (resident && chunks * taps * kWeightBytes > kSharedLimit)) return false;
+    int64_t lines = parts(s.height, std::min(s.height, n / pitch));
+    if (double(s.frames) * double(lines) * double(column_tiles) > 1 << 30) return false;
+    int64_t channels = std::max(s.in_channels, s.out_channels);
+    if (double(channels) * double(s.height) * double(s.width) > 5e11) return false;  // strides of a map are below 2^40
+    plan.positions = n;
+    plan.resident = resident;
+    plan.chunks = int(chunks);
+    plan.taps = taps;
+    plan.pitch = int(pitch);
+    plan.rows = int(parts(s.height, lines));
+    plan.column_tiles = int(column_tiles);
+    plan.frame_tiles = int(lines * column_tiles);
+    plan.tiles = int(s.frames * plan.frame_tiles);
+    plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
+    int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
+    plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
+    int stage = (resident ? 1 : 2) * kWeightBytes, staging = resident ? 1 : 2;
+    plan.stages = resident ? plan.chunks * taps : 4;
+    int fixed = plan.stages * stage + 16 * (1 + kMaxBoxes + (resident ? plan.stages : kMaxStages));
+    for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
+        if (plan.rows % plan.stored_rows) continue;
+        // 8 rows of staging take what is not to be stored.
+        plan.staging_bytes = int(round_up(plan.stored_rows * pitch + 7, 8) + 8) * 2 * kChunk;
+        int room = kSharedLimit - fixed - staging * plan.staging_bytes;
+        plan.buffers = std::min(resident ? kMaxBoxes : kMaxBuffers, room / plan.buffer_bytes);
+        room -= plan.buffers * plan.buffer_bytes;
+        if (plan.buffers < 2) continue;
+        if (!resident) plan.stages = std::min(kMaxStages, plan.stages + room / stage);
+        plan.shared = fixed + staging * plan.staging_bytes + plan.buffers * plan.buffer_bytes;
+        if (!resident) plan.shared += (plan.stages - 4) * stage;
+        return true;
+    }
+    return false;
+}
+
+// The rows of a tile that finish first; false if spatial_infer.cuh has no kernel for the shape.
+inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors) {
+    bool found = false;
+    auto consider = [&](int n, bool resident) {
+        BoxPlan plan{};
+        if (!fits(plan, s, taps, n, resident)) return;
+        int team = resident ? 1 : 2;  // blocks of a cluster, warpgroups that share a tile
+        plan.cout_blocks = int(s.out_channels / kChunk) / team;
+        int most = std::max(1, processors / plan.cout_blocks / team) * team;
+        plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
+        int64_t product = int64_t(team) * plan.chunks * taps * 4 * std::max(n / 2, 16 + n / 4);
+        plan.cost = resident ? turns * product + 500 : turns * (product + 1000);  // what no product hides
+        if (!found || plan.cost < best.cost) best = plan, found = true;
+    };
+    if (taps != kTaps) {
+        for (int n : kTemporalSizes) consider(n, true);
+        return found;
+    }
+    for (int n : kBoxSizes[1]) consider(n, true);
+    if (s.out_channels % (2 * kChunk) == 0)
+        for (int n : kBoxSizes[0]) consider(n, false);
+    return found;
 }
 
 }  // namespace p3d

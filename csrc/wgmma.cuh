@@ -125,6 +125,7 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
 P3D_WGMMA(48, 6, 24, 25, 26)
 P3D_WGMMA(64, 8, 32, 33, 34)
 P3D_WGMMA(80, 10, 40, 41, 42)
+P3D_WGMMA(112, 14, 56, 57, 58)
 P3D_WGMMA(120, 15, 60, 61, 62)
 P3D_WGMMA(128, 16, 64, 65, 66)
 P3D_WGMMA(136, 17, 68, 69, 70)

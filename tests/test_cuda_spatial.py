@@ -44,6 +44,32 @@ STREAMED = [
     (3, 1, 40, 41, 256, 128),
     (12, 4, 20, 20, 128, 128),
 ]
+# What inference takes another kernel for: every tile size of it, one and two chunks, rows that do not divide, more
+# stores than one a tile, several turns, several blocks of couts.
+BOXES = [
+    (2, 3, 7, 5, 64, 64),
+    (1, 2, 9, 1, 64, 128),
+    (32, 8, 40, 40, 64, 64),
+    (32, 8, 39, 40, 64, 64),
+    (32, 4, 20, 20, 128, 128),
+    (12, 4, 20, 20, 128, 64),
+    (33, 8, 10, 9, 128, 128),
+    (33, 8, 20, 5, 128, 192),
+    (1, 2, 300, 1, 64, 64),
+    (4, 5, 17, 25, 64, 192),
+]
+# The same where weights pass through the rings of two blocks: an odd number of tiles, more chunks than halo tiles.
+PAIRS = [
+    (1, 1, 1, 1, 256, 128),
+    (33, 4, 20, 20, 256, 128),
+    (32, 2, 10, 10, 256, 256),
+    (64, 2, 10, 10, 256, 256),
+    (11, 3, 10, 10, 256, 256),
+    (5, 3, 10, 10, 256, 256),
+    (7, 1, 9, 13, 320, 384),
+    (5, 1, 23, 23, 256, 128),
+    (12, 1, 5, 5, 512, 512),
+]
 
 
 def _names(shape):
@@ -118,7 +144,7 @@ def _combine(partials):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED + BOXES + PAIRS, ids=_names)
 def test_plain(shape, dtype):
     n, t, h, w, ci, co = shape
     x, (weight, packed) = _activation(n, ci, t, h, w, dtype), _weight(co, ci, dtype)
@@ -311,7 +337,9 @@ def test_wgrad_runs_are_equal(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prologue", [False, True])
-@pytest.mark.parametrize("shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6]], ids=_names)
+@pytest.mark.parametrize(
+    "shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6], *BOXES, *PAIRS], ids=_names
+)
 def test_inference_epilogue(shape, dtype, prologue):
     n, t, h, w, ci, co = shape
     x, (weight, packed) = _activation(n, ci, t, h, w, dtype), _weight(co, ci, dtype)
@@ -357,6 +385,24 @@ def test_nan_passes_through_both_relus_and_reaches_its_neighbours_only(shape):
     x[0, 1, 0, 2, 0] = torch.nan
     y, _ = _cuda.spatial_conv_fwd(x, packed, affine=_affine(ci), out_affine=_affine(co))
     assert torch.equal(y.isnan(), F.conv3d(x, torch.ones_like(weight), padding=(0, 1, 1)).isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", BOXES + PAIRS, ids=_names)
+def test_inference_keeps_a_nan_among_its_neighbours_and_repeats_itself(shape):
+    n, t, h, w, ci, co = shape
+    x, (weight, packed) = _activation(n, ci, t, h, w, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    x[0, ci - 1, t - 1, h // 2, w - 1] = torch.nan
+    affine = _affine(co)
+    y, _ = _cuda.spatial_conv_fwd(x, packed, out_affine=affine)
+    assert torch.equal(y.isnan(), F.conv3d(x, torch.ones_like(weight), padding=(0, 1, 1)).isnan())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again, _ = _cuda.spatial_conv_fwd(x, packed, out_affine=affine)
+    for _ in range(3):
+        again.zero_()
+        graph.replay()
+        assert torch.equal(y.nan_to_num(), again.nan_to_num())
 
 
 @pytest.mark.gpu

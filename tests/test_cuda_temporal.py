@@ -27,6 +27,19 @@ SHAPES = [
     (11, 128, 4, 20, 20),
     (400, 128, 5, 5, 3),
 ]
+# Without a join from 128 channels on there is another kernel, of 64 of them a block: each of its tile sizes, several
+# turns, more frames than a tile has rows and rows that do not divide, columns that do not.
+BOXES = [
+    (1, 128, 1, 1, 1),
+    (2, 128, 3, 5, 7),
+    (1, 128, 1, 9, 13),
+    (32, 128, 4, 20, 20),
+    (3, 192, 19, 7, 11),
+    (32, 256, 2, 10, 10),
+    (33, 256, 5, 10, 9),
+    (5, 256, 4, 3, 3),
+    (2, 384, 70, 2, 2),
+]
 # Of kind A; B in the wirings port and author; C likewise: how T is joined, and with what.
 JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", "x"), ("mean_relu", "x")]
 
@@ -64,6 +77,17 @@ def test_against_float64(shape, join, dtype):
     y = _cuda.temporal_infer(*arguments)
     check(y, _in_float64(*arguments), dtype)
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BOXES, ids=lambda s: "x".join(map(str, s)))
+def test_without_a_join_against_float64(shape, dtype):
+    arguments = _arguments(shape, dtype, "relu", None)
+    y = _cuda.temporal_infer(*arguments)
+    check(y, _in_float64(*arguments), dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(y, _cuda.temporal_infer(*arguments))
 
 
 @pytest.mark.gpu
@@ -106,6 +130,7 @@ def test_reasons():
         return _cuda.temporal_why_not((n, m, t, h, 40), dtype)
 
     assert why() is None and why(m=128) is None
+    assert _cuda.temporal_why_not((2, 256, 4, 10, 10), torch.bfloat16, "relu") is None
     assert "float32" in why(dtype=torch.float32)
     assert "256" in why(m=256)
     assert "H * W" in why(h=2**26) and "2^30" in why(n=2**26)

@@ -625,13 +625,20 @@ def tail_infer(
     return y, z
 
 
-def temporal_why_not(x_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Why T's kernel cannot run for x [N, M, T, H, W] on the current device, or None."""
+def temporal_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, join: str = "relu_add") -> str | None:
+    """Why T has no kernel for x [N, M, T, H, W] and this join on the current device, or None."""
     if dtype not in _DTYPES:
         return f"temporal_infer: dtype {dtype} (expected bfloat16 or float16)"
-    n, m, t, h, w = x_shape
     native = _backends.native()
-    return native if isinstance(native, str) else native.temporal_infer_why_not(n, t, h * w, m)
+    return native if isinstance(native, str) else _temporal_kernel(native, x_shape, join)[1]
+
+
+def _temporal_kernel(native, x_shape: tuple[int, ...], join: str) -> tuple[str, str | None]:
+    """Which of T's two kernels runs, and why it cannot, or None: one has no join, the other two widths."""
+    n, m, t, h, w = x_shape
+    if join == "relu" and native.temporal_boxes_why_not(n, t, h * w, m) is None:
+        return "temporal_boxes", None
+    return "temporal_infer", native.temporal_infer_why_not(n, t, h * w, m)
 
 
 def temporal_infer(
@@ -663,7 +670,9 @@ def temporal_infer(
         if isinstance(native, str):
             raise RuntimeError(native)
         sizes = n, t, h * width, m, join, _DTYPES[x.dtype]
-        return NativePlan(lambda stream, *addresses: native.temporal_infer(*addresses, *sizes, stream))
+        with torch.cuda.device(x.device):
+            launch = getattr(native, _temporal_kernel(native, tuple(x.shape), join)[0])
+        return NativePlan(lambda stream, *addresses: launch(*addresses, *sizes, stream))
 
     plan_for(("temporal_infer", x.shape, x.dtype, x.device, join), build)(x, o, w, record, y)
     return y

@@ -253,7 +253,7 @@ def t_infer(
     source, o, join = t_operands(x, s, config)
     w = weights[1]
     if source.shape == s.shape and w.size(0) == w.size(1) and cuda_allowed(source):
-        if _cuda.temporal_why_not(tuple(source.shape), source.dtype) is None:
+        if _cuda.temporal_why_not(tuple(source.shape), source.dtype, join) is None:
             return _cuda.temporal_infer(source, o, join, taps_of(w), records[1])
     geometry = Geometry((3, 1, 1), (1, stride if source is x else 1))
     return conv(Operand("raw", source), w, geometry, Epilogue(record=records[1], join=join, o=o))[0]
