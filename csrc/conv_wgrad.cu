@@ -403,7 +403,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
-            finish<T>(read, a.centre != nullptr, target, shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
+            finish<T>(read, a.centre != nullptr, target,
+                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
                       shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
             if (whole || read == Read::masked) continue;

@@ -143,7 +143,7 @@ struct ConvWgrad {
     WgradOperand g, x;
     const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
                           // the differences rounded to the dtype; or nullptr
-    float* partials;  // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
+    float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
     CUstream_st* stream;
 };
 
