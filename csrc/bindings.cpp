@@ -143,8 +143,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "conv_wgrad",
         [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
-           uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t partials,
-           const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+           uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t centre,
+           uintptr_t partials, const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvWgrad p{};
             p.shape = conv_wgrad_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -160,13 +160,14 @@ PYBIND11_MODULE(_C, m) {
                    pointer<const float>(x_affine_a),
                    pointer<const float>(x_affine_b),
                    pointer<const float>(x_sums)};
+            p.centre = pointer<const float>(centre);
             p.partials = pointer<float>(partials);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::conv_wgrad(p));
         },
         py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
-        py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("partials"),
-        py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+        py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("centre"),
+        py::arg("partials"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "conv_wgrad_why_not",

@@ -15,6 +15,8 @@
 //
 // A box of 64 channels is kPositions rows of 128 bytes, swizzled. A *stage* of the ring holds the boxes of one turn: a
 // of G, a of X, b of G, b of X. Where G and X are one operand and the tile's columns are among its rows, X's are G's.
+// Its centre, if there is one, is taken off what the read has rounded: sums of products of values far from zero lose in
+// float32 what the values vary by.
 #include <algorithm>
 #include <iterator>
 
@@ -30,7 +32,7 @@ constexpr int kThreads = 512;
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
 static_assert(2 * (kProducerRegisters + kConsumerRegisters) <= 65536 / 128, "registers of the block");
 constexpr int kMaxRing = 8;
-constexpr int kConstants = 6;                            // rows of constants of a read, at most
+constexpr int kConstants = 7;                            // rows of constants of a read, at most, and the centre
 constexpr int kConstantBytes = kConstants * kChunk * 4;  // of 64 channels
 constexpr int kOnesBytes = 16 * 8 * 2;
 constexpr int kGroup = 16;  // positions that a finisher takes at a time
@@ -60,7 +62,8 @@ struct Reader {  // an operand's read and its constants
 
 struct WgradArgs {
     Reader g, x;
-    float* partials;  // [splits, Co * taps * Ci + totals * Co]
+    const float* centre;  // [C]
+    float* partials;      // [splits, Co * taps * Ci + totals * Co]
     int in_channels, out_channels, taps;
     bool totals, same;
     int width, height;          // of the positions
@@ -212,7 +215,10 @@ __device__ __forceinline__ void produce(const WgradMaps& maps, const WgradArgs& 
 //   bn_relu  mean, scale and bias of a
 //   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
 //   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
-__device__ __forceinline__ float constant_of(const Reader& reader, int row, int channel, int channels) {
+// and, last, the centre of both operands.
+__device__ __forceinline__ float constant_of(const Reader& reader, const float* centre, int row, int channel,
+                                             int channels) {
+    if (row == kConstants - 1) return centre ? centre[channel] : 0;
     int at = row % 3 * channels + channel;
     if (reader.read == Read::raw || reader.read == Read::masked) return 0;
     if (reader.read == Read::bn_bwd || reader.read == Read::bn_bwd_open) {
@@ -232,9 +238,9 @@ __device__ __forceinline__ void prepare(const WgradArgs& a, const WgradShared<Sh
     constexpr int kSize = kConstants * kChunk;
     for (int i = thread; i < (Shape::kRows + Shape::kColumns) * kSize; i += kThreads - 32) {
         int chunk = i / kSize, row = i % kSize / kChunk, channel = i % kChunk, column = chunk - Shape::kRows;
-        float v = column < 0 ? constant_of(a.g, row, job.cout + chunk * kChunk + channel, a.out_channels)
-                             : constant_of(a.x, row, job.channel + (a.taps == 1 ? column * kChunk : 0) + channel,
-                                           a.in_channels);
+        float v = column < 0 ? constant_of(a.g, a.centre, row, job.cout + chunk * kChunk + channel, a.out_channels)
+                             : constant_of(a.x, a.centre, row,
+                                           job.channel + (a.taps == 1 ? column * kChunk : 0) + channel, a.in_channels);
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared.constants + 4 * i), "f"(v) : "memory");
     }
     if (thread < kOnesBytes / 8) {
@@ -283,10 +289,21 @@ __device__ __forceinline__ uint32_t pack_value(float a, float b) {
     return v;
 }
 
-// Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu. A lane has four channels
-// and every other row.
-template <typename T, bool kTwo, bool kRelu, typename Value>
-__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value) {
+// a - b of both halves, each rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+    uint32_t v;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    else
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+// Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu, rounded; with kCentred
+// less `centre`, of the lane's channels. A lane has four channels and every other row.
+template <typename T, bool kTwo, bool kRelu, bool kCentred = false, typename Value>
+__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value, uint2 centre = {}) {
     constexpr int kBatch = 4;
 #pragma unroll
     for (int begin = 0; begin < kGroup / 2; begin += kBatch) {
@@ -301,16 +318,41 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const 
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
-            store_shared(a + piece(lane, begin + k),
-                         uint2{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
-                               pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))});
+            uint2 packed{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
+                         pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
+            if (kCentred) packed = {subtract<T>(packed.x, centre.x), subtract<T>(packed.y, centre.y)};
+            store_shared(a + piece(lane, begin + k), packed);
         }
     }
 }
 
-// Applies a read to 16 rows of 64 channels, in place. `constants` are those of the channels.
+// Applies a read of an activation, bn_relu or join_*, to 16 rows of 64 channels, in place. `constants` are those of the
+// channels.
+template <typename T, bool kCentred>
+__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+    constants += 16 * (lane % 16);
+    uint2 c{};
+    if (kCentred) {
+        Row4 centre(constants + 4 * kChunk * (kConstants - 1));
+        c = {pack<T>(centre[0], centre[1]), pack<T>(centre[2], centre[3])};
+    }
+    Affine4 u(constants);
+    if (read == Read::bn_relu) {
+        replace<T, false, true, kCentred>(a, b, lane, [&](float v, float, int i) { return u(v, i); }, c);
+        return;
+    }
+    Affine4 other(constants + 12 * kChunk);
+    if (read == Read::join_port)
+        replace<T, true, false, kCentred>(
+            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
+    else  // join_b and join_c, whose constants differ
+        replace<T, true, true, kCentred>(
+            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
+}
+
+// The same of any read but raw.
 template <typename T>
-__device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, uint32_t constants, int lane) {
     if (read == Read::masked) {  // no channel differs from another
         uint4 v[4], w[4];
 #pragma unroll
@@ -322,11 +364,9 @@ __device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32
                                                         masked<T>(v[k].z, w[k].z), masked<T>(v[k].w, w[k].w)});
         return;
     }
-    constants += 16 * (lane % 16);
-    Affine4 u(constants);
-    if (read == Read::bn_relu) {
-        replace<T, false, true>(a, b, lane, [&](float v, float, int i) { return u(v, i); });
-    } else if (read == Read::bn_bwd || read == Read::bn_bwd_open) {
+    if (read == Read::bn_bwd || read == Read::bn_bwd_open) {
+        constants += 16 * (lane % 16);
+        Affine4 u(constants);
         Row4 constant(constants + 12 * kChunk), slope(constants + 16 * kChunk);
         bool open = read == Read::bn_bwd_open;
         replace<T, true, false>(a, b, lane, [&](float g, float z, int i) {
@@ -334,13 +374,10 @@ __device__ __forceinline__ void finish(Read read, uint32_t a, uint32_t b, uint32
             bool closed = fmaf(centred, u.scale[i], u.bias[i]) <= 0 && !open;
             return fmaf(centred, slope[i], closed ? constant[i] : fmaf(g, u.scale[i], constant[i]));
         });
+    } else if (centred) {
+        finish_activation<T, true>(read, a, b, constants, lane);
     } else {
-        Affine4 other(constants + 12 * kChunk);
-        if (read == Read::join_port)
-            replace<T, true, false>(a, b, lane,
-                                    [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); });
-        else  // join_b and join_c, whose constants differ
-            replace<T, true, true>(a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); });
+        finish_activation<T, false>(read, a, b, constants, lane);
     }
 }
 
@@ -366,7 +403,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
-            finish<T>(read, target, shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
+            finish<T>(read, a.centre != nullptr, target,
+                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
                       shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
             if (whole || read == Read::masked) continue;
@@ -631,11 +669,12 @@ const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan
     return kLaunches[plan.kind](maps, args, plan, stream);
 }
 
+bool joins(Read read) { return read == Read::join_port || read == Read::join_b || read == Read::join_c; }
+
 const char* check_operand(const char* name, const WgradOperand& o) {
-    bool joins = o.read == Read::join_port || o.read == Read::join_b || o.read == Read::join_c;
     bool backward = o.read == Read::bn_bwd || o.read == Read::bn_bwd_open;
-    if (!o.a || two_tensors(o.read) != bool(o.b) || (joins || o.read == Read::bn_relu) != bool(o.affine_a) ||
-        (joins || backward) != bool(o.affine_b) || backward != bool(o.sums))
+    if (!o.a || two_tensors(o.read) != bool(o.b) || (joins(o.read) || o.read == Read::bn_relu) != bool(o.affine_a) ||
+        (joins(o.read) || backward) != bool(o.affine_b) || backward != bool(o.sums))
         return fail("conv_wgrad: %s: expected the tensors of its read, no more and no fewer", name);
     return nullptr;
 }
@@ -660,6 +699,8 @@ const char* conv_wgrad(const ConvWgrad& p) {
     if (s.same && (p.g.a != p.x.a || p.g.b != p.x.b || s.in_channels != s.out_channels || s.taps != 1 ||
                    (s.stride > 1 && !s.g_strided)))
         return "conv_wgrad: same: expected one operand, 1x1x1";
+    if (p.centre && (!s.same || !(s.g_read == Read::bn_relu || joins(s.g_read))))
+        return "conv_wgrad: centre: expected one operand, read bn_relu or as a join";
     WgradPlan plan;
     if (const char* error = wgrad_plan(plan, s)) return error;
     WgradMaps maps{};
@@ -676,6 +717,7 @@ const char* conv_wgrad(const ConvWgrad& p) {
     WgradArgs args{};
     args.g = {p.g.read, p.g.affine_a, p.g.affine_b, p.g.sums};
     args.x = {p.x.read, p.x.affine_a, p.x.affine_b, p.x.sums};
+    args.centre = p.centre;
     args.partials = p.partials;
     args.in_channels = int(s.in_channels);
     args.out_channels = int(s.out_channels);

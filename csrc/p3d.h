@@ -141,7 +141,9 @@ struct ConvWgrad {
     ConvWgradShape shape;
     DType dtype;  // of the tensors; sums are float32
     WgradOperand g, x;
-    float* partials;  // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
+    const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
+                          // the differences rounded to the dtype; or nullptr
+    float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
     CUstream_st* stream;
 };
 

@@ -30,8 +30,8 @@ _OPEN = "open: seen by this check, not tuned yet"
 # Kernels that may spill, by a pattern searched for in their description: how much with ptxas 12.8 at most, and why.
 ALLOWED = {
     r"^conv_wgrad_kernel\(.* BLOCK_CO=128, BLOCK_K=128, num_warps=4,": "240 bytes; the fastest of a sweep on an H200",
+    r"^conv_wgrad_kernel\(.* READ_G=join_port, READ_X=join_port,": "16 bytes; not what a Hopper card runs",
     r"^gram_dgrad_kernel\(.* READ=join_[bc],.* BLOCK_CI=128,": f"112 bytes, 472 in float16; {_OPEN}",
-    r"^expand_stats_kernel\(.* CI=(256|512),": f"416 bytes, 696 in float32; {_OPEN}",
     r"^conv_kernel\(.* CI=256, CO=1024,.* READ=join_\w+, JOIN=add_relu,": f"48 bytes; {_OPEN}",
     r"^stem_(conv|wgrad|dz|dgrad)_kernel\(": f"240, 48, 8 and, in float32, 232 bytes; {_OPEN}",
 }
@@ -136,9 +136,9 @@ def compile_all() -> list[tuple[str, Code]]:
     driver.set_active(Card())
     knobs.runtime.jit_cache_hook, knobs.compilation.listener = skip, inspect
     _backends.interpreting = lambda: True  # so the kernels take tensors on the CPU
-    for module in (_conv, _gram, _stem):
+    for module in (_conv, _stem):
         module.sm_count = lambda device: H200
-    for module in (_conv, _head, sys.modules["p3d_kernels.ops.max_pool"]):  # ops.max_pool is the op
+    for module in (_conv, _gram, _head, sys.modules["p3d_kernels.ops.max_pool"]):  # ops.max_pool is the op
         module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
     for module in (_conv, _gram, _stem, _fused):
         module.input_precision = lambda dtype, device: "tf32" if dtype == torch.float32 else "ieee"

@@ -20,7 +20,7 @@ from p3d_kernels import Norm
 from p3d_kernels._judge import season
 from p3d_kernels.ops._conv import pack_weight
 from p3d_kernels.ops._fused import Config
-from p3d_kernels.ops._gram import gram_bwd
+from p3d_kernels.ops._gram import gram, gram_bwd
 from p3d_kernels.ops._triton import Operand
 from p3d_kernels.ops.pseudo3d import join_of
 from tolerance import CHAIN, NORM_LIMIT
@@ -201,7 +201,9 @@ def judge(x: Operand, a: Tensor, slope, co: int, stride: int, kind: str | None) 
     dy, y = like_output(torch.randn_like(z) + (z - mean) * invstd), like_output(torch.randn_like(z))
     record = torch.stack([mean, scale, torch.zeros_like(mean), invstd, var]).float()
     norm = Norm(weight, torch.zeros_like(weight))
-    da = gram_bwd(dy, y, pack_weight(w.view(co, ci, 1, 1, 1), dtype), norm, record, x, stride, True, kind)[0]
+    packed = pack_weight(w.view(co, ci, 1, 1, 1), dtype)
+    kept, _ = gram(x, packed, stride, stats=kind is not None)
+    da = gram_bwd(dy, y, packed, norm, record, x, kept, stride, True, kind)[0]
 
     g = torch.where(y > 0, dy, 0).movedim(1, -1).flatten(0, -2).double()
     centred = z - mean

@@ -237,13 +237,33 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize("totals", [False, True])
 def test_the_op_takes_the_kernel_and_triton_agrees(totals, monkeypatch):
     g, x = _operand("masked", (2, 128, 2, 9, 7), torch.bfloat16), _operand("join_b", (2, 64, 2, 9, 7), torch.bfloat16)
-    theirs = _conv._conv_wgrad(g, x, _conv.pointwise(), totals).double().sum(0)
+    theirs = _conv._conv_wgrad(g, x, *_conv.pointwise(), totals).double().sum(0)
     monkeypatch.setattr(_conv, "_conv_wgrad", None)
     dw, total = _conv.conv_wgrad(g, x, _conv.pointwise(), totals)
     check(dw.bfloat16(), theirs[: dw.numel()], torch.bfloat16, kind="wgrad", name="dw")
     assert (total is None) == (not totals)
     if totals:
         check(total.bfloat16(), theirs[dw.numel() :], torch.bfloat16, kind="wgrad", name="totals")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("read", _cuda._CENTRED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c", [64, 128, 192, 256, 512])
+def test_about_a_centre(c, dtype, read):
+    """One operand near 300, or twice that, about a number below: what lies outside the maps is zero, not -centre."""
+    x = _operand(read, (3, c, 2, 11, 7), dtype)
+    for record in {id(r): r for r in (x.record_a, x.record_b) if r is not None}.values():
+        record[2] += 300
+    near = 600 if read in ("join_port", "join_b") else 300
+    centre = (near - 4 - 4 * torch.rand(c, device="cuda")).to(dtype).float()
+    value = _rows((_value(x) - centre.double().view(1, -1, 1, 1, 1)).to(dtype).double())
+    expected = torch.cat([(value @ value.T).flatten(), value.sum(1)])
+    part = _cuda.conv_wgrad(x, x, POINT, (1, 1), True, centre)
+    theirs = _conv._conv_wgrad(x, x, *_conv.pointwise(), True, centre)
+    for result in (part.double().sum(0), theirs.double().sum(0)):
+        check(result[: c * c].to(dtype), expected[: c * c], dtype, kind="wgrad", name="products")
+        check(result[c * c :].to(dtype), expected[c * c :], dtype, kind="wgrad", name="totals")
 
 
 @pytest.mark.gpu
@@ -270,13 +290,16 @@ def test_reasons_that_need_no_card():
     assert "masked_scaled" in why(Operand("masked_scaled", _zeros(1, 64, 2, 4, 4)))
     assert "(1, 3, 3)" in why(taps=(1, 3, 3)) and "(2, 1)" in why(taps=TIME, stride=(2, 1))
 
+    x, centre = Operand("raw", _zeros(1, 64, 2, 4, 4)), torch.zeros(64)
+    assert "centre" in _cuda.conv_wgrad_why_not(x, x, POINT, (1, 1), True, centre)
+
 
 def test_arguments_are_checked_before_any_launch():
     a, wide, rows = _zeros(1, 64, 2, 4, 4), _zeros(1, 128, 2, 4, 4), torch.zeros(5, 64)
     x = Operand("raw", a)
 
-    def run(g=x, x=x, taps=POINT, stride=(1, 1), totals=False):
-        _cuda.conv_wgrad(g, x, taps, stride, totals)
+    def run(g=x, x=x, taps=POINT, stride=(1, 1), totals=False, centre=None):
+        _cuda.conv_wgrad(g, x, taps, stride, totals, centre)
 
     with pytest.raises(ValueError, match="x.a: expected bfloat16"):
         run(x=Operand("raw", a.float()))
@@ -300,6 +323,11 @@ def test_arguments_are_checked_before_any_launch():
         run(x=Operand("bn_relu", wide, record_a=rows))
     with pytest.raises(ValueError, match=r"g.sums: expected float32 \[2, 64\]"):
         run(Operand("bn_bwd", a, a, record_b=rows, sums=rows[:1]))
+    with pytest.raises(ValueError, match="centre: expected None"):
+        run(centre=rows[0])
+    normalised = Operand("bn_relu", a, record_a=rows)
+    with pytest.raises(ValueError, match=r"centre: expected contiguous float32 \[64\]"):
+        run(normalised, normalised, centre=rows)
 
 
 def test_no_positions_need_no_launch():

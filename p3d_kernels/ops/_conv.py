@@ -38,6 +38,7 @@ from ._triton import (
     relu,
     sum_splits,
     tl,
+    to_tf32,
     triton,
     write_stats,
     write_sums,
@@ -214,6 +215,15 @@ def conv_kernel(
             write_stats(part, acc, mask, tile, tl.minimum(P - tile * BLOCK_P, BLOCK_P), co, co_mask, CO)
 
 
+@triton.jit
+def off_centre(v, centre, c, c_mask, mask, PRECISION: tl.constexpr):
+    """v as it enters products, less centre, rounded to the dtype: exact where v is near it. Zero where masked."""
+    if PRECISION == "tf32":
+        v = to_tf32(v)
+    d = v.to(tl.float32) - tl.load(centre + c, mask=c_mask, other=0.0)[None, :]
+    return tl.where(mask, d, 0.0).to(v.dtype)
+
+
 @triton.jit(do_not_specialize=["P", "chunk", "T", "H", "W", "To", "Ho", "Wo"])
 def conv_wgrad_kernel(
     g_a,  # gradient operand: [N, To, Ho, Wo, CO]
@@ -226,6 +236,7 @@ def conv_wgrad_kernel(
     x_record_a,
     x_record_b,
     x_sums,
+    centre,  # [CI] or None: taken off both operands, which are then one
     part,  # [splits, CO * taps * CI (+ CO with TOTALS: sums of the gradient operand over positions)]
     P,
     chunk,  # positions a split
@@ -282,11 +293,15 @@ def conv_wgrad_kernel(
         g_offsets = g_row.to(tl.int64) * CO + co[None, :]
         g_mask = p_mask[:, None] & co_mask[None, :]
         g = read_operand(g_a, g_b, g_record_a, g_record_b, g_sums, g_offsets, g_mask, co, co_mask, CO, READ_G)
+        if centre is not None:
+            g = off_centre(g, centre, co, co_mask, g_mask, PRECISION)
         if TOTALS:
             total += tl.sum(g.to(tl.float32), 0)
         x_offsets = row.to(tl.int64) * CI + ci[None, :]
         x_mask = exists & k_mask[None, :]
         x = read_operand(x_a, x_b, x_record_a, x_record_b, x_sums, x_offsets, x_mask, ci, k_mask, CI, READ_X)
+        if centre is not None:
+            x = off_centre(x, centre, ci, k_mask, x_mask, PRECISION)
         acc = dot(tl.trans(g), x, acc, PRECISION)
     out = part + split.to(tl.int64) * (CO * COLUMNS + CO * TOTALS)
     tl.store(out + co[:, None] * COLUMNS + k[None, :], acc, mask=co_mask[:, None] & k_mask[None, :])
@@ -556,14 +571,17 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     return plan
 
 
-def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False) -> tuple[Tensor, Tensor | None]:
+def conv_wgrad(
+    g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(dw [Co * Ci * taps] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
+    centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
     The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
     """
-    in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals) is None
-    part = _cuda.conv_wgrad(g, x, *geometry, totals) if in_cuda else _conv_wgrad(g, x, geometry, totals)
+    in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
+    part = (_cuda.conv_wgrad if in_cuda else _conv_wgrad)(g, x, *geometry, totals, centre)
     kt, kh, kw = geometry.taps
     dw = sum_splits(part, kt * kh * kw, x.channels)
     if not totals:
@@ -572,14 +590,18 @@ def conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool = False)
     return dw[:size], dw[size:]
 
 
-def _conv_wgrad(g: Operand, x: Operand, geometry: Geometry, totals: bool) -> Tensor:
+def _conv_wgrad(
+    g: Operand, x: Operand, taps: tuple, stride: tuple, totals: bool = False, centre: Tensor | None = None
+) -> Tensor:
     """The splits [R, Co * taps * Ci (+ Co with totals)] of `conv_wgrad` in Triton."""
+    geometry = Geometry(taps, stride)
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
     precision = input_precision(dtype, device)
-    key = "conv_wgrad", shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, precision
+    centred = centre is not None
+    key = "conv_wgrad", shape, dtype, device, g.a.shape, geometry, totals, x.read, g.read, precision, centred
     plan = plan_for(key, lambda: _wgrad_plan(g, x, geometry, totals))
     part = alloc(plan.part_shape, device)
-    plan(*g.args(), *x.args(), part)
+    plan(*g.args(), *x.args(), centre, part)
     return part
 
 

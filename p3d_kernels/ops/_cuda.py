@@ -239,10 +239,20 @@ def _conv_wgrad_out(dims: Sequence[int], stride: tuple[int, int]) -> tuple[int, 
     return t, (h - 1) // space + 1, (w - 1) // space + 1
 
 
+_CENTRED = ("bn_relu", "join_port", "join_b", "join_c")  # reads that a centre may be taken off
+
+
 def conv_wgrad_why_not(
-    g: Operand, x: Operand, taps: tuple[int, int, int], stride: tuple[int, int], totals: bool = False
+    g: Operand,
+    x: Operand,
+    taps: tuple[int, int, int],
+    stride: tuple[int, int],
+    totals: bool = False,
+    centre: Tensor | None = None,
 ) -> str | None:
     """Why `conv_wgrad` cannot run these operands, or None."""
+    if centre is not None and (g is not x or x.read not in _CENTRED):
+        return f"conv_wgrad: centre of reads {g.read}, {x.read} (expected one operand, {', '.join(_CENTRED)})"
     for operand in (g, x):
         if operand.a.dtype not in _DTYPES:
             return f"conv_wgrad: dtype {operand.a.dtype} (expected bfloat16 or float16)"
@@ -275,12 +285,14 @@ def conv_wgrad(
     taps: tuple[int, int, int],
     stride: tuple[int, int],
     totals: bool = False,
+    centre: Tensor | None = None,  # [Ci] float32, values of the dtype
 ) -> Tensor:
     """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of a 1x1x1 or 3x1x1 convolution, in parts.
 
     `stride`: (time, space), (1, 1), or (1, 2) of 1x1x1; g on the grid of x is read with it too. An operand is what its
     read makes of its tensors, rounded to the dtype, once an element and block; float32 accumulation. `totals`: also sum
-    g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be.
+    g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be. `centre`: taken off
+    that one operand, the differences rounded to the dtype.
 
     Returns:
         float32 [R, Co * taps * Ci], or with `totals` [R, Co * Ci + Co], each row [Co, taps, Ci], then [Co], the sum
@@ -296,6 +308,10 @@ def conv_wgrad(
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     if totals and taps != (1, 1, 1):
         raise ValueError(f"totals: expected False with taps {taps}, got True")
+    if centre is not None and (g is not x or x.read not in _CENTRED):
+        raise ValueError(f"centre: expected None unless g is x, read as one of {', '.join(_CENTRED)}")
+    if centre is not None and (centre.dtype != torch.float32 or centre.shape != (ci,) or not centre.is_contiguous()):
+        raise ValueError(f"centre: expected contiguous float32 [{ci}], got {centre.dtype} {list(centre.shape)}")
     grid = tuple(g.a.shape[2:])
     if taps == (1, 1, 1) and grid == tuple(dims):
         out = grid
@@ -317,7 +333,7 @@ def conv_wgrad(
 
     plan = plan_for(("conv_wgrad in CUDA", sizes, dtype, x.a.device), build)
     part = alloc((plan.rows, outputs), x.a.device)
-    plan(*g.args(), *x.args(), part)
+    plan(*g.args(), *x.args(), centre, part)
     return part
 
 

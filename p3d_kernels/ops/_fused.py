@@ -39,7 +39,9 @@ class Schedule:
     bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w) -> dx, dws, sums [4, C]
     infer(x, weights, records, config)                   -> y                    no norm in training
     out_shape(x, weights, config)                        -> shape of y
-    raw_shapes(x, weights, config)                       -> shapes of raws
+    raw_shapes(x, weights, norms, config)                -> shapes of raws
+
+    A raw of five dimensions is an activation; another is float32.
     """
 
     name: str
@@ -155,7 +157,7 @@ class _Function(torch.autograd.Function):
         def pass_():
             views = layout.views(kept)
             records, rest = views[:count], views[count:]
-            raws = rest[: len(schedule.raw_shapes(x, weights, config))]
+            raws = rest[: len(schedule.raw_shapes(x, weights, norms, config))]
             made = iter(rest[len(raws) :])
             packed = [w.detach() if is_packed(w, x.dtype) else next(made) for w in weights]
             dx, dws, sums = schedule.bwd(dy, x, y, packed, norms, records, raws, config, needs_x, needs_w)
@@ -254,9 +256,12 @@ def _fwd_op(
 @_fwd_op.register_fake
 def _(name, x, weights, affine, running, present, eps, training, kind, wiring, stride):
     schedule, config = SCHEDULES[name], Config(kind, wiring, stride)
+    raw_shapes = schedule.raw_shapes(x, weights, _norms(affine, running, present, eps, training), config)
     y, *raws = (
         x.new_empty(shape).to(memory_format=torch.channels_last_3d)
-        for shape in (schedule.out_shape(x, weights, config), *schedule.raw_shapes(x, weights, config))
+        if len(shape) == 5
+        else x.new_empty(shape, dtype=torch.float32)
+        for shape in (schedule.out_shape(x, weights, config), *raw_shapes)
     )
     channels = [w.size(0) for w in weights]
     return [y, *(x.new_empty((5, c), dtype=torch.float32) for c in channels), *raws]

@@ -2,7 +2,8 @@
 
     y = relu(bn_e(E a) + r),   a = join of S and T of relu(bn_r(R x)),   r = x or bn_d(D x)
 
-Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outputs E a and D x are not (`_gram.py`).
+Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outputs E a and D x are not (`_gram.py`); of
+E a, whose statistics are formed of a alone, a product of the size of E is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .._norm import Norm, check_norm
 from . import _cuda
 from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
-from ._gram import expand_stats, gram_bwd
+from ._gram import gram, gram_bwd
 from ._tape import taped
 from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision
 from .max_pool import pool_fwd
@@ -44,9 +45,9 @@ def _fwd(x, weights, norms, config):
     z_r, part = conv(source, w_r, stride, Epilogue(stats=norm_r.training))
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
     join, records_st, raws_st = st_fwd(Operand("bn_relu", z_r, record_a=record_r), w_st, norm_st, config)
-    part = None
-    if norm_e.training:  # statistics of E a; E a itself is not stored
-        part = expand_stats(join, w_e)
+    kept = part = None
+    if norm_e.training:
+        kept, part = gram(join, w_e, stats=True)
     record_e = bn_finalise(norm_e, w_e.size(0), part, x.device)
     records = [record_r, *records_st, record_e]
     residual = x
@@ -56,7 +57,7 @@ def _fwd(x, weights, norms, config):
         record_d = bn_finalise(norm_d[0], residual.size(1), part, x.device)
         records.append(record_d)
     y, _ = conv(join, w_e, pointwise(), Epilogue(record_e, "add_relu", residual, record_d))
-    return y, records, [z_r, *raws_st]
+    return y, records, [z_r, *raws_st, *([] if kept is None else [kept])]
 
 
 def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
@@ -65,12 +66,12 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     (record_r,), records_st, (record_e,), record_d = _split(records, config)
     _, needs_st, _, _ = _split(needs_w, config)
     z_r, *raws_st = raws
+    kept = raws_st.pop() if norm_e.training else None
     stride, source = pointwise(config.stride), Operand("raw", x)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
 
-    v, parts, dw_e, sums_e = gram_bwd(
-        dy, y, w_e, norm_e, record_e, join_of(records_st, raws_st, config), 1, True, config.kind
-    )
+    join = join_of(records_st, raws_st, config)
+    v, parts, dw_e, sums_e = gram_bwd(dy, y, w_e, norm_e, record_e, join, kept, 1, True, config.kind)
     da, part, dw_st, sums_st = st_bwd(
         v, parts, a_r, w_st, norm_st, records_st, raws_st, config, (z_r, record_r), True, needs_st
     )
@@ -81,7 +82,8 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
         dws[0], _ = conv_wgrad(dz_r, source, stride)
     epilogue = Epilogue(join="add", o=dy, o_mask=y)
     if w_d:
-        o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, config.stride, needs_x)
+        kept = gram(source, w_d[0], config.stride)[0] if norm_d[0].training else None
+        o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept, config.stride, needs_x)
         dws.append(dw_d)
         sums.append(sums_d)
         epilogue = Epilogue(join="add_strided", o=o)
@@ -102,10 +104,11 @@ def _out_shape(x, weights, config):
     return n, _split(weights, config)[2][0].size(0), *dims
 
 
-def _raw_shapes(x, weights, config):
+def _raw_shapes(x, weights, norms, config):
     n, *dims = _dims(x, config)
-    (w_r,), w_st, _, _ = _split(weights, config)
-    return [(n, w.size(0), *dims) for w in (w_r, *w_st)]
+    (w_r,), w_st, (w_e,), _ = _split(weights, config)
+    kept = [(w_e.numel() + w_e.size(1),)] if _split(norms, config)[2][0].training else []
+    return [(n, w.size(0), *dims) for w in (w_r, *w_st)] + kept
 
 
 SCHEDULES["bottleneck"] = Schedule("bottleneck", _fwd, _bwd, _infer, _out_shape, _raw_shapes)
@@ -246,7 +249,11 @@ def _row_fwd(x, weights, norms, config):
 
 def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     blocks = [_by_block(items, config.counts) for items in (weights, norms, records, needs_w)]
-    raws = _by_block([x, *raws], [3 if block.kind == "2d" else 4 for block in config.blocks])  # input first
+    counts = [  # input first, then raw outputs, then what `gram` kept
+        (3 if block.kind == "2d" else 4) + _split(own, block)[2][0].training
+        for block, own in zip(config.blocks, blocks[1])
+    ]
+    raws = _by_block([x, *raws], counts)
     outputs = [own[0] for own in raws[1:]] + [y]
     dws, sums = [], []
     for i, (block, w, n, r, needs) in reversed(list(enumerate(zip(config.blocks, *blocks)))):
@@ -261,23 +268,21 @@ def _row_infer(x, weights, records, config):
     return _chain(x, [Frozen(*pair) for pair in pairs], False)
 
 
-def _row_shapes(x, weights, config) -> tuple[tuple, list[tuple]]:
-    """The shapes of y and of the raws."""
-    raws = []
-    for i, (block, w) in enumerate(zip(config.blocks, _by_block(weights, config.counts))):
-        raws += [tuple(x.shape)] * (i > 0) + _raw_shapes(x, w, block)
+def _row_out_shape(x, weights, config):
+    for block, w in zip(config.blocks, _by_block(weights, config.counts)):
         x = torch.empty(_out_shape(x, w, block), device="meta")
-    return tuple(x.shape), raws
+    return tuple(x.shape)
 
 
-SCHEDULES["bottlenecks"] = Schedule(
-    "bottlenecks",
-    _row_fwd,
-    _row_bwd,
-    _row_infer,
-    lambda x, weights, config: _row_shapes(x, weights, config)[0],
-    lambda x, weights, config: _row_shapes(x, weights, config)[1],
-)
+def _row_raw_shapes(x, weights, norms, config):
+    raws, counts = [], config.counts
+    for i, (block, w, n) in enumerate(zip(config.blocks, _by_block(weights, counts), _by_block(norms, counts))):
+        raws += [tuple(x.shape)] * (i > 0) + _raw_shapes(x, w, n, block)
+        x = torch.empty(_out_shape(x, w, block), device="meta")
+    return raws
+
+
+SCHEDULES["bottlenecks"] = Schedule("bottlenecks", _row_fwd, _row_bwd, _row_infer, _row_out_shape, _row_raw_shapes)
 
 
 def bottlenecks(x: Tensor, blocks: list[tuple[tuple, Config]]) -> Tensor:

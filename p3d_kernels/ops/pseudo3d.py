@@ -305,7 +305,12 @@ def _shapes(x, weights, config):
 
 
 SCHEDULES["pseudo3d_conv"] = Schedule(
-    "pseudo3d_conv", _fwd, _bwd, st_infer, lambda x, weights, config: _shapes(x, weights, config)[-1], _shapes
+    "pseudo3d_conv",
+    _fwd,
+    _bwd,
+    st_infer,
+    lambda x, weights, config: _shapes(x, weights, config)[-1],
+    lambda x, weights, norms, config: _shapes(x, weights, config),
 )
 
 

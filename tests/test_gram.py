@@ -1,0 +1,142 @@
+"""Statistics of a 1x1x1 convolution from sums over its narrow operand, against float64; the formulas of `_gram.py`."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import p3d_kernels as p3d
+from p3d_kernels import Norm
+from p3d_kernels.ops._conv import pack_weight
+from p3d_kernels.ops._gram import gram
+from p3d_kernels.ops._triton import Operand, bn_finalise
+
+READS = ("bn_relu", "join_port", "join_b", "join_c")
+# N, T, H, W, Ci, Co: fewer positions than the sample of the centre; odd channels; several tiles of W C.
+SMALL = [(1, 1, 4, 7, 16, 24), (2, 3, 9, 11, 45, 70), (1, 4, 9, 10, 96, 130)]
+LARGE = [(32, 8, 40, 40, 64, 256), (32, 4, 20, 20, 128, 512), (32, 2, 10, 10, 256, 1024), (32, 1, 5, 5, 512, 2048)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the interpreter cannot multiply bfloat16
+
+
+def cases():
+    small = [pytest.param(shape, dtype, "triton") for shape in SMALL for dtype in DTYPES[:2]]
+    large = [
+        pytest.param(shape, dtype, backend, marks=pytest.mark.gpu)
+        for shape in LARGE
+        for dtype, backend in ((DTYPES[0], "triton"), *((d, b) for d in DTYPES[1:] for b in ("triton", "cuda")))
+    ]
+    return pytest.mark.parametrize(("shape", "dtype", "backend"), small + large, indirect=["backend"])
+
+
+def operand(read: str, shape: tuple[int, ...], dtype: torch.dtype, bias: float, device) -> tuple[Operand, Tensor]:
+    """An operand whose activation is of deviation 1 about `bias`, before ReLUs, and its value in float64 [P, C]."""
+    n, t, h, w, c, _ = shape
+    two = read != "bn_relu"
+    tensors = [torch.randn(n, c, t, h, w, device=device).to(dtype) for _ in range(1 + two)]
+    tensors = [z.contiguous(memory_format=torch.channels_last_3d) for z in tensors]
+    rows = torch.zeros(c), torch.rand(c) + 0.5, bias + torch.randn(c), torch.ones(c), torch.ones(c)
+    record = torch.stack(rows).to(device)
+    a, *b = (
+        (z.float() * record[1].view(1, -1, 1, 1, 1) + record[2].view(1, -1, 1, 1, 1)).movedim(1, -1).flatten(0, -2)
+        for z in tensors
+    )
+    relu = torch.relu
+    value = {
+        "bn_relu": lambda: relu(a),
+        "join_port": lambda: relu(a) + relu(b[0]),
+        "join_b": lambda: relu(relu(a) + b[0]),
+        "join_c": lambda: relu(0.5 * relu(a) + 0.5 * b[0]),
+    }[read]()
+    records = (record, record if two else None)
+    return Operand(read, tensors[0], tensors[1] if two else None, *records), value.to(dtype).double()
+
+
+def weight(shape: tuple[int, ...], dtype: torch.dtype, device) -> Tensor:
+    *_, ci, co = shape
+    return pack_weight((torch.randn(co, ci, 1, 1, 1, device=device) / ci**0.5).to(dtype), dtype)
+
+
+@pytest.fixture
+def ieee():
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@cases()
+@pytest.mark.parametrize("bias", [0, 300])
+@pytest.mark.parametrize("read", READS)
+def test_statistics(read, bias, shape, dtype, backend, device, ieee):
+    """Also where a is 300 times what it varies by."""
+    x, a = operand(read, shape, dtype, bias, device)
+    w = weight(shape, dtype, device)
+    kept, part = gram(x, w, stats=True)
+    record = bn_finalise(Norm(eps=0.0), shape[-1], part, device).double()
+    w = w.flatten(1).double()
+    centred = a - a.mean(0)
+    wc, mean = w @ (centred.T @ centred), w @ a.mean(0)
+    var = (wc * w).sum(1) / (len(a) - 1)
+    # What the rounding of a - centre, of products and of sums leaves.
+    limit = 1e-5 if dtype == torch.float32 else 1e-3
+    assert ((record[4] / var - 1).abs() < limit).all()
+    held = record[0] - record[2] / record[1]  # the record's bias makes up for the rounding of its mean
+    assert ((held - mean).abs() < limit * var.sqrt()).all()
+    ci, co = shape[-2:]
+    assert (kept[: co * ci].view(co, ci) - wc).norm() < limit * wc.norm()
+    assert ((kept[co * ci :] - a.mean(0)).abs() <= limit * a.std(0) + 2**-24 * a.mean(0)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
+def test_runs_are_equal_bit_for_bit(backend, device):
+    x, _ = operand("join_b", LARGE[1], torch.bfloat16, 3, device)
+    w = weight(LARGE[1], torch.bfloat16, device)
+    first, second = gram(x, w, stats=True), gram(x, w, stats=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_nan_reaches_every_channel(backend, device):
+    x, _ = operand("bn_relu", SMALL[1], torch.float32, 0, device)
+    x.a[1, 3, 2, 5, 5] = torch.nan  # at a position that the sample need not have
+    _, part = gram(x, weight(SMALL[1], torch.float32, device), stats=True)
+    assert bn_finalise(Norm(), SMALL[1][-1], part, device)[:2].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_frozen_norm_costs_no_sums(backend, device, monkeypatch):
+    block = p3d.nn.Bottleneck(32, 16, "A", "port", 2).to(device).eval()
+    monkeypatch.setattr(sys.modules["p3d_kernels.ops.bottleneck"], "gram", None)  # ops.bottleneck is the op
+    x = torch.randn(1, 32, 2, 5, 5, device=device, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.isfinite().all() and block.conv3.weight.grad is not None
+
+
+def test_formulas_in_float64():
+    """W C gives statistics, and with M = g^T a every gradient, as autograd finds them."""
+    positions, ci, co, eps = 60, 5, 9, 1e-5
+    a, w, r, dy = (torch.randn(s, dtype=torch.float64) for s in ((positions, ci), (co, ci), *[(positions, co)] * 2))
+    a, gamma, beta = torch.relu(a + 1), torch.rand(co).double() + 0.5, torch.randn(co).double()
+    leaves = [t.requires_grad_() for t in (a, w, gamma, beta)]
+    z = a @ w.T
+    var, mean = torch.var_mean(z, 0, correction=0)
+    y = torch.relu((z - mean) * (var + eps).rsqrt() * gamma + beta + r)
+    expected = torch.autograd.grad(y, leaves, dy)
+
+    with torch.no_grad():
+        mean_a = a.mean(0)
+        wc = w @ ((a - mean_a).T @ (a - mean_a))
+        torch.testing.assert_close(w @ mean_a, mean)
+        torch.testing.assert_close((wc * w).sum(1) / positions, var)
+        g = dy * (y > 0)
+        m, sum_g, invstd = g.T @ a, g.sum(0), (var + eps).rsqrt()
+        s = gamma * invstd
+        dgamma = invstd * ((m - torch.outer(sum_g, mean_a)) * w).sum(1)
+        q = dgamma * invstd / positions
+        dw = s[:, None] * (m - torch.outer(sum_g, mean_a) - q[:, None] * wc)
+        q_matrix = w.T @ ((s * q)[:, None] * w)
+        da = (s * g) @ w - a @ q_matrix + q_matrix.T @ mean_a - w.T @ (s * sum_g / positions)
+        torch.testing.assert_close((da, dw, dgamma, sum_g), tuple(expected))
