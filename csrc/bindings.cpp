@@ -33,7 +33,8 @@ p3d::Join join(const std::string& name) {
     if (name == "relu_add") return p3d::Join::relu_add;
     if (name == "add_relu") return p3d::Join::add_relu;
     if (name == "mean_relu") return p3d::Join::mean_relu;
-    throw py::value_error("join: expected relu, relu_add, add_relu or mean_relu, got " + name);
+    if (name == "none") return p3d::Join::none;
+    throw py::value_error("join: expected relu, relu_add, add_relu, mean_relu or none, got " + name);
 }
 
 p3d::Read read(const std::string& name) {
@@ -52,6 +53,17 @@ p3d::ConvWgradShape conv_wgrad_shape(const ConvWgradSizes& sizes) {
     const auto& [clips, time, height, width, ci, co, taps, stride, strided, totals, same, g_read, x_read] = sizes;
     return {clips, time, height, width, ci, co, taps, stride, strided, totals, same, read(g_read), read(x_read)};
 }
+
+// (N, T, H, W, Ci, Co, taps in time, taps in space, stride in space, joined)
+using ConvInferSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, bool>;
+
+p3d::ConvInferShape conv_infer_shape(const ConvInferSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::ConvInferShape{size...}; }, sizes);
+}
+
+// (rows, columns, splits, sharing), and (*tile, box[4], stages, blocks)
+using ConvInferTile = std::array<int, 4>;
+using ConvInferPlan = std::array<int, 10>;
 
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
@@ -181,6 +193,49 @@ PYBIND11_MODULE(_C, m) {
         "conv_wgrad_partials",
         [](const ConvWgradSizes& sizes) { return p3d::conv_wgrad_partials(conv_wgrad_shape(sizes)); },
         py::arg("sizes"));
+
+    m.def(
+        "conv_infer",
+        [](uintptr_t x, uintptr_t o, uintptr_t w, uintptr_t affine, uintptr_t y, const ConvInferSizes& sizes,
+           const ConvInferPlan& plan, const std::string& join_name, const std::string& dtype_name, uintptr_t stream) {
+            p3d::ConvInfer p{};
+            p.shape = conv_infer_shape(sizes);
+            p.plan.tile = {plan[0], plan[1], plan[2], plan[3]};
+            std::copy_n(&plan[4], 4, p.plan.box);
+            p.plan.stages = plan[8];
+            p.plan.blocks = plan[9];
+            p.dtype = dtype(dtype_name);
+            p.join = join(join_name);
+            p.x = pointer<const void>(x);
+            p.o = pointer<const void>(o);
+            p.w = pointer<const void>(w);
+            p.affine = pointer<const float>(affine);
+            p.y = pointer<void>(y);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::conv_infer(p));
+        },
+        py::arg("x"), py::arg("o"), py::arg("w"), py::arg("affine"), py::arg("y"), py::arg("sizes"), py::arg("plan"),
+        py::arg("join"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "conv_infer_why_not",
+        [](const ConvInferSizes& sizes) {
+            p3d::ConvInferPlan plan{};
+            const char* why = p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "conv_infer_plan",
+        [](const ConvInferSizes& sizes, const ConvInferTile& wish) {
+            p3d::ConvInferPlan plan{};
+            check(p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {wish[0], wish[1], wish[2], wish[3]}));
+            const auto& [tile, box, stages, blocks] = plan;
+            return ConvInferPlan{tile.rows, tile.columns, tile.splits, tile.sharing, box[0],
+                                 box[1],    box[2],       box[3],      stages,       blocks};
+        },
+        py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 
     m.def(
         "stem_infer",

@@ -242,8 +242,8 @@ int stem_wgrad_partials(const StemShape& shape);
 // bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels. With w_d, which m = 64
 // takes of Ci = 64 channels, r = bn(w_d x0), rounded. Weights may be read while the kernel before this one in the
 // stream still runs.
-enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3 };
-// relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2)
+enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3, none = 4 };
+// relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2); u, which conv_infer alone takes
 
 struct TailShape {
     int64_t clips;          // N
@@ -308,5 +308,50 @@ const char* temporal_infer_why_not(const TemporalShape& shape);
 // before this one in the stream still runs.
 const char* temporal_boxes(const TemporalInfer& p);
 const char* temporal_boxes_why_not(const TemporalShape& shape);
+
+// A convolution alone, for inference, 1x1x1, 3x1x1 or 1x3x3 of any of these strides in space, padded by zeros:
+//
+//     y[n,t,h,w,:] = join(bn(sum over dt, dh, dw of w[:,dt,dh,dw,:] x[n,t+dt,stride*h+dh,stride*w+dw,:]), o[n,t,h,w,:])
+//
+// rounded once. dt, dh, dw count from -1 where there are three of them. w may be read while the kernel before this one
+// in the stream still runs.
+struct ConvInferShape {
+    int64_t clips, time, height, width;  // N, T, H, W of x
+    int64_t in_channels, out_channels;   // Ci, Co, multiples of 64
+    int taps_time, taps_space;           // 1 or 3, and not both 3
+    int stride;                          // in space; 1 or 2 with three taps there
+    bool joined;                         // with an o
+};
+
+struct ConvInferTile {  // of what a block makes; 0: any
+    int rows, columns;  // positions, output channels
+    int splits;         // blocks that share a sum
+    int sharing;        // blocks that share weights
+};
+
+struct ConvInferPlan {
+    ConvInferTile tile;
+    int box[4];  // positions of a tile along each axis of them
+    int stages;  // of the ring
+    int blocks;
+};
+
+struct ConvInfer {
+    ConvInferShape shape;
+    ConvInferPlan plan;  // conv_infer_plan's for this shape
+    DType dtype;         // of activations and weights; sums are float32
+    Join join;
+    const void* x;        // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
+    const void* o;        // like y, may be x; nullptr with Join::relu and Join::none
+    const void* w;        // [Co, taps, Ci]
+    const float* affine;  // [3, Co] rows mean, scale, bias
+    void* y;              // [N, T, Ho, Wo, Co], Ho = (H - 1) / stride + 1, Wo likewise
+    CUstream_st* stream;
+};
+
+const char* conv_infer(const ConvInfer& p);
+
+// The plan of this shape on the current device, with a tile as wished; or why there is none.
+const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish);
 
 }  // namespace p3d

@@ -74,6 +74,8 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
 #define P3D_TEXT_28 P3D_TEXT_27 ", %108, %109, %110, %111"
 #define P3D_TEXT_29 P3D_TEXT_28 ", %112, %113, %114, %115"
 #define P3D_TEXT_30 P3D_TEXT_29 ", %116, %117, %118, %119"
+#define P3D_TEXT_31 P3D_TEXT_30 ", %120, %121, %122, %123"
+#define P3D_TEXT_32 P3D_TEXT_31 ", %124, %125, %126, %127"
 #define P3D_OPS_1 P3D_OPS4(0)
 #define P3D_OPS_2 P3D_OPS_1, P3D_OPS4(4)
 #define P3D_OPS_3 P3D_OPS_2, P3D_OPS4(8)
@@ -104,6 +106,8 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
 #define P3D_OPS_28 P3D_OPS_27, P3D_OPS4(108)
 #define P3D_OPS_29 P3D_OPS_28, P3D_OPS4(112)
 #define P3D_OPS_30 P3D_OPS_29, P3D_OPS4(116)
+#define P3D_OPS_31 P3D_OPS_30, P3D_OPS4(120)
+#define P3D_OPS_32 P3D_OPS_31, P3D_OPS4(124)
 
 #define P3D_WGMMA_ASM(N, TYPE, GROUPS, A, B, TRANS)                                                     \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
@@ -122,6 +126,7 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
             P3D_WGMMA_ASM(N, "f16", GROUPS, A, B, TRANS);                              \
     }
 
+P3D_WGMMA(32, 4, 16, 17, 18)
 P3D_WGMMA(48, 6, 24, 25, 26)
 P3D_WGMMA(64, 8, 32, 33, 34)
 P3D_WGMMA(80, 10, 40, 41, 42)
@@ -136,6 +141,7 @@ P3D_WGMMA(200, 25, 100, 101, 102)
 P3D_WGMMA(208, 26, 104, 105, 106)
 P3D_WGMMA(216, 27, 108, 109, 110)
 P3D_WGMMA(240, 30, 120, 121, 122)
+P3D_WGMMA(256, 32, 128, 129, 130)
 
 // The same with A in registers and an N-major B, N = 64. Register a[i] holds row 16 * warp + 8 * (i % 2) + lane / 4,
 // columns 8 * (i / 2) + 2 * (lane % 4) + {0, 1}.

@@ -9,8 +9,8 @@ needs in its backward. No tensor has a pass of its own for these.
     dgrad  dx[p, ci]      = sum_{tap, co} dy[(p - tap) / stride, co] w[co, tap, ci]     where stride divides p - tap
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
-`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv_wgrad` has one
-for 1x1x1 and 3x1x1.
+`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
+inference, `conv_wgrad` one for 1x1x1 and 3x1x1.
 """
 
 from __future__ import annotations
@@ -516,10 +516,14 @@ def conv(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(y, part): fwd, or dgrad when `out_dims` (T, H, W of the convolution's input) is given.
 
+    fwd in inference: the CUDA kernel where it has one for this.
+
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
     epilogue = epilogue or Epilogue()
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
+    if out_dims is None and _in_cuda(x, w, geometry, epilogue):
+        return _cuda.conv_infer(x.a, taps_of(w), *geometry, epilogue.record, epilogue.join, epilogue.o), None
     precision = input_precision(dtype, device)
     key = "conv", shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), precision
     plan = plan_for(key, lambda: _conv_plan(x, w, geometry, epilogue, out_dims))
@@ -659,6 +663,15 @@ def cuda_allowed(x: Tensor) -> bool:
 def taps_of(w: Tensor) -> Tensor:
     """A packed w [Co, Ci, kT, kH, kW] by the order of its memory: [Co, taps, Ci]."""
     return w.permute(0, 2, 3, 4, 1).view(w.size(0), -1, w.size(1))
+
+
+def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
+    """Whether the CUDA kernel for inference takes this forward convolution."""
+    e = epilogue
+    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None
+    if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
+        return False
+    return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
 
 
 def spatial_fwd(

@@ -337,6 +337,91 @@ def conv_wgrad(
     return part
 
 
+_INFER_JOINS = {"none": False, "relu": False, "relu_add": True, "add_relu": True, "mean_relu": True}  # which take an o
+
+
+def _conv_infer_sizes(
+    x_shape: tuple[int, ...], co: int, taps: tuple[int, int, int], stride: tuple[int, int], join: str
+) -> tuple:
+    n, ci, *dims = x_shape
+    return n, *dims, ci, co, taps[0], taps[1], stride[1], _INFER_JOINS[join]
+
+
+def conv_infer_why_not(
+    x_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    co: int,
+    taps: tuple[int, int, int],
+    stride: tuple[int, int],
+    join: str = "none",
+) -> str | None:
+    """Why `conv_infer` cannot convolve x [N, Ci, T, H, W] to Co channels on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"conv_infer: dtype {dtype} (expected bfloat16 or float16)"
+    if taps not in ((1, 1, 1), (3, 1, 1), (1, 3, 3)) or stride[0] != 1:
+        return f"conv_infer: taps {taps}, stride {stride} (expected 1x1x1, 3x1x1 or 1x3x3, stride 1 in time)"
+    if join not in _INFER_JOINS:
+        return f"conv_infer: join {join} (expected one of {', '.join(_INFER_JOINS)})"
+    native = _backends.native()
+    return (
+        native
+        if isinstance(native, str)
+        else native.conv_infer_why_not(_conv_infer_sizes(x_shape, co, taps, stride, join))
+    )
+
+
+def conv_infer(
+    x: Tensor,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Co, taps, Ci]
+    taps: tuple[int, int, int],
+    stride: tuple[int, int],
+    record: Tensor,  # [3, Co] or more rows
+    join: str = "none",
+    o: Tensor | None = None,  # [N, Co, T, Ho, Wo], may be x
+    tile: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Tensor:
+    """join((conv(x, w) - mean) * scale + bias, o) in inference: 1x1x1, 3x1x1 or 1x3x3, zero padding, one rounding.
+
+    `stride`: (1, space); of 1x3x3 space is 1 or 2. `join`, of u: "none", "relu", or with o "relu_add", "add_relu",
+    "mean_relu", as `Epilogue`'s. float32 accumulation. `tile`: (rows, columns, splits, sharing) of the plan, 0 for any.
+    w may be read while the kernel before this one in the stream still runs.
+
+    Returns:
+        [N, Co, T, Ho, Wo], channels_last_3d. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `conv_infer_why_not` says), or CUDA failed.
+    """
+    n, ci, *dims = x.shape
+    co, dtype = w.size(0), x.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"x: expected bfloat16 or float16, got {dtype}")
+    if join not in _INFER_JOINS or _INFER_JOINS[join] != (o is not None):
+        raise ValueError(f"join, o: expected none or relu, or with o relu_add, add_relu or mean_relu, got {join!r}")
+    _check_activation("x", x, x.shape, dtype)
+    _check_matrix("w", w, (co, taps[0] * taps[1] * taps[2], ci), dtype)
+    _check_rows("record", record, 3, co)
+    y = alloc((n, co, *_conv_wgrad_out(dims, stride)), x.device, dtype)
+    if o is not None:
+        _check_activation("o", o, y.shape, dtype)
+    if x.numel() == 0:
+        return y
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        sizes = _conv_infer_sizes(x.shape, co, taps, stride, join)
+        with torch.cuda.device(x.device):
+            rest = sizes, native.conv_infer_plan(sizes, tile), join, _DTYPES[dtype]
+        return NativePlan(lambda stream, *addresses: native.conv_infer(*addresses, *rest, stream))
+
+    key = "conv_infer", x.shape, dtype, x.device, co, taps, stride, join, tile
+    plan_for(key, build)(x, o, w, record, y)
+    return y
+
+
 STEM_COUTS = 64
 _FLOATS = {**_DTYPES, torch.float32: "float32"}
 _PIXELS = {**_FLOATS, torch.uint8: "uint8"}

@@ -1,0 +1,662 @@
+// A convolution alone in inference, 1x1x1, 3x1x1 or 1x3x3, from activations to activations:
+//
+//     y = join(bn(W x), o)      rounded once
+//
+// one matrix product whose rows are positions (rows.cuh), whose columns are output channels and whose sum runs over
+// taps and input channels, in *steps* of 64 channels of a tap. The positions of a tile are a box of up to four axes
+// (conv_infer_plan.h): a step's rows are the box of x moved by the tap, and the copy engine fills in zeros where it
+// leaves the tensor and writes nothing there. Steps pass through a ring of boxes of x and of weights.
+//
+// A warpgroup computes 64 rows of a tile. Two warps more: one brings the ring, weights of the first steps before the
+// kernel ahead has ended; the other prepares a tile's affine, brings o, into whose place y goes, and stores y. Two
+// kinds of tiles:
+//   whole  a block takes tiles by turns. Two blocks of a cluster may share weights, tiles of the same columns: each
+//          brings every other box for both, and a slot is empty when both have read it
+//   split  a cluster takes one tile, each of its blocks a part of the steps. Partial sums are sent to the block that
+//          adds up their rows in the order of the blocks, finishes and stores them; one warp less
+#include <algorithm>
+
+#include "conv_infer_plan.h"
+#include "rows.cuh"
+
+namespace p3d {
+namespace {
+
+struct ConvMaps {
+    CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles
+    CUtensorMap o, y;          // [positions, Co], likewise, y written
+    CUtensorMap w;             // [Co, taps * Ci], in boxes of a tile's columns
+};
+
+struct ConvArgs {
+    const float* affine;  // [3, Co]
+    const char* o;        // of split tiles
+    char* y;
+    Join join;
+    bool joined;  // with o
+    int out_channels, chunks, steps;
+    int size[4], box[4], boxes[4];  // along the axes of positions
+    int box_bytes;                  // of 64 channels
+    int column_tiles, groups;       // a group is a tile, or the tiles of blocks that share weights
+    int splits, sharing, cluster;   // the cluster's blocks do one or the other
+    int stages;
+    ConvTap taps[kConvTaps];
+};
+
+template <int kTileRows, int kTileColumns, bool kSplitSum>
+struct Tile {
+    static constexpr int kRows = kTileRows, kColumns = kTileColumns, kGroups = kRows / 64;
+    static constexpr bool kSplit = kSplitSum;
+    static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + (kSplit ? 32 : 64);
+    static constexpr int kResidents = conv_residents(kRows, kColumns, kSplit);
+    static constexpr int kXBytes = kRows * 128, kStageBytes = conv_stage_bytes(kRows, kColumns);
+    static constexpr int kChunks = kColumns / kChunk;  // of a whole tile
+    static_assert(kResidents > 0, "one of kConvTiles");
+    static_assert(kSplit || kChunks * kChunk == kColumns, "whole tiles are stored in boxes");
+    static_assert(kXBytes % 1024 == 0 && kStageBytes % 1024 == 0, "swizzled boxes");
+};
+
+// Where everything lies in shared memory.
+template <typename Shape>
+struct Place {
+    uint32_t ring, staging, affine, barriers;
+    int stages;
+
+    __device__ __forceinline__ Place(const void* base, const ConvArgs& a)
+        : ring(shared_address(base)),
+          staging(ring + a.stages * Shape::kStageBytes),
+          affine(staging + Shape::kRows * Shape::kColumns * 2),
+          barriers(staging + conv_staging_bytes(Shape::kRows, Shape::kColumns, Shape::kSplit)),
+          stages(a.stages) {}
+
+    __device__ __forceinline__ Ring steps() const { return {ring, barriers, Shape::kStageBytes, stages}; }
+    // The staging has its affine and o, and what was there has left, or it has all partial sums; 64 columns of y are in
+    // their place.
+    __device__ __forceinline__ uint32_t staged() const { return barriers + 16 * kConvStages; }
+    __device__ __forceinline__ uint32_t made(int chunk) const { return staged() + 8 + 8 * chunk; }
+};
+
+// What a block makes in a turn.
+template <typename Shape>
+struct Job {
+    int column, row_tile;  // the first column, the number of its box
+    int at[4];             // where the box begins; past the last box there is nothing
+
+    __device__ __forceinline__ Job(const ConvArgs& a, int group, int rank) {
+        int row = group / a.column_tiles;
+        column = (group - row * a.column_tiles) * Shape::kColumns;
+        row_tile = Shape::kSplit ? row : row * a.sharing + rank;
+        int rest = row_tile;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            int next = rest / a.boxes[i];
+            at[i] = (rest - next * a.boxes[i]) * a.box[i];
+            rest = next;
+        }
+        at[3] = rest * a.box[3];
+    }
+};
+
+// ---- Clusters.
+
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+
+// Of all threads of all blocks of the cluster; orders no memory but barriers that are fenced.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address of the same place in another block of the cluster.
+__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// Says that this warp's products have read what the barrier guards; of no ordinary access.
+__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
+}
+
+// Writes to another block's shared memory; the bytes count towards its barrier.
+__device__ __forceinline__ void send(uint32_t target, float a, float b, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target), "f"(a),
+        "f"(b), "r"(barrier)
+        : "memory");
+}
+
+// Waits for what other blocks sent.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "retry: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra retry;}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- Boxes of positions and of weights.
+
+__device__ __forceinline__ void copy_positions(uint32_t target, const CUtensorMap& map, uint32_t barrier, int channel,
+                                               int i0, int i1, int i2, int i3) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(channel), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
+        : "memory");
+}
+
+__device__ __forceinline__ void store_positions(const CUtensorMap& map, uint32_t source, int channel,
+                                                const int (&at)[4]) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+        "r"(source), "r"(channel), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+        : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_weights(uint32_t target, const CUtensorMap& map, uint32_t barrier, int step,
+                                             int cout) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(step * kChunk), "r"(cout)
+        : "memory");
+}
+
+// To both blocks of a cluster, at the same place and barrier in each.
+__device__ __forceinline__ void copy_weights_to_both(uint32_t target, const CUtensorMap& map, uint32_t barrier,
+                                                     int step, int cout) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4}], [%2], %5;" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(step * kChunk), "r"(cout), "h"(uint16_t(3))
+        : "memory");
+}
+
+// To the second-level cache.
+__device__ __forceinline__ void prefetch_weights(const CUtensorMap& map, int step, int cout) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(step * kChunk),
+                 "r"(cout)
+                 : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// ---- The warp that brings the ring: one thread. Of each tile, steps `first` up to `end`.
+
+template <typename Shape>
+__device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs& a, const Place<Shape>& place,
+                                            int group, int clusters, int rank, int first, int end) {
+    Ring ring = place.steps(), ahead = ring;
+    int bytes = a.box_bytes + Shape::kColumns * 128;
+    auto bring_weights = [&](const Ring& to, int turn, int step, int column) {
+        barrier_expect(to.full(), bytes);  // the other block's box may come before this, within the same phase
+        uint32_t target = to.slot() + Shape::kXBytes;
+        if (Shape::kSplit || a.sharing == 1)
+            copy_weights(target, maps.w, to.full(), step, column);
+        else if (turn % 2 == rank)
+            copy_weights_to_both(target, maps.w, to.full(), step, column);
+    };
+    Job<Shape> start(a, group, rank);
+    int early = min(end - first, a.stages);
+#pragma unroll 1
+    for (int i = 0; i < early; ++i, ahead.advance()) bring_weights(ahead, i, first + i, start.column);
+    prefetch_map(maps.x[0]);
+    if (start.row_tile == 0)
+#pragma unroll 1
+        for (int step = first + early; step < end; ++step) prefetch_weights(maps.w, step, start.column);
+    dependency_wait();
+    int turn = 0;
+    for (; group < a.groups; group += clusters) {
+        Job<Shape> job(a, group, rank);
+        int tap = first / a.chunks, chunk = first - tap * a.chunks;
+#pragma unroll 1
+        for (int step = first; step < end; ++step, ++turn, ring.advance()) {
+            if (turn >= early) {
+                barrier_wait(ring.full() + 8, ring.parity ^ 1);
+                bring_weights(ring, turn, step, job.column);
+            }
+            const ConvTap& to = a.taps[tap];
+            copy_positions(ring.slot(), maps.x[to.view], ring.full(), chunk * kChunk, job.at[0] + to.step[0],
+                           job.at[1] + to.step[1], job.at[2] + to.step[2], job.at[3]);
+            if (++chunk == a.chunks) chunk = 0, ++tap;
+        }
+    }
+}
+
+// ---- Warpgroups that compute.
+
+// d = the sum over `steps` steps of the ring, for 64 rows of the tile.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply(float (&d)[Shape::kColumns / 2], Ring& ring, int steps, int sharing,
+                                         int warpgroup, int lane) {
+    auto free = [&] {
+        uint32_t emptied = ring.barriers + 16 * ring.freed + 8;
+        if (sharing == 1) {
+            if (lane == 0) barrier_arrive(emptied);
+        } else if (lane < sharing) {
+            barrier_arrive_in(emptied, lane);
+        }
+        if (++ring.freed == ring.count) ring.freed = 0;
+    };
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; ++i) d[i] = 0;
+    wgmma_pin(d);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        uint32_t x = ring.take(), w = x + Shape::kXBytes;
+        x += warpgroup * kBoxBytes;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k)
+            wgmma<T, 0>(d, swizzled_descriptor(x + 32 * k, 8 * 128), swizzled_descriptor(w + 32 * k, 8 * 128));
+        wgmma_commit();
+        if (step == 0) continue;
+        wgmma_wait<1>();  // the step before has been read
+        free();
+    }
+    wgmma_wait<0>();
+    wgmma_pin(d);
+    free();
+}
+
+template <typename T, Join kJoin>
+__device__ __forceinline__ uint32_t joined(float a, float b, uint32_t other) {
+    float2 o = unpack<T>(other);
+    if constexpr (kJoin == Join::none) return pack<T>(a, b);
+    if constexpr (kJoin == Join::relu) return pack_relu<T>(a, b);
+    if constexpr (kJoin == Join::relu_add) return pack<T>(relu(a) + o.x, relu(b) + o.y);
+    if constexpr (kJoin == Join::add_relu) return pack_relu<T>(a + o.x, b + o.y);
+    return pack_relu<T>(0.5f * a + 0.5f * o.x, 0.5f * b + 0.5f * o.y);
+}
+
+// Of a whole tile: y takes the place of o in the staging, at `mine` for this lane, 64 columns after each other.
+template <typename T, Join kJoin, typename Shape>
+__device__ __forceinline__ void finish(const float (&d)[Shape::kColumns / 2], const Place<Shape>& place, uint32_t mine,
+                                       int lane) {
+    uint32_t affine = place.affine + 16 * (lane % 4);  // of this thread's columns; group j is at 64 j
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; ++c) {
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint32_t v[4] = {}, at = (mine + c * Shape::kXBytes) ^ (32 * k);
+            if constexpr (kJoin != Join::none && kJoin != Join::relu) load_fragment(v, at);
+            float4 columns[2] = {load_affine(affine + 64 * (8 * c + 2 * k)),
+                                 load_affine(affine + 64 * (8 * c + 2 * k + 1))};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float4& f = columns[i / 2];
+                int j = first_of(4 * c + k, i);
+                v[i] = joined<T, kJoin>(fmaf(d[j], f.x, f.z), fmaf(d[j + 1], f.y, f.w), v[i]);
+            }
+            store_fragment(at, v);
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(place.made(c));
+    }
+}
+
+// Calls `with` the join as a constant.
+template <typename With>
+__device__ __forceinline__ void for_join(Join join, const With& with) {
+    if (join == Join::none)
+        with(std::integral_constant<Join, Join::none>());
+    else if (join == Join::relu)
+        with(std::integral_constant<Join, Join::relu>());
+    else if (join == Join::relu_add)
+        with(std::integral_constant<Join, Join::relu_add>());
+    else if (join == Join::add_relu)
+        with(std::integral_constant<Join, Join::add_relu>());
+    else
+        with(std::integral_constant<Join, Join::mean_relu>());
+}
+
+// ---- The warp that brings o and stores y, of whole tiles.
+
+template <typename Shape>
+__device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArgs& a, const Place<Shape>& place,
+                                             int group, int clusters, int rank, int lane) {
+    dependency_wait();
+    uint32_t parity = 0;
+    for (; group < a.groups; group += clusters, parity ^= 1) {
+        Job<Shape> job(a, group, rank);
+        // (scale, scale, shift, shift) of pairs of columns, as rows.cuh's prepare_affine.
+        for (int pair = lane; pair < Shape::kColumns / 2; pair += 32) {
+            auto row = [&](int i) {
+                return reinterpret_cast<const float2*>(a.affine + i * a.out_channels + job.column)[pair];
+            };
+            float2 mean = row(0), scale = row(1), bias = row(2);
+            store_affine(place.affine + 16 * pair,
+                         {scale.x, scale.y, fmaf(-mean.x, scale.x, bias.x), fmaf(-mean.y, scale.y, bias.y)});
+        }
+        __syncwarp();
+        if (lane == 0) {
+            if (a.joined) {
+                barrier_expect(place.staged(), a.box_bytes * Shape::kChunks);
+                for (int c = 0; c < Shape::kChunks; ++c)
+                    copy_positions(place.staging + c * Shape::kXBytes, maps.o, place.staged(), job.column + c * kChunk,
+                                   job.at[0], job.at[1], job.at[2], job.at[3]);
+            } else {
+                barrier_arrive(place.staged());
+            }
+        }
+        for (int c = 0; c < Shape::kChunks; ++c) {
+            barrier_wait(place.made(c), parity);
+            if (lane == 0) store_positions(maps.y, place.staging + c * Shape::kXBytes, job.column + c * kChunk, job.at);
+        }
+        if (lane == 0) store_wait<0>();
+        __syncwarp();
+    }
+}
+
+// ---- Split tiles.
+
+// What a thread finishes: four columns of every kPass-th of its block's rows of the tile.
+template <typename Shape>
+struct Part {
+    static constexpr int kQuads = Shape::kColumns / 4, kPass = Shape::kConsumers / kQuads;
+    static constexpr int kMost = Shape::kRows / 2 / kPass;
+
+    int row, column;      // the first of its rows within the block's, and of its columns within the tile
+    int position[kMost];  // where a row lies in y; -1: nowhere
+    uint2 o[kMost];
+    float4 scale, shift;
+
+    // Before the partial sums are there; all but them is at hand afterwards.
+    __device__ __forceinline__ Part(const ConvArgs& a, const Job<Shape>& job, int rank, int thread) {
+        int rows = Shape::kRows / a.splits;
+        row = thread / kQuads;
+        column = 4 * (thread % kQuads);
+        auto of = [&](int i) {
+            return *reinterpret_cast<const float4*>(a.affine + i * a.out_channels + job.column + column);
+        };
+        float4 mean = of(0), bias = of(2);
+        scale = of(1);
+        shift = {fmaf(-mean.x, scale.x, bias.x), fmaf(-mean.y, scale.y, bias.y), fmaf(-mean.z, scale.z, bias.z),
+                 fmaf(-mean.w, scale.w, bias.w)};
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            int r = rank * rows + row + i * kPass, at[4];
+            bool inside = row + i * kPass < rows;
+#pragma unroll
+            for (int axis = 0; axis < 3; ++axis) {
+                int next = r / a.box[axis];
+                at[axis] = job.at[axis] + r - next * a.box[axis];
+                r = next;
+            }
+            inside = inside && r < a.box[3];
+            at[3] = job.at[3] + r;
+#pragma unroll
+            for (int axis = 0; axis < 4; ++axis) inside = inside && at[axis] < a.size[axis];
+            position[i] = inside ? ((at[3] * a.size[2] + at[2]) * a.size[1] + at[1]) * a.size[0] + at[0] : -1;
+            o[i] = {};
+            if (a.joined && inside) o[i] = __ldcg(reinterpret_cast<const uint2*>(a.o + offset(a, job, i)));
+        }
+    }
+    __device__ __forceinline__ int64_t offset(const ConvArgs& a, const Job<Shape>& job, int i) const {
+        return 2 * (int64_t(position[i]) * a.out_channels + job.column + column);
+    }
+
+    // Of the partial sums [splits][rows of a block][columns] that it received.
+    template <typename T>
+    __device__ __forceinline__ void finish(const ConvArgs& a, const Job<Shape>& job, uint32_t received) const {
+        constexpr int kPitch = conv_partial_pitch(Shape::kColumns), kMostSplits = 8;
+        uint32_t mine = received + 4 * (row * kPitch + column), next = 4 * (Shape::kRows / a.splits) * kPitch;
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            if (position[i] < 0) continue;
+            float4 v[kMostSplits];
+#pragma unroll
+            for (int split = 0; split < kMostSplits; ++split)
+                if (split < a.splits) v[split] = load_affine(mine + 4 * i * kPass * kPitch + split * next);
+            float4 sum = v[0];
+#pragma unroll
+            for (int split = 1; split < kMostSplits; ++split)
+                if (split < a.splits)
+                    sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
+            for_join(a.join, [&](auto join) {
+                constexpr Join kJoin = decltype(join)::value;
+                uint2 y{joined<T, kJoin>(fmaf(sum.x, scale.x, shift.x), fmaf(sum.y, scale.y, shift.y), o[i].x),
+                        joined<T, kJoin>(fmaf(sum.z, scale.z, shift.z), fmaf(sum.w, scale.w, shift.w), o[i].y)};
+                *reinterpret_cast<uint2*>(a.y + offset(a, job, i)) = y;
+            });
+        }
+    }
+};
+
+// Sends 64 rows of partial sums to the blocks that add them up.
+template <typename Shape>
+__device__ __forceinline__ void send_partials(const ConvArgs& a, const Place<Shape>& place,
+                                              const float (&d)[Shape::kColumns / 2], int rank, int warp, int lane) {
+    constexpr int kPitch = conv_partial_pitch(Shape::kColumns);
+    int rows = Shape::kRows / a.splits;  // of a block, a multiple of 8
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        int row = 16 * warp + 8 * m, to = row / rows;
+        uint32_t barrier = address_in(place.staged(), to);
+        uint32_t target =
+            address_in(place.staging, to) + 4 * ((rank * rows + row - to * rows + lane / 4) * kPitch + 2 * (lane % 4));
+#pragma unroll
+        for (int j = 0; j < Shape::kColumns / 8; ++j)
+            send(target + 32 * j, d[4 * j + 2 * m], d[4 * j + 2 * m + 1], barrier);
+    }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
+    conv_infer_kernel(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvArgs a) {
+    extern __shared__ __align__(1024) char memory[];
+    Place<Shape> place(memory, a);
+    if (threadIdx.x < a.stages) {
+        barrier_init(place.barriers + 16 * threadIdx.x, 1);
+        barrier_init(place.barriers + 16 * threadIdx.x + 8, 4 * Shape::kGroups * a.sharing);  // warps that read a slot
+        barrier_init_fence();
+    }
+    if (threadIdx.x == 0) {
+        barrier_init(place.staged(), 1);
+        for (int c = 0; !Shape::kSplit && c < Shape::kChunks; ++c) barrier_init(place.made(c), 4 * Shape::kGroups);
+        barrier_init_fence();
+        if (Shape::kSplit) barrier_expect(place.staged(), Shape::kRows * Shape::kColumns * 4);
+    }
+    __syncthreads();
+    if (a.cluster > 1) cluster_sync();                 // the other blocks' barriers are there
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
+    int lane = threadIdx.x % 32, warpgroup = warp / 4;
+    int rank = a.cluster > 1 ? cluster_rank() : 0, group = blockIdx.x / a.cluster, clusters = gridDim.x / a.cluster;
+    Ring ring = place.steps();
+    float d[Shape::kColumns / 2];
+    if constexpr (Shape::kSplit) {
+        // No block has to wait at the end: what is sent to it, it waits for.
+        int first = rank * a.steps / a.splits, end = (rank + 1) * a.steps / a.splits;
+        if (warp == 4 * Shape::kGroups) {
+            if (lane == 0) bring_steps(maps, a, place, group, clusters, rank, first, end);
+        } else {
+            dependency_wait();
+            Job<Shape> job(a, group, rank);
+            Part<Shape> part(a, job, rank, threadIdx.x);
+            multiply<T, Shape>(d, ring, end - first, 1, warpgroup, lane);
+            send_partials<Shape>(a, place, d, rank, warp, lane);
+            barrier_wait_cluster(place.staged(), 0);
+            part.template finish<T>(a, job, place.staging);
+        }
+    } else {
+        if (warp == 4 * Shape::kGroups) {
+            if (lane == 0) bring_steps(maps, a, place, group, clusters, rank, 0, a.steps);
+        } else if (warp > 4 * Shape::kGroups) {
+            stage_output(maps, a, place, group, clusters, rank, lane);
+        } else {
+            // This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
+            uint32_t mine = place.staging + (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
+            uint32_t parity = 0;
+            for (; group < a.groups; group += clusters, parity ^= 1) {
+                multiply<T, Shape>(d, ring, a.steps, a.sharing, warpgroup, lane);
+                barrier_wait(place.staged(), parity);
+                for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
+            }
+        }
+        if (a.sharing > 1) {  // no block leaves while another may reach into it
+            __syncwarp();
+            cluster_sync();
+        }
+    }
+}
+
+// ---- Host.
+
+const char* encode(CUtensorMap& map, const void* base, DType dtype, int rank, const cuuint64_t* sizes,
+                   const cuuint64_t* strides, const cuuint32_t* boxes) {
+    auto encoder = tensor_map_encoder();
+    if (!encoder) return "conv_infer: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
+    cuuint32_t steps[] = {1, 1, 1, 1, 1};
+    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    CUresult result =
+        encoder(&map, type, rank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : fail("conv_infer: cuTensorMapEncodeTiled failed with %d", int(result));
+}
+
+const char* positions_map(CUtensorMap& map, const void* base, DType dtype, const ConvView& view, int64_t channels,
+                          const int (&box)[4]) {
+    cuuint64_t sizes[5] = {cuuint64_t(channels)}, strides[4];
+    cuuint32_t boxes[5] = {kChunk};
+    for (int i = 0; i < 4; ++i) {
+        sizes[i + 1] = cuuint64_t(view.size[i]);
+        strides[i] = cuuint64_t(2 * channels * view.stride[i]);
+        boxes[i + 1] = cuuint32_t(box[i]);
+    }
+    return encode(map, static_cast<const char*>(base) + 2 * channels * view.offset, dtype, 5, sizes, strides, boxes);
+}
+
+// Why a plan that the caller brings cannot run; nullptr if it can.
+const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
+    const ConvInferTile& tile = plan.tile;
+    bool split = tile.splits > 1, known = tile.splits == 1 || tile.splits == 2 || tile.splits == 4 || tile.splits == 8;
+    known = known && (tile.sharing == 1 || (tile.sharing == 2 && !split));
+    known = known && conv_residents(tile.rows, tile.columns, split) > 0 && s.out_channels % tile.columns == 0;
+    int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
+    for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
+    if (!known || box > tile.rows || tile.splits > steps || plan.stages < 1 || plan.stages > kConvStages ||
+        conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit || plan.blocks < 1)
+        return "conv_infer: plan: expected conv_infer_plan's for this shape";
+    return nullptr;
+}
+
+template <typename T, typename Shape>
+const char* launch(const ConvMaps& maps, const ConvArgs& args, int blocks, cudaStream_t stream) {
+    int shared = conv_shared_bytes(Shape::kRows, Shape::kColumns, Shape::kSplit, args.stages);
+    auto kernel = conv_infer_kernel<T, Shape>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(args.cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(Shape::kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = args.cluster > 1 ? 2 : 1;
+    error = cudaLaunchKernelEx(&config, kernel, maps, args);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T>
+const char* launch(const ConvMaps& maps, const ConvArgs& args, const ConvInferPlan& plan, cudaStream_t stream) {
+    bool split = plan.tile.splits > 1;
+#define P3D_CASE(ROWS, COLUMNS, SPLIT)                                            \
+    if (plan.tile.rows == ROWS && plan.tile.columns == COLUMNS && split == SPLIT) \
+    return launch<T, Tile<ROWS, COLUMNS, SPLIT>>(maps, args, plan.blocks, stream)
+    P3D_CASE(64, 64, false);
+    P3D_CASE(128, 64, false);
+    P3D_CASE(128, 128, false);
+    P3D_CASE(128, 256, false);
+    P3D_CASE(64, 32, true);
+    P3D_CASE(64, 64, true);
+    P3D_CASE(128, 64, true);
+    P3D_CASE(128, 128, true);
+#undef P3D_CASE
+    return "conv_infer: no kernel for the planned tile";
+}
+
+}  // namespace
+
+const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish) {
+    int device, processors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    return error == cudaSuccess ? conv_infer_plan(plan, shape, wish, processors) : cudaGetErrorString(error);
+}
+
+const char* conv_infer(const ConvInfer& p) {
+    const ConvInferShape& s = p.shape;
+    const ConvInferPlan& plan = p.plan;
+    if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
+    if (const char* reason = plan_why_not(plan, s)) return reason;
+    bool joined = p.join != Join::relu && p.join != Join::none;
+    if (joined != (p.o != nullptr)) return "conv_infer: expected o with the joins of one, and with no other";
+    ConvGrid grid(s);
+    ConvMaps maps{};
+    ConvArgs args{};
+    args.affine = p.affine;
+    args.o = static_cast<const char*>(p.o);
+    args.y = static_cast<char*>(p.y);
+    args.join = p.join;
+    args.joined = joined;
+    args.out_channels = int(s.out_channels);
+    args.chunks = int(s.in_channels / kChunk);
+    args.steps = args.chunks * s.taps_time * s.taps_space * s.taps_space;
+    args.splits = plan.tile.splits;
+    args.sharing = plan.tile.sharing;
+    args.cluster = std::max(args.splits, args.sharing);
+    args.stages = plan.stages;
+    std::copy_n(grid.taps, kConvTaps, args.taps);
+    ConvView whole{0, {}, {1, grid.size[0], grid.size[0] * grid.size[1], grid.size[0] * grid.size[1] * grid.size[2]}};
+    int64_t row_tiles = 1;
+    args.box_bytes = kChunk * 2;
+    for (int i = 0; i < 4; ++i) {
+        whole.size[i] = grid.size[i];
+        args.size[i] = int(grid.size[i]);
+        args.box[i] = plan.box[i];
+        args.boxes[i] = int(conv_divide(grid.size[i], plan.box[i]));
+        args.box_bytes *= plan.box[i];
+        row_tiles *= args.boxes[i];
+    }
+    args.column_tiles = int(s.out_channels / plan.tile.columns);
+    int64_t groups = conv_divide(row_tiles, args.sharing) * args.column_tiles;
+    bool all = plan.blocks == groups * args.splits;  // each block of a split tile has one turn
+    if (groups > 1 << 30 || plan.blocks % args.cluster ||
+        (args.splits > 1 ? !all : plan.blocks > groups * args.sharing))
+        return "conv_infer: plan: expected conv_infer_plan's for this shape";
+    args.groups = int(groups);
+
+    const char* failed = nullptr;
+    auto positions = [&](CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {
+        if (!failed) failed = positions_map(map, base, p.dtype, view, channels, plan.box);
+    };
+    for (int view = 0; view < kConvMaps; ++view)
+        if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels);
+    if (joined) positions(maps.o, p.o, whole, s.out_channels);
+    positions(maps.y, p.y, whole, s.out_channels);
+    cuuint64_t length = cuuint64_t(args.steps) * kChunk, sizes[] = {length, cuuint64_t(s.out_channels)};
+    cuuint64_t strides[] = {2 * length};
+    cuuint32_t boxes[] = {kChunk, cuuint32_t(plan.tile.columns)};
+    if (!failed) failed = encode(maps.w, p.w, p.dtype, 2, sizes, strides, boxes);
+    if (failed) return failed;
+    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)
+                                  : launch<__half>(maps, args, plan, p.stream);
+}
+
+}  // namespace p3d

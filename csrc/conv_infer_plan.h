@@ -1,0 +1,225 @@
+// How conv_infer.cu divides a shape: axes of positions, boxes, tiles, clusters, grid. Plain C++, a function of the
+// shape and the number of multiprocessors alone, so that runs are equal.
+//
+// What binds. A multiprocessor multiplies 64 x N x 16 in N / 2 cycles, or in 16 + N / 4 where it waits for shared
+// memory. A step of 64 channels brings 128 bytes for each row and column of the tile, and the second-level cache gives
+// a multiprocessor about 36 bytes a cycle when all ask: a tile of 128 x 128 multiplies for 512 cycles and waits for
+// 910. 128 x 256 takes 1024 and 1365; two blocks that share weights 512 and 683, or 1024 and 910. So few large tiles,
+// or pairs of blocks with the same columns, each of which brings every other box of weights to both.
+//
+// Few positions leave too few tiles for the card, and a chain of latencies in place of throughput: there 2, 4 or 8
+// blocks share a sum, each over a part of the steps, whose boxes are all under way at once.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "p3d.h"
+#include "spatial_plan.h"
+
+namespace p3d {
+
+constexpr int kConvStages = 8, kConvTaps = 9, kConvMaps = 4;
+constexpr int kConvBarrierBytes = 16 * kConvStages + 64;
+constexpr int kProcessorShared = 228 * 1024;  // of which a block's own use takes 1 KB more than it asks for
+
+// The tiles there are. A tile whose sum is split has no other way to its output.
+struct ConvTileKind {
+    int rows, columns;
+    bool split;
+    int residents;  // blocks that fit on a multiprocessor beside each other, by their registers
+};
+constexpr ConvTileKind kConvTiles[] = {{64, 64, false, 4},   {128, 64, false, 3}, {128, 128, false, 2},
+                                       {128, 256, false, 1}, {64, 32, true, 4},   {64, 64, true, 4},
+                                       {128, 64, true, 3},   {128, 128, true, 1}};
+
+constexpr int conv_residents(int rows, int columns, bool split) {
+    for (const ConvTileKind& kind : kConvTiles)
+        if (kind.rows == rows && kind.columns == columns && kind.split == split) return kind.residents;
+    return 0;
+}
+
+constexpr int conv_stage_bytes(int rows, int columns) { return (rows + columns) * kChunk * 2; }
+
+// A row of partial sums: 32 bytes longer than its columns, so that four rows share no bank.
+constexpr int conv_partial_pitch(int columns) { return columns + 8; }
+
+// Of partial sums that are received, or of the output and its affine.
+constexpr int conv_staging_bytes(int rows, int columns, bool split) {
+    return split ? rows * conv_partial_pitch(columns) * 4 : rows * columns * 2 + columns * 8;
+}
+
+constexpr int conv_shared_bytes(int rows, int columns, bool split, int stages) {
+    return stages * conv_stage_bytes(rows, columns) + conv_staging_bytes(rows, columns, split) + kConvBarrierBytes;
+}
+
+// ---- Positions.
+
+// A packed or strided tensor by the four axes of the output's positions; lengths in positions.
+struct ConvView {
+    int64_t offset, size[4], stride[4];
+};
+
+struct ConvTap {
+    int view, step[3];  // the view of x that it reads, and how far off along the first three axes
+};
+
+// The axes of positions and what x is along them:
+//   1x1x1              all positions
+//   3x1x1              h * W + w, t, n; taps along the second
+//   3x1x1 of a stride  w, h, t, n; taps along the third
+//   else               w, h, n * T + t; taps along the first two
+// A stride skips positions of x. With three taps and stride 2, taps meet even and odd rows and columns: views 0 to 3.
+struct ConvGrid {
+    int64_t size[4];
+    ConvView x[kConvMaps];
+    ConvTap taps[kConvTaps];
+
+    explicit ConvGrid(const ConvInferShape& s) : x{}, taps{} {
+        int64_t height = (s.height - 1) / s.stride + 1, width = (s.width - 1) / s.stride + 1;
+        int64_t frame = s.height * s.width, frames = s.clips * s.time, step = s.stride;
+        auto set = [](int64_t (&to)[4], int64_t a, int64_t b, int64_t c, int64_t d) {
+            to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+        };
+        ConvView& first = x[0];
+        if (s.taps_space == 1 && s.stride == 1 && s.taps_time == 1) {
+            set(size, frames * frame, 1, 1, 1);
+            set(first.stride, 1, 1, 1, 1);
+        } else if (s.taps_time == 3 && s.stride == 1) {
+            set(size, frame, s.time, s.clips, 1);
+            set(first.stride, 1, frame, s.time * frame, 1);
+        } else if (s.taps_time == 3) {
+            set(size, width, height, s.time, s.clips);
+            set(first.stride, step, step * s.width, frame, s.time * frame);
+        } else {
+            set(size, width, height, frames, 1);
+            set(first.stride, step, step * s.width, frame, 1);
+        }
+        set(first.size, size[0], size[1], size[2], size[3]);
+        for (int tap = 0; tap < s.taps_time; ++tap)
+            if (s.taps_time == 3) taps[tap].step[s.stride == 1 ? 1 : 2] = tap - 1;
+        if (s.taps_space == 1) return;
+        for (int view = 1; view < kConvMaps && s.stride == 2; ++view) {
+            int64_t down = view / 2, across = view % 2;
+            x[view] = first;
+            x[view].offset = down * s.width + across;
+            x[view].size[0] = std::max<int64_t>(1, (s.width - across + 1) / 2);
+            x[view].size[1] = std::max<int64_t>(1, (s.height - down + 1) / 2);
+        }
+        auto along = [&](int tap, int64_t length, int& parity) {  // how far off a tap of three is, in its view
+            if (s.stride == 1) return tap - 1;
+            parity = tap != 1;
+            return parity && length == 1 ? -kOutside : tap / 2 - parity;  // there is no odd row of one
+        };
+        for (int tap = 0; tap < kConvTaps; ++tap) {
+            int down = 0, across = 0;
+            taps[tap].step[1] = along(tap / 3, s.height, down);
+            taps[tap].step[0] = along(tap % 3, s.width, across);
+            taps[tap].view = 2 * down + across;
+        }
+    }
+
+    static constexpr int kOutside = 1 << 16;
+};
+
+inline int64_t conv_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The box of at most `rows` positions that needs the fewest tiles, and of those the smallest; returns the tiles.
+inline int64_t conv_box(int (&best)[4], const int64_t (&size)[4], int64_t rows) {
+    int64_t fewest = -1, least = 0;
+    for (int64_t a = 1; a <= std::min(rows, size[0]); ++a)
+        for (int64_t b = 1; b <= std::min(rows / a, size[1]); ++b)
+            for (int64_t c = 1; c <= std::min(rows / (a * b), size[2]); ++c) {
+                int64_t d = std::min(rows / (a * b * c), size[3]), box = a * b * c * d;
+                int64_t tiles = conv_divide(size[0], a) * conv_divide(size[1], b) * conv_divide(size[2], c) *
+                                conv_divide(size[3], d);
+                if (fewest >= 0 && (tiles > fewest || (tiles == fewest && box > least))) continue;
+                fewest = tiles, least = box;
+                best[0] = int(a), best[1] = int(b), best[2] = int(c), best[3] = int(d);
+            }
+    return fewest;
+}
+
+// ---- The plan.
+
+inline const char* conv_infer_sizes_why_not(const ConvInferShape& s) {
+    using Long = long long;
+    bool taps = (s.taps_time == 1 || s.taps_time == 3) && (s.taps_space == 1 || s.taps_space == 3);
+    if (!taps || s.taps_time * s.taps_space == 9)
+        return fail("conv_infer: taps: expected 1x1x1, 3x1x1 or 1x3x3, got %dx%dx%d", s.taps_time, s.taps_space,
+                    s.taps_space);
+    if (s.stride < 1 || s.stride > (s.taps_space == 3 ? 2 : 1 << 15))
+        return fail("conv_infer: stride: expected 1 or 2, or more of one tap in space, got %d", s.stride);
+    for (int64_t size : {s.clips, s.time, s.height, s.width})
+        if (size < 1 || size >= 1 << 30)
+            return fail("conv_infer: expected N, T, H, W from 1 to 2^30 - 1, got %lld, %lld, %lld, %lld", Long(s.clips),
+                        Long(s.time), Long(s.height), Long(s.width));
+    if (double(s.clips) * double(s.time) * double(s.height) * double(s.width) > 2147000000.0)
+        return fail("conv_infer: expected N T H W below 2^31, got N, T, H, W = %lld, %lld, %lld, %lld", Long(s.clips),
+                    Long(s.time), Long(s.height), Long(s.width));
+    for (int64_t channels : {s.in_channels, s.out_channels})
+        if (channels < kChunk || channels % kChunk || channels > 16384)
+            return fail("conv_infer: channels: expected multiples of 64 up to 16384, got %lld -> %lld",
+                        Long(s.in_channels), Long(s.out_channels));
+    return nullptr;
+}
+
+// The plan that finishes first by the account above, in cycles.
+inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s, const ConvInferTile& wish,
+                                   int processors) {
+    if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
+    ConvGrid grid(s);
+    int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space;
+    double best_cost = -1;
+    auto unwanted = [](int wished, int value) { return wished && wished != value; };
+    int box[4], rows = 0;
+    int64_t row_tiles = 0;
+    for (const ConvTileKind& kind : kConvTiles) {
+        if (unwanted(wish.rows, kind.rows) || unwanted(wish.columns, kind.columns)) continue;
+        if (s.out_channels % kind.columns) continue;
+        if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows);
+        int64_t column_tiles = s.out_channels / kind.columns;
+        int filled = box[0] * box[1] * box[2] * box[3];
+        // Splits of a split tile, else blocks that share weights.
+        for (int cluster : {1, 2, 4, 8}) {
+            int splits = kind.split ? cluster : 1, sharing = kind.split ? 1 : cluster;
+            if (unwanted(wish.splits, splits) || unwanted(wish.sharing, sharing)) continue;
+            if (kind.split ? splits == 1 || splits > steps : sharing > 2) continue;
+            int64_t groups = conv_divide(row_tiles, sharing) * column_tiles, blocks = groups * cluster;
+            if (blocks > 1 << 30 || (kind.split && !wish.splits && blocks > 2 * processors)) continue;
+            double share = double(conv_divide(steps, splits)), turns = double(conv_divide(blocks, processors));
+            // Beside a split tile there is room for one of the next kernel, which fetches its weights meanwhile.
+            for (int residents = std::min(kind.residents, 1 + kind.split); residents <= kind.residents; ++residents) {
+                int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);
+                int64_t stages = std::min<int64_t>(kConvStages, kind.split ? share : share * turns);
+                auto bytes = [&] { return conv_shared_bytes(kind.rows, kind.columns, kind.split, int(stages)); };
+                while (stages > 1 && bytes() > limit) --stages;
+                if (bytes() > limit) continue;
+                double active = std::min(double(residents), turns);
+                double rate = 36 * std::min(1.6, std::max(1.0, double(processors) / double(blocks)));
+                double multiply = kind.rows / 16 * std::max(kind.columns / 2, 16 + kind.columns / 4);
+                double brought = 128 * (filled + kind.columns / double(sharing));
+                double taken = 128 * (filled + kind.columns) / 60.0, waited = 900 / (active * double(stages));
+                double output = 2.0 * filled * kind.columns * (s.joined ? 2 : 1) / splits;
+                double body = turns * std::max({share * multiply, (share * brought + output) / rate, share * taken,
+                                                share * waited});
+                double end = kind.split ? 600 + 30 * splits + 4.0 * kind.rows * kind.columns / 64
+                                        : 300 + 5 * kind.columns + (sharing > 1 ? 300 : 0);
+                double cost = 1500 + body + std::max(1.0, turns / active) * end;
+                if (best_cost >= 0 && cost >= best_cost) continue;
+                best_cost = cost;
+                best.tile = {kind.rows, kind.columns, splits, sharing};
+                std::copy_n(box, 4, best.box);
+                best.stages = int(stages);
+                int64_t resident = std::max<int64_t>(1, int64_t(processors) * residents / sharing);
+                best.blocks = int(kind.split ? blocks : std::min(groups, resident) * sharing);
+            }
+        }
+    }
+    if (best_cost < 0)
+        return fail("conv_infer: tile: expected one that there is for %lld channels and %lld steps, got %d x %d",
+                    (long long)s.out_channels, (long long)steps, wish.rows, wish.columns);
+    return nullptr;
+}
+
+}  // namespace p3d
