@@ -9,8 +9,8 @@ needs in its backward. No tensor has a pass of its own for these.
     dgrad  dx[p, ci]      = sum_{tap, co} dy[(p - tap) / stride, co] w[co, tap, ci]     where stride divides p - tap
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
-`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv_wgrad` has one
-for 1x1x1 and 3x1x1.
+`spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` in training
+and `conv_wgrad` have some for 1x1x1 and 3x1x1.
 """
 
 from __future__ import annotations
@@ -504,6 +504,9 @@ def conv(
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
     epilogue = epilogue or Epilogue()
+    training = _train_arguments(x, w, geometry, epilogue, out_dims)
+    if training is not None:
+        return _cuda.conv_train(x, taps_of(w), **training)
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
     precision = input_precision(dtype, device)
     key = "conv", shape, dtype, device, w.shape, geometry, out_dims, x.read, epilogue.key(), precision
@@ -637,6 +640,26 @@ def cuda_allowed(x: Tensor) -> bool:
 def taps_of(w: Tensor) -> Tensor:
     """A packed w [Co, Ci, kT, kH, kW] by the order of its memory: [Co, taps, Ci]."""
     return w.permute(0, 2, 3, 4, 1).view(w.size(0), -1, w.size(1))
+
+
+def _train_arguments(
+    x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, out_dims: tuple | None
+) -> dict | None:
+    """What `_cuda.conv_train` takes beside x and w, where it has a kernel for such a pass of training; else None."""
+    e, back = epilogue, out_dims is not None
+    temporal, pointwise = geometry.taps == (3, 1, 1), geometry.taps == (1, 1, 1)
+    if not (temporal or pointwise) or geometry.stride != (1, 1) or not e.store or not cuda_allowed(x.a):
+        return None
+    if back:
+        join = e.join in ("none", "add", "add_strided") and e.record is None and e.o_record is None and not e.stats
+    else:  # what is read raw and normalised on the way out is of inference
+        join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
+        join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
+    loads = {"o": e.o, "o_mask": e.o_mask, "below": e.below}
+    if not join or _cuda.conv_train_why_not(x, taps_of(w), back, **loads, stats=e.stats) is not None:
+        return None
+    rest = dict(record=e.record, o_record=e.o_record, relu=e.join == "add_relu", stats=e.stats)
+    return dict(transposed=back, **loads, **rest)
 
 
 def spatial_fwd(
