@@ -149,6 +149,14 @@ __device__ __forceinline__ void multiply(float (&d)[32], const Fragments& x, uin
             wgmma_k_major<T>(d, x[k], swizzled_descriptor(w + k * 32, 8 * 128));
 }
 
+// Has them formed before what follows: a product may read registers only from the fence before it on.
+__device__ __forceinline__ void pin(Fragments& x) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[k][i])::"memory");
+}
+
 // The halves of `a` where the same half of `b` is not <= 0, else zero.
 template <typename T>
 __device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
@@ -716,6 +724,7 @@ struct Consumer {
                             for (int i = 0; i < 4; ++i) kept_x[k][i] = x[k][i], kept_b[k][i] = b[k][i];
                     }
                     apply<T>(a.x[source].read, x, b, constants(source, chunk));
+                    pin(x);
                     wgmma_fence();
                     multiply<T, kBack>(d, x, weight(source * a.x[0].chunks + chunk, part));
                     wgmma_commit();
@@ -746,7 +755,7 @@ struct Consumer {
             int position = units.position(turn, team);
             Fragments x[kChunks];
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) read(x[c], c);
+            for (int c = 0; c < kChunks; ++c) read(x[c], c), pin(x[c]);
 #pragma unroll 1
             for (int slice = 0; slice < kSlices; ++slice) {
                 float d[32];
@@ -792,6 +801,8 @@ struct Consumer {
                         for (int i = 0; i < 4; ++i) before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i];
                 read_frame(after, at.time + ahead);
             }
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) pin(before[c]), pin(centre[c]), pin(after[c]);
             float d[32];
             zero(d);
             wgmma_fence();
