@@ -1,5 +1,5 @@
-// Pieces of the kernels whose matrix rows are positions (conv_train.cu, tail_infer.cu, temporal_infer.cu): fragments, the
-// affine and the join of accumulators, boxes that are stored, rings, tensor maps.
+// Pieces of the kernels whose matrix rows are positions (conv_train.cu, tail_infer.cu, temporal_infer.cu): fragments,
+// the affine and the join of accumulators, boxes that are stored, rings, tensor maps.
 //
 // A box is 64 positions by 64 channels, 8 KB of shared memory, rows of 128 bytes, swizzled.
 //
