@@ -65,8 +65,26 @@ p3d::ConvInferShape conv_infer_shape(const ConvInferSizes& sizes) {
 using ConvInferTile = std::array<int, 4>;
 using ConvInferPlan = std::array<int, 10>;
 
+// (N, T, H * W, Ci, Co, taps, transposed, read, loads of the epilogue, sums)
+using ConvTrainSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int, bool, std::string, int, bool>;
+
+p3d::ConvTrainShape conv_train_shape(const ConvTrainSizes& sizes) {
+    const auto& [clips, time, frame, ci, co, taps, transposed, x_read, loads, sums] = sizes;
+    return {clips, time, frame, ci, co, taps, transposed, read(x_read), loads, sums};
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
+}
+
+p3d::WgradOperand operand(p3d::Read read, uintptr_t a, uintptr_t b, uintptr_t affine_a, uintptr_t affine_b,
+                          uintptr_t sums) {
+    return {read,
+            pointer<const void>(a),
+            pointer<const void>(b),
+            pointer<const float>(affine_a),
+            pointer<const float>(affine_b),
+            pointer<const float>(sums)};
 }
 
 p3d::PixelType pixel_type(const std::string& name) {
@@ -236,6 +254,79 @@ PYBIND11_MODULE(_C, m) {
                                  box[1],    box[2],       box[3],      stages,       blocks};
         },
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "conv_train",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
+           uintptr_t y, uintptr_t affine, uintptr_t o, uintptr_t o_affine, uintptr_t o_mask, uintptr_t below,
+           uintptr_t below_affine, uintptr_t partials, const ConvTrainSizes& sizes, bool relu,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::ConvTrain p{};
+            p.shape = conv_train_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, x_sums);
+            p.w = pointer<const void>(w);
+            p.y = pointer<void>(y);
+            p.affine = pointer<const float>(affine);
+            p.o = pointer<const void>(o);
+            p.o_affine = pointer<const float>(o_affine);
+            p.o_mask = pointer<const void>(o_mask);
+            p.below = pointer<const void>(below);
+            p.below_affine = pointer<const float>(below_affine);
+            p.relu = relu;
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::conv_train(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
+        py::arg("y"), py::arg("affine"), py::arg("o"), py::arg("o_affine"), py::arg("o_mask"), py::arg("below"),
+        py::arg("below_affine"), py::arg("partials"), py::arg("sizes"), py::arg("relu"), py::arg("dtype"),
+        py::arg("stream"));
+
+    m.def(
+        "gram_dgrad",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
+           uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
+           uintptr_t partials_a, uintptr_t partials_b, int c_parts, const ConvTrainSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramDgrad p{};
+            p.shape = conv_train_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, 0);
+            p.g = pointer<const void>(g);
+            p.y = pointer<const void>(y);
+            p.affine = pointer<const float>(affine);
+            p.w = pointer<const void>(w);
+            p.q = pointer<const void>(q);
+            p.q_scale = pointer<const float>(q_scale);
+            p.c = pointer<const float>(c);
+            p.c_parts = c_parts;
+            p.da = pointer<void>(da);
+            p.partials_a = pointer<float>(partials_a);
+            p.partials_b = pointer<float>(partials_b);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_dgrad(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
+        py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
+        py::arg("partials_a"), py::arg("partials_b"), py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"));
+
+    auto train_shape = [&](const char* why_not_name, const char* (*why_not)(const p3d::ConvTrainShape&),
+                           const char* partials_name, int (*partials)(const p3d::ConvTrainShape&)) {
+        m.def(
+            why_not_name,
+            [why_not](const ConvTrainSizes& sizes) {
+                const char* why = why_not(conv_train_shape(sizes));
+                return why ? std::optional<std::string>(why) : std::nullopt;
+            },
+            py::arg("sizes"));
+        m.def(
+            partials_name, [partials](const ConvTrainSizes& sizes) { return partials(conv_train_shape(sizes)); },
+            py::arg("sizes"));
+    };
+    train_shape("conv_train_why_not", p3d::conv_train_why_not, "conv_train_partials", p3d::conv_train_partials);
+    train_shape("gram_dgrad_why_not", p3d::gram_dgrad_why_not, "gram_dgrad_partials", p3d::gram_dgrad_partials);
 
     m.def(
         "stem_infer",

@@ -153,6 +153,79 @@ const char* conv_wgrad(const ConvWgrad& p);
 const char* conv_wgrad_why_not(const ConvWgradShape& shape);
 int conv_wgrad_partials(const ConvWgradShape& shape);
 
+// 1x1x1 and 3x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; 3x1x1 is padded
+// by 1 in time. X is an operand as above, of any read but masked:
+//
+//     y[p,co] = epi(sum over taps and ci of X[p + tap,ci] * w[co,tap,ci])         forward
+//     y[p,co] = epi(sum over taps and ci of X[p - tap,ci] * w[ci,tap,co])         transposed: the input gradient, of
+//                                                                                 which X is the gradient dz
+// epi   forward: nothing; the affine, (sum - mean) * scale + bias; plus o or the affine of o; relu of that; rounded
+//       transposed: plus o, where `o_mask` is given only where that is not <= 0; rounded
+// sums  forward: the statistics of the rounded y, a row (n, mean, M2) for each of R parts of the positions
+//       transposed: with `below`, R rows (sum g, sum g (below - mean)) as in SpatialDgrad
+struct ConvTrainShape {
+    int64_t clips, time, frame;         // N, T, H * W
+    int64_t in_channels, out_channels;  // Ci of X, Co of y
+    int taps;                           // 1, or 3 of 3x1x1
+    bool transposed;
+    Read read;  // of X
+    int loads;  // how many of o, o_mask and below there are
+    bool sums;  // whether there are partials
+};
+
+struct ConvTrain {
+    ConvTrainShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    WgradOperand x;
+    const void* w;              // [Co, taps, Ci], transposed [Ci, taps, Co]; 16-byte aligned, as all pointers are
+    void* y;                    // [N, T, H, W, Co]
+    const float* affine;        // [3, Co] rows mean, scale, bias; or nullptr
+    const void* o;              // like y; or nullptr
+    const float* o_affine;      // [3, Co]; or nullptr
+    const void* o_mask;         // like y; or nullptr
+    const void* below;          // like y; or nullptr
+    const float* below_affine;  // [3, Co], with below
+    bool relu;
+    float* partials;  // [R, 3, Co], or with below [R, 2, Co], R = conv_train_partials(shape); or nullptr
+    CUstream_st* stream;
+};
+
+const char* conv_train(const ConvTrain& p);
+
+// Why conv_train cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* conv_train_why_not(const ConvTrainShape& shape);
+int conv_train_partials(const ConvTrainShape& shape);
+
+// The gradient da of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), with g the
+// gradient of y where y is not <= 0, else 0, and scale_g g rounded to the dtype:
+//
+//     v[p,m] = sum over co of scale[co] g[p,co] w[co,m] + q_scale[m] sum over k of X[p,k] q[k,m] + c[m]
+//
+// and, X being a join, what its outer ReLU passes of that: join_b: v where relu(u_a) + u_b is not <= 0; join_c: v / 2
+// there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = v where u_a is not <= 0, and for z = b, t = v or,
+// of join_port, v where u_b is not <= 0. The shape is that of a gradient: Ci of g, Co of X, no loads.
+struct GramDgrad {
+    ConvTrainShape shape;
+    DType dtype;
+    WgradOperand x;        // raw, bn_relu or a join, [N, T, H, W, Co]
+    const void* g;         // [N, T, H, W, Ci]
+    const void* y;         // like g
+    const float* affine;   // [3, Ci], of which row 1, scale, is read
+    const void* w;         // [Ci, Co]
+    const void* q;         // [Co, Co]
+    const float* q_scale;  // [Co]; or nullptr: 1
+    const float* c;        // [c_parts, Co], to be added up
+    int c_parts;
+    void* da;           // like X
+    float* partials_a;  // [R, 2, Co], R = gram_dgrad_partials(shape); or nullptr
+    float* partials_b;
+    CUstream_st* stream;
+};
+
+const char* gram_dgrad(const GramDgrad& p);
+const char* gram_dgrad_why_not(const ConvTrainShape& shape);
+int gram_dgrad_partials(const ConvTrainShape& shape);
+
 // A stem: conv 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2.
 struct StemShape {
     int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W

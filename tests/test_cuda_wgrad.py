@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from operands import operand as _operand
+from operands import rows as _rows
+from operands import value as _value
 from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
@@ -34,59 +37,6 @@ SMALL = [shape for shape in SHAPES if shape[-2] <= 192 and shape[-1] <= 192]
 
 def _names(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) and len(value) > 3 else None
-
-
-def _activation(shape, dtype, mean=0.0):
-    z = mean + torch.randn(shape, device="cuda")
-    return z.to(dtype).to(memory_format=torch.channels_last_3d)
-
-
-def _record(c, mean=0.0):
-    """[5, C], whose last two rows nobody may read."""
-    rows = [mean + torch.randn(c), 0.5 + torch.rand(c), 0.5 * torch.randn(c)]
-    return torch.stack([*rows, *[torch.full((c,), torch.nan)] * 2]).cuda()
-
-
-def _operand(read, shape, dtype, mean=0.0):
-    """An operand of random tensors; `mean`: of those that a record normalises."""
-    c = shape[1]
-    _, two, has_a, has_b, has_sums = _cuda._TENSORS[read]
-    a, b = _activation(shape, dtype, mean * has_a), _activation(shape, dtype, mean * has_b) if two else None
-    sums = 0.3 * torch.randn(4, c, device="cuda") if has_sums else None
-    return Operand(read, a, b, _record(c, mean) if has_a else None, _record(c, mean) if has_b else None, sums)
-
-
-def _normalised(z, record):
-    """(z - mean) * scale + bias, centred in float32 and rounded once: its sign is the kernel's."""
-    mean, scale, bias = (row.view(1, -1, 1, 1, 1) for row in record[:3])
-    return (z.float() - mean).double() * scale.double() + bias.double()
-
-
-def _value(o):
-    """What the operand reads, found in float64 and rounded to the dtype."""
-    a, b = o.a.double(), None if o.b is None else o.b.double()
-    u_a, u_b = (None if r is None else _normalised(z, r) for z, r in ((o.a, o.record_a), (o.b, o.record_b)))
-    relu = torch.relu
-    if o.read in ("bn_bwd", "bn_bwd_open"):
-        mean, scale, c0, c1 = (
-            row.double().view(1, -1, 1, 1, 1) for row in (o.record_b[0], o.record_b[1], o.sums[0], o.sums[1])
-        )
-        g = a if o.read == "bn_bwd_open" else torch.where(u_b <= 0, 0, a)
-        value = scale * (g - c0 - (b - mean) * c1)
-    else:
-        value = {
-            "raw": lambda: a,
-            "bn_relu": lambda: relu(u_a),
-            "join_port": lambda: relu(u_a) + relu(u_b),
-            "join_b": lambda: relu(relu(u_a) + u_b),
-            "join_c": lambda: relu(0.5 * relu(u_a) + 0.5 * u_b),
-            "masked": lambda: torch.where(b <= 0, 0, a),
-        }[o.read]()
-    return value.to(o.a.dtype).double()
-
-
-def _rows(value):
-    return value.permute(1, 0, 2, 3, 4).flatten(1)
 
 
 def _in_float64(g, x, taps, stride, totals):

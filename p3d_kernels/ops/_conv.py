@@ -10,7 +10,7 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference, `conv_wgrad` one for 1x1x1 and 3x1x1.
+inference and one for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1.
 """
 
 from __future__ import annotations
@@ -521,6 +521,9 @@ def conv(
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
     epilogue = epilogue or Epilogue()
+    training = _train_arguments(x, w, geometry, epilogue, out_dims)
+    if training is not None:
+        return _cuda.conv_train(x, taps_of(w), **training)
     shape, dtype, device = x.a.shape, x.a.dtype, x.a.device
     if out_dims is None and _in_cuda(x, w, geometry, epilogue):
         return _cuda.conv_infer(x.a, taps_of(w), *geometry, epilogue.record, epilogue.join, epilogue.o), None
@@ -672,6 +675,26 @@ def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> b
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
+
+
+def _train_arguments(
+    x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, out_dims: tuple | None
+) -> dict | None:
+    """What `_cuda.conv_train` takes beside x and w, where it has a kernel for such a pass of training; else None."""
+    e, back = epilogue, out_dims is not None
+    temporal, pointwise = geometry.taps == (3, 1, 1), geometry.taps == (1, 1, 1)
+    if not (temporal or pointwise) or geometry.stride != (1, 1) or not e.store or not cuda_allowed(x.a):
+        return None
+    if back:
+        join = e.join in ("none", "add", "add_strided") and e.record is None and e.o_record is None and not e.stats
+    else:  # what is read raw and normalised on the way out is of inference
+        join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
+        join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
+    loads = {"o": e.o, "o_mask": e.o_mask, "below": e.below}
+    if not join or _cuda.conv_train_why_not(x, taps_of(w), back, **loads, stats=e.stats) is not None:
+        return None
+    rest = dict(record=e.record, o_record=e.o_record, relu=e.join == "add_relu", stats=e.stats)
+    return dict(transposed=back, **loads, **rest)
 
 
 def spatial_fwd(

@@ -422,6 +422,189 @@ def conv_infer(
     return y
 
 
+_TRAIN_READS = tuple([read for read in _TENSORS if read != "masked"])
+
+
+def _conv_train_sizes(
+    x: Operand, w: Tensor, transposed: bool, o: Tensor | None, o_mask: Tensor | None, below: tuple | None, sums: bool
+) -> tuple:
+    n, ci, t, *size = x.a.shape
+    loads = (o is not None) + (o_mask is not None) + (below is not None)
+    return n, t, size[0] * size[1], ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read, loads, sums
+
+
+def conv_train_why_not(
+    x: Operand,
+    w: Tensor,
+    transposed: bool = False,
+    o: Tensor | None = None,
+    o_mask: Tensor | None = None,
+    below: tuple[Tensor, Tensor] | None = None,
+    stats: bool = False,
+) -> str | None:
+    """Why `conv_train` cannot run these, or None."""
+    if x.a.dtype not in _DTYPES:
+        return f"conv_train: dtype {x.a.dtype} (expected bfloat16 or float16)"
+    if x.read not in _TRAIN_READS:
+        return f"conv_train: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    native = _backends.native()
+    if isinstance(native, str):
+        return native
+    sums = stats or below is not None
+    return native.conv_train_why_not(_conv_train_sizes(x, w, transposed, o, o_mask, below, sums))
+
+
+def conv_train(
+    x: Operand,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Co, taps, Ci], transposed [Ci, taps, Co]
+    transposed: bool = False,
+    record: Tensor | None = None,  # [3, Co] or more rows, as are the next two
+    o: Tensor | None = None,  # like y, as are the next two
+    o_record: Tensor | None = None,
+    o_mask: Tensor | None = None,
+    relu: bool = False,
+    below: tuple[Tensor, Tensor] | None = None,  # and its record
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, part) of a 1x1x1 or 3x1x1 convolution of stride 1 of what x reads, by w, or its input gradient `transposed`.
+
+    3x1x1 is padded by 1 in time. One side has 64 or 128 channels. Forward, y = relu(bn(sum) + bn(o)), each part of it
+    if its argument is given, bn the affine of `record` or `o_record`; the gradient is sum + o, o counted where not
+    o_mask <= 0. An operand is read and rounded once an element or, of 128 channels, twice; float32 accumulation.
+
+    Returns:
+        y [N, Co, T, H, W] channels_last_3d, and float32 parts or None: with `stats` [R, 3, Co] rows (n, mean, M2) of
+        the rounded y, some with n = 0; with `below` [R, 2, Co] rows (sum g, sum g (below - mean)), g the rounded y
+        where the ReLU of `below` passes it, else 0. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `conv_train_why_not` says), or CUDA failed.
+    """
+    (n, ci, t, *size), dtype, device = x.a.shape, x.a.dtype, x.a.device
+    if dtype not in _DTYPES or x.read not in _TRAIN_READS:
+        raise ValueError(f"x: expected bfloat16 or float16 and a read that the kernel has, got {dtype}, {x.read!r}")
+    if w.dim() != 3 or w.size(1) not in (1, 3) or w.size(0 if transposed else 2) != ci:
+        form = f"[{ci}, taps, Co]" if transposed else f"[Co, taps, {ci}]"
+        raise ValueError(f"w: expected {form} of 1 or 3 taps, got {list(w.shape)}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    _check_matrix("w", w, tuple(w.shape), dtype)
+    co = w.size(2 if transposed else 0)
+    below, below_record = below or (None, None)
+    for name, tensor in (("o", o), ("o_mask", o_mask), ("below", below)):
+        if tensor is not None:
+            _check_activation(name, tensor, (n, co, t, *size), dtype)
+    for name, rows in (("record", record), ("o_record", o_record), ("below's record", below_record)):
+        if rows is not None:
+            _check_rows(name, rows, 3, co)
+    if transposed and (record is not None or o_record is not None or relu or stats):
+        raise ValueError("record, o_record, relu, stats: expected none of them with transposed")
+    if not transposed and (o_mask is not None or below is not None):
+        raise ValueError("o_mask, below: expected None unless transposed")
+    if o is None and (o_record is not None or o_mask is not None):
+        raise ValueError("o: expected a tensor with o_record or o_mask, got None")
+
+    y = alloc((n, co, t, *size), device, dtype)
+    sums = stats or below is not None
+    if y.numel() == 0:
+        return y, torch.zeros(1, 3 if stats else 2, co, device=device) if sums else None
+    sizes = _conv_train_sizes(x, w, transposed, o, o_mask, None if below is None else (below,), sums)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = sizes, relu, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.conv_train_partials(sizes)
+        return plan
+
+    plan = plan_for(("conv_train", sizes, relu, dtype, device), build)
+    part = alloc((plan.rows, 3 if stats else 2, co), device) if sums else None
+    plan(*x.args(), w, y, record, o, o_record, o_mask, below, below_record, part)
+    return y, part
+
+
+def _gram_dgrad_sizes(x: Operand, g: Tensor, sums: bool) -> tuple:
+    n, m, t, *size = x.a.shape
+    return n, t, size[0] * size[1], g.size(1), m, 1, True, x.read, 0, sums
+
+
+def gram_dgrad_why_not(x: Operand, g: Tensor) -> str | None:
+    """Why `gram_dgrad` cannot run these, or None."""
+    if g.dtype not in _DTYPES:
+        return f"gram_dgrad: dtype {g.dtype} (expected bfloat16 or float16)"
+    if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
+        return f"gram_dgrad: read {x.read} (expected an activation)"
+    if g.shape[2:] != x.a.shape[2:]:
+        return "gram_dgrad: a stride (expected 1)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.gram_dgrad_why_not(_gram_dgrad_sizes(x, g, False))
+
+
+def gram_dgrad(
+    g: Tensor,  # [N, Co, T, H, W]
+    y: Tensor,  # like g
+    record: Tensor,  # [3, Co] or more rows
+    w: Tensor,  # [Co, M]
+    x: Operand,  # [N, M, T, H, W]
+    q: Tensor,  # [M, M]
+    q_scale: Tensor | None,  # [M] float32
+    c: Tensor,  # [parts, M] float32
+    sums_a: bool = False,
+    sums_b: bool = False,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
+
+    v = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
+    join da is what its outer ReLU passes of v, times 0.5 in join_c. M = 64 or 128; float32 accumulation.
+
+    Returns:
+        da [N, M, T, H, W] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
+        sum t (z - mean)), t the rounded da where the ReLU of z passes it (join_b and join_c: all of it for b). Runs of
+        the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `gram_dgrad_why_not` says), or CUDA failed.
+    """
+    (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    for name, tensor in (("g", g), ("y", y)):
+        _check_activation(name, tensor, (n, co, *dims), dtype)
+    _check_rows("record", record, 3, co)
+    _check_matrix("w", w, (co, m), dtype)
+    _check_matrix("q", q, (m, m), dtype)
+    _check_rows("c", c, 1, m)
+    if q_scale is not None:
+        _check_matrix("q_scale", q_scale, (m,), torch.float32)
+    if (sums_a and x.record_a is None) or (sums_b and x.b is None):
+        raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
+
+    da = alloc(tuple(x.a.shape), device, dtype)
+    if da.numel() == 0:
+        return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
+    sizes = _gram_dgrad_sizes(x, g, sums_a or sums_b)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = c.size(0), sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_dgrad(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.gram_dgrad_partials(sizes)
+        return plan
+
+    plan = plan_for(("gram_dgrad in CUDA", sizes, c.size(0), dtype, device), build)
+    parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
+    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
+    return da, parts
+
+
 STEM_COUTS = 64
 _FLOATS = {**_DTYPES, torch.float32: "float32"}
 _PIXELS = {**_FLOATS, torch.uint8: "uint8"}

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from .._norm import Norm
-from ._conv import conv_wgrad, pointwise, tap_row
+from . import _cuda
+from ._conv import conv_wgrad, cuda_allowed, pointwise, tap_row, taps_of
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     Operand,
@@ -470,6 +471,10 @@ def gram_bwd(
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
+    if norm.training and cuda_allowed(dy) and _cuda.gram_dgrad_why_not(x, dy) is None:
+        scale = q_scale if dy.dtype == torch.float16 else None
+        sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
+        return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)

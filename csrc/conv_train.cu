@@ -1,0 +1,1164 @@
+// 1x1x1 and 3x1x1 convolutions of stride 1 in training, forward and input gradient, and the gradient through the Gram
+// identity: y = epilogue(sum over chunks of read(x) w), where the narrower side has 64 or 128 channels.
+//
+// Positions are the rows of the matrix unit, output channels its columns (rows.cuh). A *unit* is 64 positions. What is
+// read comes in boxes of 64 positions by 64 channels, a *chunk* of an operand one box or two; a warp loads its 16 rows
+// as fragments and applies the read there, so that the operand of the product is never stored. y is made in *slices* of
+// 64 channels. All weights of a block stay in its shared memory.
+//
+//   narrow    64 or 128 output channels: chunks of one operand, or of two for the Gram identity, add up in a slice
+//   wide      64 or 128 input channels: fragments of all chunks stay in registers, slice follows slice; where weights
+//             are many, blocks share the slices out, a *group* of these each
+//   temporal  64 or 128 channels: fragments of three frames stay in registers while a step walks down a *column*, 64
+//             positions of a frame through all frames; what lies outside a clip is zero. All steps of all columns are
+//             cut into runs of equal length, one for each team; one that begins within a column reads two frames again
+//
+// A block is persistent: two warpgroups compute, a warp each brings the operands of a *team* and what the epilogue of a
+// warpgroup reads. Teams are one warpgroup, or, where a unit has two slices, both, of which each makes one.
+//
+// What an epilogue reads comes in boxes too; the last of a slice is where y is formed, else a box of its own. Every
+// warp stores the 16 positions that it computed. Statistics and sums stay in registers until the end: those of a thread
+// are of 16 channels and of every 8th position of its units, so they are joined once, in fixed order.
+#include <algorithm>
+
+#include "rows.cuh"
+
+namespace p3d {
+namespace {
+
+constexpr int kThreads = 384;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8), "registers of the block");
+constexpr int kSlices = 4;                   // of a group, in the wide form
+constexpr int kMaxWeights = 20;              // boxes
+constexpr int kTrainBarrierBytes = 16 * 32;  // one for the weights, a pair for each slot
+
+enum class Form : int { narrow = 0, wide = 1, temporal = 2 };
+
+__host__ __device__ constexpr bool two_tensors(Read read) { return read != Read::raw && read != Read::bn_relu; }
+__host__ __device__ constexpr bool joins(Read read) {
+    return read == Read::join_port || read == Read::join_b || read == Read::join_c;
+}
+
+struct TrainMaps {
+    CUtensorMap a[2], b[2];      // [F, P, C] of the operands, read in boxes of a unit
+    CUtensorMap w[2];            // weights as they lie, in boxes of 64 rows
+    CUtensorMap below, mask, o;  // [F, P, Co], read in boxes of a unit
+    CUtensorMap y;               // likewise, written in boxes of a warp's 16 positions
+};
+
+struct Source {
+    Read read;
+    int chunks;
+    const float* affine_a;  // [3, C]
+    const float* affine_b;  // [3, C]; of a masked read, what it multiplies with lies in row 1
+    const float* sums;      // [2, C]
+};
+
+// Rows of constants of a read, in pairs.
+__host__ __device__ constexpr int planes_of(Read read, bool scaled) {
+    return read == Read::raw ? 0 : read == Read::masked ? scaled : read == Read::bn_relu ? 2 : 3;
+}
+
+struct TrainArgs {
+    Source x[2];                // the second, or no chunks of it, after the first
+    const float* affine;        // [3, Co] of y; or nullptr
+    const float* second;        // [3, Co] of o or of below; or nullptr
+    const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
+    const float* column_scale;  // [Co] of the first source's product; or nullptr
+    int c_parts;
+    bool has_below, has_mask, has_o, relu;
+    float *partials, *partials_b;  // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
+    int out_channels;
+    int limit;                         // positions of a frame, or all of them
+    int turns, groups;                 // of units: narrow and wide
+    int time, columns, steps, length;  // temporal: T, of a clip, in all, of a run
+    int in_slots, out_slots;           // of a team, of a warpgroup
+};
+
+template <Form kForm, int kChunks>
+struct Teams {
+    static constexpr int kParts = kForm == Form::wide ? 1 : kChunks;  // warpgroups of one
+    static constexpr int kCount = 2 / kParts;
+    static constexpr int kColumns = kForm == Form::wide ? kSlices : kParts;  // slices of a block
+};
+
+__host__ __device__ inline int weight_boxes(Form form, int chunks, const Source (&x)[2]) {
+    if (form == Form::wide) return kSlices * chunks;
+    if (form == Form::temporal) return 3 * chunks * chunks;
+    return (x[0].chunks + x[1].chunks) * chunks;
+}
+
+// Where everything lies in shared memory.
+struct Place {
+    uint32_t weights, slots, constants, epilogue, barriers;
+    int in_slots, out_slots, teams;
+
+    __device__ __forceinline__ Place(const void* base, const TrainArgs& a, int boxes, int teams)
+        : weights(shared_address(base)),
+          slots(weights + boxes * kBoxBytes),
+          constants(slots + (teams * a.in_slots + 2 * a.out_slots) * kBoxBytes),
+          epilogue(constants + constants_of(a, 2)),
+          barriers(shared_address(base) + kSharedLimit - kTrainBarrierBytes),
+          in_slots(a.in_slots),
+          out_slots(a.out_slots),
+          teams(teams) {}
+
+    // Bytes of the constants of the sources before `source`.
+    static __host__ __device__ int constants_of(const TrainArgs& a, int source) {
+        int bytes = 0;
+        for (int i = 0; i < source; ++i) bytes += planes_of(a.x[i].read, a.x[i].affine_b) * a.x[i].chunks * kChunk * 8;
+        return bytes;
+    }
+    __device__ __forceinline__ Ring in(int team) const {
+        return {slots + team * in_slots * kBoxBytes, barriers + 16 * (1 + team * in_slots), kBoxBytes, in_slots};
+    }
+    __device__ __forceinline__ Ring out(int group) const {
+        int first = teams * in_slots + group * out_slots;
+        return {slots + first * kBoxBytes, barriers + 16 * (1 + first), kBoxBytes, out_slots};
+    }
+};
+
+// ---- Instructions that no other kernel uses.
+
+// d += a * b; A in registers, B K-major, N = 64.
+#define P3D_TRAIN_ASM(TYPE)                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                 \
+                 : P3D_OPS_8                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <typename T>
+__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        P3D_TRAIN_ASM("bf16");
+    else
+        P3D_TRAIN_ASM("f16");
+}
+
+using Fragments = uint32_t[4][4];  // of 16 rows of a warp by 64 channels
+
+// d += x * w, w one box: its rows are columns of d, or with kBack its columns are.
+template <typename T, bool kBack>
+__device__ __forceinline__ void multiply(float (&d)[32], const Fragments& x, uint32_t w) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        if constexpr (kBack)
+            wgmma<T>(d, x[k], swizzled_descriptor(w + k * 16 * 128, 8 * 128));
+        else
+            wgmma_k_major<T>(d, x[k], swizzled_descriptor(w + k * 32, 8 * 128));
+}
+
+// Has them formed before what follows: a product may read registers only from the fence before it on.
+__device__ __forceinline__ void pin(Fragments& x) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[k][i])::"memory");
+}
+
+// The halves of `a` where the same half of `b` is not <= 0, else zero.
+template <typename T>
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return a & ~__hle2_mask(reinterpret_cast<__nv_bfloat162&>(b), __nv_bfloat162{0, 0});
+    else
+        return a & ~__hle2_mask(reinterpret_cast<__half2&>(b), __half2{0, 0});
+}
+
+__device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
+
+// ---- The order of work.
+
+template <Form kForm, int kChunks>
+struct Units {  // of a team in the narrow and wide forms
+    int first, step;
+
+    __device__ __forceinline__ explicit Units(const TrainArgs& a)
+        : first(blockIdx.x / a.groups), step(gridDim.x / a.groups) {}
+    static __device__ __forceinline__ int position(int turn, int team) {
+        return (turn * Teams<kForm, kChunks>::kCount + team) * kUnit;  // past the end there is nothing
+    }
+};
+
+struct Run {  // of a team in the temporal form
+    int begin, end;
+
+    __device__ __forceinline__ Run(const TrainArgs& a, int team, int teams)
+        : begin((blockIdx.x * teams + team) * a.length), end(min(begin + a.length, a.steps)) {}
+};
+
+struct Step {
+    int time, position, frame;  // t, within the frame, n * T + t
+    bool first;                 // no frame of the step before is of use
+
+    __device__ __forceinline__ Step(const TrainArgs& a, int step, int begin) {
+        int column = step / a.time, clip = column / a.columns;
+        time = step - column * a.time;
+        position = (column - clip * a.columns) * kUnit;
+        frame = clip * a.time + time;
+        first = step == begin || time == 0;
+    }
+};
+
+// ---- Producers: one thread each.
+
+__device__ __forceinline__ void bring(Ring& ring, const CUtensorMap& map, int channel, int position, int frame) {
+    ring.claim();
+    copy_box(ring.slot(), map, ring.full(), channel, position, frame);
+    ring.advance();
+}
+
+template <Form kForm, int kChunks, bool kBack>
+__device__ __forceinline__ void produce_weights(const TrainMaps& maps, const TrainArgs& a, const Place& place) {
+    constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
+    int boxes = weight_boxes(kForm, kChunks, a.x);
+    int column = kForm == Form::wide ? blockIdx.x % a.groups * kSlices : 0;  // the first, in slices
+    barrier_expect(place.barriers, boxes * kBoxBytes);
+#pragma unroll 1
+    for (int box = 0; box < boxes; ++box) {
+        int chunk = box / kColumns, out = (column + box % kColumns) * kChunk, skip = 0;
+        const CUtensorMap* map = &maps.w[0];
+        if (kForm == Form::temporal) {  // taps of w follow one another within its rows
+            int frame = chunk / kChunks;
+            chunk -= frame * kChunks;
+            skip = (kBack ? 2 - frame : frame) * kChunks * kChunk;
+        } else if (chunk >= a.x[0].chunks) {
+            chunk -= a.x[0].chunks, map = &maps.w[1];
+        }
+        copy_box(place.weights + box * kBoxBytes, *map, place.barriers, skip + (kBack ? out : chunk * kChunk),
+                 kBack ? chunk * kChunk : out, 0);
+    }
+}
+
+__device__ __forceinline__ void bring_source(Ring& ring, const TrainMaps& maps, const TrainArgs& a, int source,
+                                             int position, int frame) {
+#pragma unroll 1
+    for (int c = 0; c < a.x[source].chunks; ++c) {
+        bring(ring, maps.a[source], c * kChunk, position, frame);
+        if (two_tensors(a.x[source].read)) bring(ring, maps.b[source], c * kChunk, position, frame);
+    }
+}
+
+template <Form kForm, int kChunks>
+__device__ __forceinline__ void produce_operands(const TrainMaps& maps, const TrainArgs& a, const Place& place,
+                                                 int team) {
+    using Team = Teams<kForm, kChunks>;
+    Ring ring = place.in(team);
+    if constexpr (kForm == Form::temporal) {
+        Run run(a, team, Team::kCount);
+        for (int step = run.begin; step < run.end; ++step) {
+            Step at(a, step, run.begin);
+#pragma unroll 1
+            for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead)
+                if (0 <= at.time + ahead && at.time + ahead < a.time)
+                    bring_source(ring, maps, a, 0, at.position, at.frame + ahead);
+        }
+    } else {
+        Units<kForm, kChunks> units(a);
+        for (int turn = units.first; turn < a.turns; turn += units.step)
+#pragma unroll 1
+            for (int source = 0; source < 2; ++source)
+                bring_source(ring, maps, a, source, units.position(turn, team), 0);
+    }
+}
+
+template <Form kForm, int kChunks>
+__device__ __forceinline__ void produce_epilogue(const TrainMaps& maps, const TrainArgs& a, const Place& place,
+                                                 int group) {
+    using Team = Teams<kForm, kChunks>;
+    if (!a.has_below && !a.has_mask && !a.has_o) return;
+    Ring ring = place.out(group);
+    int team = Team::kParts == 2 ? 0 : group, part = Team::kParts == 2 ? group : 0;
+    auto slice = [&](int channel, int position, int frame) {
+        if (a.has_below) bring(ring, maps.below, channel, position, frame);
+        if (a.has_mask) bring(ring, maps.mask, channel, position, frame);
+        if (a.has_o) bring(ring, maps.o, channel, position, frame);
+    };
+    if constexpr (kForm == Form::temporal) {
+        Run run(a, team, Team::kCount);
+        for (int step = run.begin; step < run.end; ++step) {
+            Step at(a, step, run.begin);
+            slice(part * kChunk, at.position, at.frame);
+        }
+    } else {
+        Units<kForm, kChunks> units(a);
+        int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices : part;
+        for (int turn = units.first; turn < a.turns; turn += units.step)
+#pragma unroll 1
+            for (int i = 0; i < (kForm == Form::wide ? kSlices : 1); ++i)
+                slice((first + i) * kChunk, units.position(turn, team), 0);
+    }
+}
+
+// ---- Constants, which lie in planes: a plane has two rows of them, (row 0 twice, row 1 twice) a pair of channels.
+
+// Row `row` of the constants of a read for a channel:
+//   bn_relu  mean, scale and bias of a
+//   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
+//   masked   scale of b
+//   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
+__device__ __forceinline__ float constant_of(const Source& x, int row, int channel, int channels) {
+    int at = row % 3 * channels + channel;
+    if (x.read == Read::masked) return row == 0 ? x.affine_b[channels + channel] : 0;
+    if (x.read == Read::bn_bwd || x.read == Read::bn_bwd_open) {
+        if (row < 3) return x.affine_b[at];
+        return row < 5 ? -x.affine_b[channels + channel] * x.sums[at] : 0;
+    }
+    if (x.read == Read::bn_relu && row >= 3) return 0;
+    float v = row < 3 ? x.affine_a[at] : x.affine_b[at];
+    return x.read == Read::join_c && row % 3 ? 0.5f * v : v;
+}
+
+// The epilogue's: rows of the affine of y, or (c, scale) of the Gram identity; then rows of the second affine.
+__device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, int channel) {
+    if (a.c) {
+        if (row == 1) return a.column_scale ? a.column_scale[channel] : 1;
+        float sum = 0;
+        for (int i = 0; row == 0 && i < a.c_parts; ++i) sum += a.c[i * a.out_channels + channel];
+        return sum;
+    }
+    const float* affine = row < 3 ? a.affine : a.second;
+    return affine ? affine[row % 3 * a.out_channels + channel] : 0;
+}
+
+template <typename Value>
+__device__ __forceinline__ void prepare(uint32_t target, int planes, int channels, int thread, const Value& value) {
+#pragma unroll 1
+    for (int i = thread; i < planes * channels / 2; i += 256) {
+        int plane = i / (channels / 2), channel = 2 * (i - plane * (channels / 2));
+        store_affine(target + 16 * i, {value(2 * plane, channel), value(2 * plane, channel + 1),
+                                       value(2 * plane + 1, channel), value(2 * plane + 1, channel + 1)});
+    }
+}
+
+template <Form kForm, int kChunks>
+__device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& place, int thread) {
+    constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
+    for (int i = 0; i < 2; ++i) {
+        const Source& x = a.x[i];
+        int channels = x.chunks * kChunk;
+        prepare(place.constants + Place::constants_of(a, i), planes_of(x.read, x.affine_b), channels, thread,
+                [&](int row, int channel) { return constant_of(x, row, channel, channels); });
+    }
+    int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices * kChunk : 0;
+    prepare(place.epilogue, 3, kColumns * kChunk, thread,
+            [&](int row, int channel) { return epilogue_constant(a, row, first + channel); });
+}
+
+// The constants of a thread's channels of a chunk or slice: group j, channels 8 j + 2 (lane % 4) + {0, 1}, at 64 j.
+struct Constants {
+    uint32_t source;
+    int plane;  // bytes of one
+
+    __device__ __forceinline__ Constants(uint32_t base, int channels, int chunk)
+        : source(base + chunk * kChunk * 8 + 16 * (threadIdx.x % 4)), plane(channels * 8) {}
+    __device__ __forceinline__ float4 operator()(int row_pair, int j) const {
+        return load_affine(source + row_pair * plane + 64 * j);
+    }
+};
+
+// ---- The read, applied to fragments.
+
+// x = value(x, b, j) for each pair of neighbouring channels, j its group.
+template <typename Value>
+__device__ __forceinline__ void for_pairs(Fragments& x, const Fragments& b, const Value& value) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            auto constants = value.load(2 * k + half);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) x[k][2 * half + m] = value(x[k][2 * half + m], b[k][2 * half + m], constants);
+        }
+}
+
+struct Six {  // constants of a pair: the first `planes` planes of rows, the rest zero
+    float4 v0 = {}, v1 = {}, v2 = {};
+
+    __device__ __forceinline__ Six(const Constants& c, int j, int planes) {
+        if (planes > 0) v0 = c(0, j);
+        if (planes > 1) v1 = c(1, j);
+        if (planes > 2) v2 = c(2, j);
+    }
+    __device__ __forceinline__ float2 affine(float2 v) const {  // rows 0 to 2
+        return {normalise(v.x, v0.x, v0.z, v1.x), normalise(v.y, v0.y, v0.w, v1.y)};
+    }
+    __device__ __forceinline__ float2 other(float2 v) const {  // rows 3 to 5
+        return {normalise(v.x, v1.z, v2.x, v2.z), normalise(v.y, v1.w, v2.y, v2.w)};
+    }
+};
+
+template <typename T, Read kRead>
+struct Value {
+    Constants constants;
+
+    __device__ __forceinline__ Six load(int j) const { return {constants, j, planes_of(kRead, false)}; }
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b, const Six& c) const {
+        float2 v = unpack<T>(a), w = unpack<T>(b);
+        if constexpr (kRead == Read::bn_bwd || kRead == Read::bn_bwd_open) {
+            auto gradient = [](float g, float z, float mean, float scale, float bias, float constant, float slope) {
+                float centred = z - mean;
+                bool closed = kRead == Read::bn_bwd && fmaf(centred, scale, bias) <= 0;
+                return fmaf(centred, slope, closed ? constant : fmaf(g, scale, constant));
+            };
+            return pack<T>(gradient(v.x, w.x, c.v0.x, c.v0.z, c.v1.x, c.v1.z, c.v2.x),
+                           gradient(v.y, w.y, c.v0.y, c.v0.w, c.v1.y, c.v1.w, c.v2.y));
+        } else {
+            float2 u = c.affine(v);
+            if constexpr (kRead == Read::bn_relu) return pack_relu<T>(u.x, u.y);
+            float2 t = c.other(w);
+            if constexpr (kRead == Read::join_port) return pack<T>(relu(u.x) + relu(t.x), relu(u.y) + relu(t.y));
+            return pack_relu<T>(relu(u.x) + t.x, relu(u.y) + t.y);  // join_b and join_c, whose constants differ
+        }
+    }
+};
+
+template <typename T>
+struct Scaled {
+    Constants constants;
+
+    __device__ __forceinline__ float4 load(int j) const { return constants(0, j); }
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b, const float4& c) const {
+        float2 v = unpack<T>(masked<T>(a, b));
+        return pack<T>(v.x * c.x, v.y * c.y);
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void apply(Read read, Fragments& x, const Fragments& b, const Constants& constants) {
+    if (read == Read::bn_relu)
+        for_pairs(x, b, Value<T, Read::bn_relu>{constants});
+    else if (read == Read::join_port)
+        for_pairs(x, b, Value<T, Read::join_port>{constants});
+    else if (read == Read::join_b || read == Read::join_c)
+        for_pairs(x, b, Value<T, Read::join_b>{constants});
+    else if (read == Read::masked)
+        for_pairs(x, b, Scaled<T>{constants});
+    else if (read == Read::bn_bwd)
+        for_pairs(x, b, Value<T, Read::bn_bwd>{constants});
+    else if (read == Read::bn_bwd_open)
+        for_pairs(x, b, Value<T, Read::bn_bwd_open>{constants});
+}
+
+// ---- Consumers.
+
+__device__ __forceinline__ void zero(float (&d)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) d[i] = 0;
+    wgmma_pin(d);
+}
+
+// A thread's sums of 16 channels, column 2 j + e of them 8 j + 2 (lane % 4) + e.
+//   moments   a shift near the mean, then sums of the values and their squares about it
+//   below     sum g, sum g (z - mean)
+//   join      the same of the operand's a, then of its b
+template <int kKinds>
+struct Totals {
+    float v[kKinds][16];
+    int n = 0;
+
+    __device__ __forceinline__ Totals() {
+#pragma unroll
+        for (int kind = 0; kind < kKinds; ++kind)
+#pragma unroll
+            for (int i = 0; i < 16; ++i) v[kind][i] = 0;
+    }
+};
+
+template <typename T, Form kForm, int kChunks, bool kBack>
+struct Consumer {
+    using Team = Teams<kForm, kChunks>;
+    static constexpr int kKinds = kForm == Form::wide ? 1 : kForm == Form::narrow && kBack ? 4 : 3;
+
+    const TrainMaps& maps;
+    const TrainArgs& a;
+    const Place& place;
+    int group, lane, warp, part, team;
+    bool leader;
+    Ring in, out;
+    int held = -1;  // the slot of the box stored last, if others wait for it
+    uint32_t mine;  // this lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k
+    Totals<kKinds> totals;
+
+    __device__ __forceinline__ Consumer(const TrainMaps& maps, const TrainArgs& a, const Place& place, int group)
+        : maps(maps),
+          a(a),
+          place(place),
+          group(group),
+          lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32 % 4),
+          part(Team::kParts == 2 ? group : 0),
+          team(Team::kParts == 2 ? 0 : group),
+          leader(lane == 0),
+          in(place.in(team)),
+          out(place.out(group)),
+          mine((16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
+
+    // The next chunk of a source: its boxes as they are.
+    __device__ __forceinline__ void load(const Source& source, Fragments& x, Fragments& b) {
+        int first = in.index, second = -1;
+        uint32_t box = in.take() + mine;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) load_fragment(x[k], box ^ (32 * k));
+        if (two_tensors(source.read)) {
+            second = in.index;
+            box = in.take() + mine;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) load_fragment(b[k], box ^ (32 * k));
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) b[k][i] = 0;
+        }
+        __syncwarp();
+        if (leader) {
+            release(in, first);
+            if (second >= 0) release(in, second);
+        }
+    }
+
+    __device__ __forceinline__ Constants constants(int source, int chunk) const {
+        return {place.constants + Place::constants_of(a, source), a.x[source].chunks * kChunk, chunk};
+    }
+
+    __device__ __forceinline__ void read(Fragments& x, int chunk) {
+        Fragments b;
+        load(a.x[0], x, b);
+        apply<T>(a.x[0].read, x, b, constants(0, chunk));
+    }
+
+    __device__ __forceinline__ uint32_t weight(int chunk, int slice) const {
+        return place.weights + (chunk * Team::kColumns + slice) * kBoxBytes;
+    }
+
+    // One pair of channels of y in one row, before rounding. `o` and `mask` are zero where they do not exist.
+    __device__ __forceinline__ uint32_t finish(float2 v, uint32_t o, uint32_t mask, const Six& c) const {
+        if constexpr (!kBack) {
+            if (a.affine) v = c.affine(v);
+            if (a.has_o) {
+                float2 w = unpack<T>(o);
+                if (a.second) w = c.other(w);
+                v.x += w.x, v.y += w.y;
+            }
+            return a.relu ? pack_relu<T>(v.x, v.y) : pack<T>(v.x, v.y);
+        } else {
+            if (a.has_o) {
+                float2 w = unpack<T>(a.has_mask ? masked<T>(o, mask) : o);
+                v.x += w.x, v.y += w.y;
+            }
+            return pack<T>(v.x, v.y);
+        }
+    }
+
+    __device__ __forceinline__ void add(int kind, int column, float g, float centred, bool real) {
+        g = real ? g : 0;
+        totals.v[kind][column] += g;
+        totals.v[kind + 1][column] = fmaf(g, real ? centred : 0, totals.v[kind + 1][column]);
+    }
+
+    // Finishes a slice of a unit, stores it, and adds to the totals.
+    __device__ __forceinline__ void store(const float (&d)[32], int slice, int channel, int position, int frame) {
+        Constants constants(place.epilogue, Team::kColumns * kChunk, slice);
+        int below_slot = out.index;
+        uint32_t below = a.has_below ? out.take() + mine : 0;
+        int mask_slot = out.index;
+        uint32_t mask = a.has_mask ? out.take() + mine : 0;
+        int slot = out.index;
+        uint32_t box = out.slot();
+        if (a.has_o)
+            out.take();
+        else if (!a.has_below && !a.has_mask)
+            out.advance();
+        else
+            slot = a.has_mask ? mask_slot : below_slot, box = (a.has_mask ? mask : below) - mine;
+        write(
+            d, constants, box,
+            [&](int k, Fragments& boxes) {
+                if (a.has_o) load_fragment(boxes[0], (box + mine) ^ (32 * k));
+                if (a.has_mask) load_fragment(boxes[1], mask ^ (32 * k));
+                if (a.has_below) load_fragment(boxes[2], below ^ (32 * k));
+            },
+            position);
+        send(box, channel, position, frame);
+        if (leader) {
+            if (held >= 0) release(out, held);
+            if (a.has_below && slot != below_slot) release(out, below_slot);
+            if (a.has_mask && slot != mask_slot) release(out, mask_slot);
+        }
+        held = a.has_o || a.has_mask || a.has_below ? slot : -1;
+    }
+
+    __device__ __forceinline__ void send(uint32_t box, int channel, int position, int frame) {
+        fence_proxy_async();
+        __syncwarp();
+        if (leader) {
+            store_box(maps.y, box + warp * 16 * 128, channel, position + 16 * warp, frame);
+            store_wait<1>();
+        }
+    }
+
+    __device__ __forceinline__ void begin_box() const {
+        if (a.out_slots == 1 && leader) store_wait<0>();
+        __syncwarp();  // the leader has seen the box that was stored here leave
+    }
+
+    __device__ __forceinline__ void count(int position) {
+        int row = position + 16 * warp + lane / 4;
+        totals.n += (row < a.limit) + (row + 8 < a.limit);
+    }
+
+    // A slice of y, rounded, to `box`; `load` brings what the epilogue reads of step k.
+    template <typename Load>
+    __device__ __forceinline__ void write(const float (&d)[32], const Constants& constants, uint32_t box,
+                                          const Load& load, int position) {
+        int row = position + 16 * warp + lane / 4, planes = a.affine || a.second ? 3 : 0;
+        bool real[2] = {row < a.limit, row + 8 < a.limit}, begins = totals.n == 0;
+        begin_box();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            Fragments boxes = {};
+            load(k, boxes);
+            uint32_t y[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                int j = 2 * k + half;
+                Six c(constants, j, planes);
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    int i = 2 * half + m;
+                    y[i] = finish({d[4 * j + 2 * m], d[4 * j + 2 * m + 1]}, boxes[0][i], boxes[1][i], c);
+                    if constexpr (kForm != Form::wide) {
+                        float2 v = unpack<T>(y[i]);
+                        if (!kBack && a.partials) {
+                            add_moments(2 * j, v.x, real[m], begins && m == 0);
+                            add_moments(2 * j + 1, v.y, real[m], begins && m == 0);
+                        }
+                        if (kBack && a.has_below) {
+                            float2 z = unpack<T>(boxes[2][i]), u = c.other(z);
+                            add(0, 2 * j, u.x <= 0 ? 0 : v.x, z.x - c.v1.z, real[m]);
+                            add(0, 2 * j + 1, u.y <= 0 ? 0 : v.y, z.y - c.v1.w, real[m]);
+                        }
+                    }
+                }
+            }
+            store_fragment((box + mine) ^ (32 * k), y);
+        }
+        count(position);
+    }
+
+    __device__ __forceinline__ void add_moments(int column, float v, bool real, bool begins) {
+        if constexpr (kKinds >= 3) {
+            totals.v[0][column] = begins && real ? v : totals.v[0][column];  // near the mean: no digits are lost
+            float delta = real ? v - totals.v[0][column] : 0;
+            totals.v[1][column] += delta;
+            totals.v[2][column] = fmaf(delta, delta, totals.v[2][column]);
+        }
+    }
+
+    // The gradient of the join that the first source is, whose boxes of this slice are x and b: its masks, its sums.
+    __device__ __forceinline__ void store_join(const float (&d)[32], const Fragments& x, const Fragments& b,
+                                               int position) {
+        if constexpr (kForm == Form::narrow && kBack) {
+            Read read = a.x[0].read;
+            bool outer = read == Read::join_b || read == Read::join_c;
+            Constants own(place.epilogue, Team::kColumns * kChunk, part), of_x = constants(0, part);
+            int row = position + 16 * warp + lane / 4;
+            bool real[2] = {row < a.limit, row + 8 < a.limit};
+            uint32_t box = out.slot();
+            out.advance();
+            begin_box();
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint32_t y[4];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    int j = 2 * k + half;
+                    float4 c = own(0, j);
+                    Six of(of_x, j, planes_of(read, false));
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        int i = 2 * half + m;
+                        float2 v = {d[4 * j + 2 * m] + c.x, d[4 * j + 2 * m + 1] + c.y};
+                        float2 z = unpack<T>(x[k][i]), w = unpack<T>(b[k][i]), u = of.affine(z), t = of.other(w);
+                        if (outer) {
+                            v.x = relu(u.x) + t.x <= 0 ? 0 : v.x, v.y = relu(u.y) + t.y <= 0 ? 0 : v.y;
+                            if (read == Read::join_c) v.x *= 0.5f, v.y *= 0.5f;
+                        }
+                        y[i] = pack<T>(v.x, v.y);
+                        v = unpack<T>(y[i]);
+                        if (a.partials) {
+                            add(0, 2 * j, u.x <= 0 ? 0 : v.x, z.x - of.v0.x, real[m]);
+                            add(0, 2 * j + 1, u.y <= 0 ? 0 : v.y, z.y - of.v0.y, real[m]);
+                        }
+                        if (a.partials_b) {
+                            add(2, 2 * j, !outer && t.x <= 0 ? 0 : v.x, w.x - of.v1.z, real[m]);
+                            add(2, 2 * j + 1, !outer && t.y <= 0 ? 0 : v.y, w.y - of.v1.w, real[m]);
+                        }
+                    }
+                }
+                store_fragment((box + mine) ^ (32 * k), y);
+            }
+            send(box, part * kChunk, position, 0);
+        }
+    }
+
+    __device__ __forceinline__ void run_narrow() {
+        Units<kForm, kChunks> units(a);
+        for (int turn = units.first; turn < a.turns; turn += units.step) {
+            int position = units.position(turn, team);
+            float d[32];
+            Fragments kept_x, kept_b;  // this slice of the first source, if it is a join whose gradient this is
+            zero(d);
+#pragma unroll 1
+            for (int source = 0; source < 2; ++source) {
+#pragma unroll 1
+                for (int chunk = 0; chunk < a.x[source].chunks; ++chunk) {
+                    Fragments x, b;
+                    load(a.x[source], x, b);
+                    if (kBack && a.c && source == 0 && chunk == part) {
+#pragma unroll
+                        for (int k = 0; k < 4; ++k)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) kept_x[k][i] = x[k][i], kept_b[k][i] = b[k][i];
+                    }
+                    apply<T>(a.x[source].read, x, b, constants(source, chunk));
+                    pin(x);
+                    wgmma_fence();
+                    multiply<T, kBack>(d, x, weight(source * a.x[0].chunks + chunk, part));
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    wgmma_pin(d);
+                }
+                if (kBack && source == 0 && a.column_scale) {
+                    Constants own(place.epilogue, Team::kColumns * kChunk, part);
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        float4 c = own(0, j);
+                        d[4 * j] *= c.z, d[4 * j + 1] *= c.w, d[4 * j + 2] *= c.z, d[4 * j + 3] *= c.w;
+                    }
+                    wgmma_pin(d);
+                }
+            }
+            if (kBack && a.c)
+                store_join(d, kept_x, kept_b, position);
+            else
+                store(d, part, part * kChunk, position, 0);
+        }
+    }
+
+    __device__ __forceinline__ void run_wide() {
+        Units<kForm, kChunks> units(a);
+        int first = blockIdx.x % a.groups * kSlices;
+        for (int turn = units.first; turn < a.turns; turn += units.step) {
+            int position = units.position(turn, team);
+            Fragments x[kChunks];
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) read(x[c], c), pin(x[c]);
+#pragma unroll 1
+            for (int slice = 0; slice < kSlices; ++slice) {
+                float d[32];
+                zero(d);
+                wgmma_fence();
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, x[c], weight(c, slice));
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(d);
+                store(d, slice, (first + slice) * kChunk, position, 0);
+            }
+        }
+    }
+
+    // A frame of the column, zero outside the clip.
+    __device__ __forceinline__ void read_frame(Fragments (&x)[kChunks], int time) {
+        if (0 <= time && time < a.time) {
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) read(x[c], c);
+        } else {
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) x[c][k][i] = 0;
+        }
+    }
+
+    __device__ __forceinline__ void run_temporal() {
+        Run run(a, team, Team::kCount);
+        Fragments before[kChunks] = {}, centre[kChunks] = {}, after[kChunks] = {};
+        for (int step = run.begin; step < run.end; ++step) {
+            Step at(a, step, run.begin);
+#pragma unroll 1
+            for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead) {
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i];
+                read_frame(after, at.time + ahead);
+            }
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) pin(before[c]), pin(centre[c]), pin(after[c]);
+            float d[32];
+            zero(d);
+            wgmma_fence();
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, before[c], weight(c, part));
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, centre[c], weight(kChunks + c, part));
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, after[c], weight(2 * kChunks + c, part));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_pin(d);
+            store(d, part, part * kChunk, at.position, at.frame);
+        }
+    }
+
+    // ---- Totals, once at the end: over lanes, then warps, each in a fixed order.
+
+    __device__ __forceinline__ void send_totals() {
+        if constexpr (kForm != Form::wide) {
+            int64_t row = blockIdx.x * Team::kCount + team;
+            float* scratch = static_cast<float*>(__cvta_shared_to_generic(place.out(group).slots));  // [4][kinds][64]
+            int thread = threadIdx.x % 128;
+            named_sync(2 + group, 128);  // all boxes have left
+            if (!kBack && a.partials) {
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    float n = totals.n, sum = totals.v[1][i], offset = sum / fmaxf(n, 1);
+                    float m2 = totals.v[2][i] - sum * offset;
+                    Moments moments{n, totals.v[0][i] + offset, m2 < 0 ? 0 : m2};  // not fmaxf, which would lose a NaN
+#pragma unroll
+                    for (int other = 4; other < 32; other *= 2)
+                        moments.join(__shfl_xor_sync(~0u, moments.n, other), __shfl_xor_sync(~0u, moments.mean, other),
+                                     __shfl_xor_sync(~0u, moments.m2, other));
+                    float* to = scratch + 192 * warp + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+                    if (lane < 4) to[0] = moments.n, to[64] = moments.mean, to[128] = moments.m2;
+                }
+                named_sync(2 + group, 128);
+                if (thread < kChunk) {
+                    Moments moments;
+                    for (int w = 0; w < 4; ++w) {
+                        const float* of = scratch + 192 * w + thread;
+                        moments.join(of[0], of[64], of[128]);
+                    }
+                    float* to = a.partials + row * 3 * a.out_channels + part * kChunk + thread;
+                    to[0] = moments.n, to[a.out_channels] = moments.mean, to[2 * a.out_channels] = moments.m2;
+                }
+            }
+            if (kBack && (a.partials || a.partials_b)) {
+                constexpr int kSums = kForm == Form::narrow ? 4 : 2;
+#pragma unroll
+                for (int kind = 0; kind < kSums; ++kind)
+#pragma unroll
+                    for (int i = 0; i < 16; ++i) {
+                        float sum = totals.v[kind][i];
+#pragma unroll
+                        for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+                        if (lane < 4) scratch[64 * (kSums * warp + kind) + 8 * (i / 2) + 2 * (lane % 4) + i % 2] = sum;
+                    }
+                named_sync(2 + group, 128);
+                int kind = thread / kChunk, channel = thread % kChunk;
+                for (int tensor = 0; tensor < kSums / 2; ++tensor) {
+                    float* to = tensor ? a.partials_b : a.partials;
+                    if (!to) continue;
+                    float sum = 0;
+                    for (int w = 0; w < 4; ++w) sum += scratch[64 * (kSums * w + 2 * tensor + kind) + channel];
+                    to[(2 * row + kind) * a.out_channels + part * kChunk + channel] = sum;
+                }
+            }
+        }
+    }
+};
+
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+    if constexpr (kMore)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <typename T, Form kForm, int kChunks, bool kBack>
+__global__ void __launch_bounds__(kThreads, 1)
+    conv_train_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
+    using Team = Teams<kForm, kChunks>;
+    extern __shared__ __align__(1024) char memory[];
+    Place place(memory, a, weight_boxes(kForm, kChunks, a.x), Team::kCount);
+    if (threadIdx.x == 0) {
+        barrier_init(place.barriers, 1);
+        for (int i = 0; i < Team::kCount * a.in_slots + 2 * a.out_slots; ++i) {
+            barrier_init(place.barriers + 16 * (1 + i), 1);
+            bool operand = i < Team::kCount * a.in_slots;
+            barrier_init(place.barriers + 16 * (1 + i) + 8, operand ? 4 * Team::kParts : 4);  // the warps that use it
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    dependency_wait();
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
+    if (warp < 4) {
+        set_registers<kProducerRegisters, false>();
+        if (threadIdx.x % 32) return;
+        if (warp == 0) produce_weights<kForm, kChunks, kBack>(maps, a, place);
+        if (warp < Team::kCount) produce_operands<kForm, kChunks>(maps, a, place, warp);
+        if (warp >= 2) produce_epilogue<kForm, kChunks>(maps, a, place, warp - 2);
+    } else {
+        set_registers<kConsumerRegisters, true>();
+        prepare_all<kForm, kChunks>(a, place, threadIdx.x - 128);
+        named_sync(1, 256);
+        barrier_wait(place.barriers, 0);
+        Consumer<T, kForm, kChunks, kBack> consumer(maps, a, place, warp / 4 - 1);
+        if constexpr (kForm == Form::narrow) consumer.run_narrow();
+        if constexpr (kForm == Form::wide) consumer.run_wide();
+        if constexpr (kForm == Form::temporal) consumer.run_temporal();
+        if (consumer.leader) store_wait<0>();
+        consumer.send_totals();
+    }
+}
+
+// ---- Host.
+
+struct TrainPlan {
+    Form form;
+    int chunks;  // of the narrower side
+    int teams, groups;
+    int turns;                   // narrow and wide
+    int columns, steps, length;  // temporal
+    int blocks, in_slots, out_slots;
+};
+
+constexpr const char* kOps[2] = {"conv_train", "gram_dgrad"};
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The sources of a shape, without their constants: x, and for the Gram identity g after it.
+void sources_of(Source (&x)[2], const ConvTrainShape& s, bool gram) {
+    x[0] = x[1] = {};
+    x[0].read = s.read;
+    x[0].chunks = int((gram ? s.out_channels : s.in_channels) / kChunk);
+    if (!gram) return;
+    x[1].read = Read::masked;
+    x[1].chunks = int(s.in_channels / kChunk);
+}
+
+// How a shape is divided, or why it cannot run.
+const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, bool gram) {
+    using Long = long long;
+    const char* op = kOps[gram];
+    int device, processors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (s.taps != 1 && s.taps != 3) return fail("%s: taps: expected 1 or 3, got %d", op, s.taps);
+    if (std::min({s.clips, s.time, s.frame}) < 1 ||
+        double(s.clips) * double(s.time) * double(ceil_divide(s.frame, kUnit)) > double(1 << 24) ||
+        double(s.clips) * double(s.time) * double(s.frame) > 2147000000.0)
+        return fail("%s: expected 1 to 2^24 units of up to 64 positions of a frame, got N, T, H * W = %lld, %lld, %lld",
+                    op, Long(s.clips), Long(s.time), Long(s.frame));
+    for (int64_t channels : {s.in_channels, s.out_channels})
+        if (channels < kChunk || channels % kChunk || channels > 8192)
+            return fail("%s: channels: expected multiples of 64 up to 8192, got %lld -> %lld", op, Long(s.in_channels),
+                        Long(s.out_channels));
+    auto few = [](int64_t channels) { return channels == 64 || channels == 128; };
+    int64_t in = s.in_channels, out = s.out_channels;
+    if (s.taps == 3) {
+        if (!few(in) || in != out)
+            return fail("%s: 3x1x1: expected 64 or 128 channels, as many out, got %lld -> %lld", op, Long(in),
+                        Long(out));
+        plan.form = Form::temporal;
+    } else if (few(out)) {
+        plan.form = Form::narrow;
+    } else if (few(in) && out % (kSlices * kChunk) == 0 && !s.sums && !gram) {
+        plan.form = Form::wide;
+    } else {
+        return fail(
+            "%s: channels: expected 64 or 128 on one side and, without sums, multiples of 256 on the other, "
+            "got %lld -> %lld",
+            op, Long(in), Long(out));
+    }
+    plan.chunks = int((plan.form == Form::wide ? in : out) / kChunk);
+    bool wide = plan.form == Form::wide;
+    plan.teams = wide || plan.chunks == 1 ? 2 : 1;
+    plan.groups = wide ? int(out / (kSlices * kChunk)) : 1;
+
+    TrainArgs args{};
+    sources_of(args.x, s, gram);
+    static const float present = 0;
+    args.x[1].affine_b = gram ? &present : nullptr;  // its read has constants
+    int boxes = weight_boxes(plan.form, plan.chunks, args.x);
+    int fixed = kTrainBarrierBytes + Place::constants_of(args, 2) + 3 * (wide ? kSlices : plan.chunks) * kChunk * 8;
+    int slots = boxes > kMaxWeights ? 0 : (kSharedLimit - fixed) / kBoxBytes - boxes;
+    int room = slots / plan.teams, writers = 2 / plan.teams;  // of a team
+    if (wide) {
+        plan.in_slots = std::max(2, std::min(2 * plan.chunks * (1 + two_tensors(s.read)), room / 3));
+        plan.out_slots = room - plan.in_slots;
+    } else {
+        plan.out_slots = s.loads ? 2 * s.loads + 1 : 1;
+        while (room - writers * plan.out_slots < 4 && plan.out_slots > s.loads + 1) --plan.out_slots;
+        plan.in_slots = room - writers * plan.out_slots;
+    }
+    if (plan.in_slots < 2 || plan.out_slots < s.loads + 1 || slots > 31)
+        return fail("%s: channels: the weights of %lld -> %lld do not fit in shared memory", op, Long(in), Long(out));
+
+    if (plan.form == Form::temporal) {
+        plan.columns = int(ceil_divide(s.frame, kUnit));
+        plan.steps = int(s.clips * s.time * plan.columns);
+        plan.length = int(ceil_divide(plan.steps, processors * plan.teams));
+        plan.blocks = int(ceil_divide(ceil_divide(plan.steps, plan.length), plan.teams));
+    } else {
+        plan.turns = int(ceil_divide(ceil_divide(s.clips * s.time * s.frame, kUnit), plan.teams));
+        plan.blocks = plan.groups * std::min(plan.turns, std::max(1, processors / plan.groups));
+    }
+    return nullptr;
+}
+
+template <typename T, Form kForm, int kChunks, bool kBack>
+const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan& plan, cudaStream_t stream) {
+    cudaError_t error = launch_dependent(conv_train_kernel<T, kForm, kChunks, kBack>, dim3(plan.blocks), kThreads,
+                                         kSharedLimit, stream, maps, args);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T, Form kForm>
+const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan& plan, bool back,
+                   cudaStream_t stream) {
+    if (plan.chunks == 1)
+        return back ? launch<T, kForm, 1, true>(maps, args, plan, stream)
+                    : launch<T, kForm, 1, false>(maps, args, plan, stream);
+    return back ? launch<T, kForm, 2, true>(maps, args, plan, stream)
+                : launch<T, kForm, 2, false>(maps, args, plan, stream);
+}
+
+template <typename T>
+const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan& plan, bool back,
+                   cudaStream_t stream) {
+    if (plan.form == Form::narrow) return launch<T, Form::narrow>(maps, args, plan, back, stream);
+    if (plan.form == Form::wide) return launch<T, Form::wide>(maps, args, plan, back, stream);
+    return launch<T, Form::temporal>(maps, args, plan, back, stream);
+}
+
+const char* check_operand(const char* op, const WgradOperand& x, Read read) {
+    bool backward = read == Read::bn_bwd || read == Read::bn_bwd_open;
+    if (x.read != read || read == Read::masked)
+        return fail("%s: x: expected the read of the shape, and not masked", op);
+    if (!x.a || two_tensors(read) != bool(x.b) || (joins(read) || read == Read::bn_relu) != bool(x.affine_a) ||
+        (joins(read) || backward) != bool(x.affine_b) || backward != bool(x.sums))
+        return fail("%s: x: expected the tensors of its read, no more and no fewer", op);
+    return nullptr;
+}
+
+// What both ops have: the plan, the operand x and the result y.
+struct Launch {
+    const char* op;
+    DType dtype;
+    TrainPlan plan{};
+    TrainMaps maps{};
+    TrainArgs args{};
+    int64_t outer, rows;  // of positions
+    const char* failed;
+
+    Launch(const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y, bool gram)
+        : op(kOps[gram]), dtype(dtype), failed(check_operand(op, x, s.read)) {
+        if (!failed) failed = train_plan(plan, s, gram);
+        if (failed) return;
+        bool temporal = plan.form == Form::temporal;
+        outer = temporal ? s.clips * s.time : 1;
+        rows = temporal ? s.frame : s.clips * s.time * s.frame;
+        sources_of(args.x, s, gram);
+        args.x[0].affine_a = x.affine_a, args.x[0].affine_b = x.affine_b, args.x[0].sums = x.sums;
+        args.out_channels = int(s.out_channels);
+        args.limit = int(rows);
+        args.turns = plan.turns, args.groups = plan.groups;
+        args.time = int(s.time), args.columns = plan.columns, args.steps = plan.steps, args.length = plan.length;
+        args.in_slots = plan.in_slots, args.out_slots = plan.out_slots;
+        positions(maps.a[0], x.a, args.x[0].chunks * kChunk, kUnit);
+        positions(maps.b[0], x.b, args.x[0].chunks * kChunk, kUnit);
+        positions(maps.y, y, s.out_channels, 16);
+    }
+    void encode(CUtensorMap& map, const void* base, int64_t outer, int64_t rows, int64_t columns, int box) {
+        if (base && !failed) failed = tensor_map(op, map, base, dtype, outer, rows, columns, box);
+    }
+    void positions(CUtensorMap& map, const void* base, int64_t channels, int box) {
+        encode(map, base, outer, rows, channels, box);
+    }
+    const char* run(bool back, cudaStream_t stream) {
+        if (failed) return failed;
+        return dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, back, stream)
+                                    : launch<__half>(maps, args, plan, back, stream);
+    }
+};
+
+int partials_of(const ConvTrainShape& shape, bool gram) {
+    TrainPlan plan{};
+    return train_plan(plan, shape, gram) ? 0 : plan.blocks * plan.teams;
+}
+
+}  // namespace
+
+const char* conv_train_why_not(const ConvTrainShape& shape) {
+    TrainPlan plan{};
+    return train_plan(plan, shape, false);
+}
+
+int conv_train_partials(const ConvTrainShape& shape) { return partials_of(shape, false); }
+
+const char* conv_train(const ConvTrain& p) {
+    const ConvTrainShape& s = p.shape;
+    if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
+        return "conv_train: expected the loads and sums of the shape";
+    if (bool(p.below) != bool(p.below_affine) || (p.o_affine && !p.o) || (p.o_mask && !p.o))
+        return "conv_train: expected below with its affine, and o with its affine or mask";
+    if (s.transposed ? p.affine || p.o_affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
+        return "conv_train: expected an epilogue of the forward pass, or of the gradient if transposed";
+    Launch launch(s, p.dtype, p.x, p.y, false);
+    launch.encode(launch.maps.w[0], p.w, 1, s.transposed ? s.in_channels : s.out_channels,
+                  s.taps * (s.transposed ? s.out_channels : s.in_channels), kChunk);
+    launch.positions(launch.maps.below, p.below, s.out_channels, kUnit);
+    launch.positions(launch.maps.mask, p.o_mask, s.out_channels, kUnit);
+    launch.positions(launch.maps.o, p.o, s.out_channels, kUnit);
+    TrainArgs& args = launch.args;
+    args.affine = p.affine;
+    args.second = p.below ? p.below_affine : p.o_affine;
+    args.has_below = p.below, args.has_mask = p.o_mask, args.has_o = p.o, args.relu = p.relu;
+    args.partials = p.partials;
+    return launch.run(s.transposed, p.stream);
+}
+
+const char* gram_dgrad_why_not(const ConvTrainShape& shape) {
+    if (shape.taps != 1 || !shape.transposed || shape.loads) return "gram_dgrad: expected the gradient of 1x1x1";
+    TrainPlan plan{};
+    return train_plan(plan, shape, true);
+}
+
+int gram_dgrad_partials(const ConvTrainShape& shape) {
+    return gram_dgrad_why_not(shape) ? 0 : partials_of(shape, true);
+}
+
+const char* gram_dgrad(const GramDgrad& p) {
+    const ConvTrainShape& s = p.shape;
+    if (const char* reason = gram_dgrad_why_not(s)) return reason;
+    if (!p.q || !p.c || p.c_parts < 1 || !p.affine || s.sums != (p.partials_a || p.partials_b))
+        return "gram_dgrad: expected q, c, the affine, and the sums of the shape";
+    if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
+        return "gram_dgrad: expected sums of tensors that the read normalises";
+    if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_dgrad: expected an activation for x";
+    Launch launch(s, p.dtype, p.x, p.da, true);
+    launch.positions(launch.maps.a[1], p.g, s.in_channels, kUnit);
+    launch.positions(launch.maps.b[1], p.y, s.in_channels, kUnit);
+    launch.encode(launch.maps.w[0], p.q, 1, s.out_channels, s.out_channels, kChunk);
+    launch.encode(launch.maps.w[1], p.w, 1, s.in_channels, s.out_channels, kChunk);
+    TrainArgs& args = launch.args;
+    args.x[1].affine_b = p.affine;
+    args.c = p.c, args.c_parts = p.c_parts;
+    args.column_scale = p.q_scale;
+    args.partials = p.partials_a, args.partials_b = p.partials_b;
+    return launch.run(true, p.stream);
+}
+
+}  // namespace p3d

@@ -1,0 +1,417 @@
+"""The Hopper kernels for 1x1x1 and 3x1x1 convolutions in training and for the Gram identity's gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from operands import activation, normalised, operand, record, value
+from p3d_kernels._norm import Norm
+from p3d_kernels.ops import _conv, _cuda, _gram
+from p3d_kernels.ops._triton import Operand, bn_finalise
+from tolerance import check
+
+pytestmark = pytest.mark.usefixtures("hopper")
+
+DTYPES = (torch.bfloat16, torch.float16)
+READS = tuple([read for read in _cuda._TENSORS if read != "masked"])
+ACTIVATIONS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
+# N, T, H, W: one position; one frame; numbers off the 64 of a unit; frames of less than, exactly and more than 64
+# positions; more units than the card has warpgroups; runs that begin within a clip and runs that hold several.
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 3, 7, 5),
+    (3, 1, 9, 5),
+    (1, 5, 8, 8),
+    (1, 2, 13, 10),
+    (17, 8, 11, 13),
+    (300, 7, 3, 3),
+    (9, 4, 20, 20),
+]
+NARROW = [(64, 64), (256, 64), (192, 64), (128, 128), (512, 128), (64, 128)]  # Ci, Co
+WIDE = [(64, 256), (128, 512), (128, 256), (64, 768)]
+
+
+def _x(read, size, channels, dtype=torch.bfloat16, mean=0.0):
+    n, *dims = size
+    return operand(read, (n, channels, *dims), dtype, mean)
+
+
+def _like(size, channels, dtype=torch.bfloat16, mean=0.0):
+    n, *dims = size
+    return activation((n, channels, *dims), dtype, mean)
+
+
+def _weight(x, co, taps=1, transposed=False):
+    ci = x.channels
+    shape = (ci, taps, co) if transposed else (co, taps, ci)
+    return (torch.randn(shape, device="cuda") / (taps * ci) ** 0.5).to(x.a.dtype)
+
+
+def _product(x, w, transposed):
+    """In float64 [N, Co, T, H, W]."""
+    a, w = value(x), w.double()
+    if transposed:
+        w = w.flip(1).transpose(0, 2)
+    pad = w.size(1) // 2
+    t = a.size(2)
+    a = torch.nn.functional.pad(a, (0, 0, 0, 0, pad, pad))
+    return sum(torch.einsum("ncthw,oc->nothw", a[:, :, k : k + t], w[:, k]) for k in range(w.size(1)))
+
+
+def _expected(x, w, transposed=False, record=None, o=None, o_record=None, o_mask=None, relu=False, **_):
+    v = _product(x, w, transposed)
+    if record is not None:
+        mean, scale, bias = (row.double().view(1, -1, 1, 1, 1) for row in record[:3])
+        v = (v - mean) * scale + bias
+    if o is not None:
+        o = o.double() if o_record is None else normalised(o, o_record)
+        v = v + (o if o_mask is None else torch.where(o_mask.double() <= 0, 0, o))
+    return torch.relu(v) if relu else v
+
+
+def _check_statistics(part, y):
+    n, mean, m2 = part.double().unbind(1)  # [R, C]
+    values = y.double().transpose(0, 1).flatten(1)  # [C, P]
+    count = values.size(1)
+    total = (n * mean).sum(0) / count
+    torch.testing.assert_close(n.sum(0), torch.full_like(total, count), rtol=0, atol=0)
+    rounding = 3e-7 * values.mean(1).abs()
+    assert ((total - values.mean(1)).abs() <= 1e-5 * values.std(1, unbiased=False) + rounding + 1e-12).all()
+    squares = m2.sum(0) + (n * (mean - total) ** 2).sum(0)
+    expected = (values - values.mean(1, keepdim=True)).square().sum(1)
+    torch.testing.assert_close(squares, expected, rtol=3e-5, atol=1e-9)
+
+
+def _check_sums(part, g, z, rows, masks=True):
+    """Of g and g (z - mean), where g is not masked by the ReLU of z."""
+    g = torch.where(normalised(z, rows) <= 0, 0, g.double()) if masks else g.double()
+    centred = z.double() - rows[0].double().view(1, -1, 1, 1, 1)
+    for sums, terms in zip(part.double().sum(0), (g, g * centred)):
+        size = terms.abs().sum((0, 2, 3, 4))
+        assert ((sums - terms.sum((0, 2, 3, 4))).abs() <= 1e-5 * size + 1e-12).all()
+
+
+def _judge(x, w, **arguments):
+    y, part = _cuda.conv_train(x, w, **arguments)
+    check(y, _expected(x, w, **arguments), x.a.dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    below = arguments.get("below")
+    if below is not None:
+        _check_sums(part, y, *below)
+    elif arguments.get("stats"):
+        _check_statistics(part, y)
+    else:
+        assert part is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", NARROW, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_to_few_channels(size, channels, dtype):
+    ci, co = channels
+    x = _x("raw", size, ci, dtype)
+    _judge(x, _weight(x, co), stats=True)
+    _judge(x, _weight(x, co))
+    x = _x("bn_bwd", size, ci, dtype)
+    _judge(x, _weight(x, co, 1, True), transposed=True, o=_like(size, co, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", WIDE, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_to_many_channels(size, channels, dtype):
+    ci, co = channels
+    x, o = _x("join_c", size, ci, dtype), _like(size, co, dtype)
+    _judge(x, _weight(x, co), record=record(co), o=o, relu=True)
+    x = _x("bn_relu", size, ci, dtype)
+    _judge(x, _weight(x, co), record=record(co), o=o, o_record=record(co), relu=True)
+    x = _x("bn_bwd", size, ci, dtype)
+    _judge(x, _weight(x, co, 1, True), transposed=True, o=o, o_mask=_like(size, co, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_taps_in_time(size, channels, dtype):
+    x, o = _x("bn_relu", size, channels, dtype), _like(size, channels, dtype)
+    _judge(x, _weight(x, channels, 3), stats=True)
+    x = _x("bn_bwd", size, channels, dtype)
+    w, below = _weight(x, channels, 3, True), (_like(size, channels, dtype), record(channels))
+    _judge(x, w, transposed=True)
+    _judge(x, w, transposed=True, below=below)
+    _judge(_x("bn_bwd_open", size, channels, dtype), w, transposed=True, o=o, below=below)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("read", READS)
+def test_every_read(read, dtype):
+    size = 2, 3, 7, 11
+    for ci, co, taps in ((64, 64, 1), (192, 128, 1), (64, 256, 1), (128, 256, 1), (64, 64, 3), (128, 128, 3)):
+        x = _x(read, size, ci, dtype)
+        _judge(x, _weight(x, co, taps))
+        _judge(x, _weight(x, co, taps, True), transposed=True)
+
+
+@pytest.mark.gpu
+def test_every_epilogue_of_a_gradient():
+    for size in ((2, 3, 7, 11), (40, 8, 13, 10)):
+        for ci, co, taps in ((256, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+            x = _x("bn_bwd", size, ci)
+            w, o, mask = _weight(x, co, taps, True), _like(size, co), _like(size, co)
+            below = _like(size, co), record(co)
+            for arguments in ({}, {"o": o}, {"o": o, "o_mask": mask}):
+                _judge(x, w, transposed=True, **arguments)
+                _judge(x, w, transposed=True, below=below, **arguments)
+
+
+@pytest.mark.gpu
+def test_a_mean_of_300_deviations():
+    size = 3, 4, 21, 13
+    for ci, co, taps in ((64, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+        x = _x("bn_relu", size, ci, mean=300.0)
+        w = _weight(x, co, taps)
+        _judge(x, w, stats=True)
+        _judge(Operand("raw", x.a), w, stats=True)
+        x = _x("bn_bwd", size, ci, mean=300.0)
+        below = _like(size, co, mean=300.0), record(co, 300.0)
+        _judge(x, _weight(x, co, taps, True), transposed=True, below=below)
+    x = _x("join_b", size, 64, mean=300.0)
+    _judge(
+        x, _weight(x, 256), record=record(256), o=_like(size, 256, mean=300.0), o_record=record(256, 300.0), relu=True
+    )
+
+
+@pytest.mark.gpu
+def test_a_nan_stays_where_it_is():
+    size, at = (2, 4, 9, 7), (0, 1, 2, 3)
+    for ci, co, taps in ((128, 64, 1), (64, 256, 1), (128, 256, 1), (64, 64, 3), (128, 128, 3)):
+        x = _x("bn_relu", size, ci)
+        n, t, h, w = at
+        x.a[n, 5, t, h, w] = torch.nan
+        y, _ = _cuda.conv_train(x, _weight(x, co, taps), record=record(co), o=_like(size, co), relu=True)
+        times = slice(0, 3) if taps == 3 else slice(1, 2)
+        assert y[n, :, times, h, w].isnan().all() and y.isnan().sum() == co * taps
+        g = _x("bn_bwd", size, ci)
+        o, mask = _like(size, co), _like(size, co)
+        o[n, 7, t, h, w] = torch.nan
+        for positive, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
+            mask[n, 7, t, h, w] = positive
+            y, _ = _cuda.conv_train(g, _weight(g, co, taps, True), transposed=True, o=o, o_mask=mask)
+            assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()
+    x = _x("raw", size, 64)
+    x.a[at[0], 5, at[1], at[2], at[3]] = torch.nan
+    assert _cuda.conv_train(x, _weight(x, 64), stats=True)[1][:, 1:].isnan().any(0).all()
+
+
+def _gram_arguments(read, size, m, co, dtype, kind=None):
+    x, g, y = _x(read, size, m, dtype), _like(size, co, dtype), _like(size, co, dtype)
+    w = (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
+    q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
+    scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None
+    return g, y, record(co), w, x, q, scale, c, kind is not None and kind != "C", kind is not None and x.b is not None
+
+
+def _gram_expected(g, y, rows, w, x, q, q_scale, c, *_):
+    scaled = (torch.where(y <= 0, 0, g).float() * rows[1].view(1, -1, 1, 1, 1)).to(g.dtype).double()
+    v = torch.einsum("ncthw,cm->nmthw", value(x), q.double())
+    if q_scale is not None:
+        v = v * q_scale.double().view(1, -1, 1, 1, 1)
+    v = v + torch.einsum("ncthw,cm->nmthw", scaled, w.double()) + c.double().sum(0).view(1, -1, 1, 1, 1)
+    if x.read in ("join_b", "join_c"):
+        u_a, u_b = normalised(x.a, x.record_a).float(), normalised(x.b, x.record_b).float()
+        v = torch.where(torch.relu(u_a) + u_b <= 0, 0, v)
+    return 0.5 * v if x.read == "join_c" else v
+
+
+def _judge_gram(*arguments):
+    da, (part_a, part_b) = _cuda.gram_dgrad(*arguments)
+    x = arguments[4]
+    check(da, _gram_expected(*arguments), x.a.dtype)
+    assert (part_a is not None, part_b is not None) == arguments[-2:]
+    if part_a is not None:
+        _check_sums(part_a, da, x.a, x.record_a)
+    if part_b is not None:
+        _check_sums(part_b, da, x.b, x.record_b, x.read == "join_port")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(64, 256), (128, 512), (64, 64), (128, 192)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gram(size, channels, dtype):
+    for read, kind in (("raw", None), ("bn_relu", "A"), ("join_b", "B"), ("join_c", "C")):
+        _judge_gram(*_gram_arguments(read, size, *channels, dtype, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("read", ACTIVATIONS)
+def test_gram_of_every_read(read, dtype):
+    for kind in ("B", "C") if "join" in read else ("A",) if read == "bn_relu" else (None,):
+        for channels in ((64, 256), (128, 512)):
+            _judge_gram(*_gram_arguments(read, (3, 2, 11, 13), *channels, dtype, kind))
+
+
+def _runs(size):
+    """Launches of each form, with all that they may leave."""
+    for ci, co, taps in ((256, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+        x, g = _x("bn_relu", size, ci), _x("bn_bwd", size, ci)
+        w, w_t, below = _weight(x, co, taps), _weight(g, co, taps, True), (_like(size, co), record(co))
+        yield lambda x=x, w=w: _cuda.conv_train(x, w, stats=True)
+        yield lambda g=g, w=w_t, b=below: _cuda.conv_train(g, w, transposed=True, o=b[0], below=b)
+    for ci, co in ((64, 256), (128, 512)):
+        x, g, o, mask = _x("join_c", size, ci), _x("bn_bwd", size, ci), _like(size, co), _like(size, co)
+        rows, w, w_t = record(co), _weight(x, co), _weight(g, co, 1, True)
+        yield lambda x=x, w=w, r=rows, o=o: _cuda.conv_train(x, w, record=r, o=o, relu=True)
+        yield lambda g=g, w=w_t, o=o, m=mask: _cuda.conv_train(g, w, transposed=True, o=o, o_mask=m)
+        arguments = _gram_arguments("join_b", size, ci, co, torch.bfloat16, "B")
+        yield lambda a=arguments: (lambda da, parts: (da, *parts))(*_cuda.gram_dgrad(*a))
+
+
+@pytest.mark.gpu
+def test_runs_are_equal_and_a_graph_replays_them():
+    for run in _runs((37, 4, 21, 13)):
+        first = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = run()
+        for _ in range(3):
+            graph.replay()
+            for a, b in zip(first, again):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("taps", [1, 3])
+def test_more_than_2_to_the_31_elements(taps):
+    clips = 2**31 // (8 * 40 * 40 * 64) + 2
+    ends = slice(0, 1), slice(clips - 1, clips)
+    x = torch.zeros(clips, 8, 40, 40, 64, dtype=torch.bfloat16, device="cuda").permute(0, 4, 1, 2, 3)
+    for part in ends:
+        x[part] = torch.randn_like(x[part])
+    rows = record(64)
+    x = Operand("bn_relu", x, record_a=rows)
+    w = _weight(x, 64, taps)
+    y, part = _cuda.conv_train(x, w, stats=True)
+    for end in ends:
+        check(y[end], _expected(Operand("bn_relu", x.a[end], record_a=rows), w), torch.bfloat16)
+    assert part[:, 0, 0].double().sum() == x.a.numel() // 64
+
+
+@pytest.mark.gpu
+def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
+    size = 2, 3, 9, 7
+    x, g, o, mask = _x("join_b", size, 64), _x("bn_bwd", size, 64), _like(size, 256), _like(size, 256)
+    w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
+    w_t = _weight(g, 64, 3).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
+    dims, below = size[1:], (_like(size, 64), record(64))
+    wide = _conv.Epilogue(record(256), "add_relu", o, record(256))
+    masked = _conv.Epilogue(join="add", o=o, o_mask=mask)
+    w_r = _weight(g, 256, 1, True).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
+    cases = [
+        (x, w, _conv.pointwise(), wide),
+        (g, w_r, _conv.pointwise(), masked, dims),
+        (Operand("bn_relu", g.a, record_a=below[1]), w_t, _conv.temporal(), _conv.Epilogue(stats=True)),
+        (g, w_t, _conv.temporal(), _conv.Epilogue(below=below), dims),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(_conv, "_train_arguments", lambda *_: None)
+        theirs = [_conv.conv(*case) for case in cases]
+    monkeypatch.setattr(_conv, "plan_for", None)
+    for case, (y, part) in zip(cases, theirs):
+        own, own_part = _conv.conv(*case)
+        check(own, y.double(), torch.bfloat16)
+        assert (part is None) == (own_part is None)
+
+
+@pytest.mark.gpu
+def test_the_gram_identity_takes_the_kernel_and_triton_agrees(monkeypatch):
+    size = 2, 3, 9, 7
+    dy, y, x = _like(size, 256), _like(size, 256), _x("join_c", size, 64)
+    w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
+    norm = Norm.of(torch.nn.BatchNorm3d(256).cuda())
+    rows = bn_finalise(norm, 256, _gram.expand_stats(x, w), dy.device)
+    own = _gram.gram_bwd(dy, y, w, norm, rows, x, 1, True, "C")
+    monkeypatch.setattr(_gram, "cuda_allowed", lambda x: False)
+    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, 1, True, "C")
+    check(own[0], theirs[0].double(), torch.bfloat16)
+    assert [p is None for p in own[1]] == [p is None for p in theirs[1]]
+
+
+@pytest.mark.gpu
+def test_reasons():
+    def why(ci=64, co=64, taps=1, transposed=False, dtype=torch.bfloat16, **arguments):
+        x = Operand("raw", torch.empty(2, ci, 3, 9, 5, dtype=dtype, device="cuda"))
+        w = torch.empty((ci, taps, co) if transposed else (co, taps, ci), dtype=dtype, device="cuda")
+        return _cuda.conv_train_why_not(x, w, transposed, **arguments)
+
+    assert why() is None and why(512, 128) is None and why(128, 512) is None and why(taps=3) is None
+    assert why(192, 64, transposed=True) is None and why(128, 128, 3, True) is None
+    assert "multiples of 64" in why(96) and "multiples of 64" in why(64, 32)
+    assert "multiples of 256" in why(64, 192) and "multiples of 256" in why(64, 256, stats=True)
+    assert "3x1x1" in why(64, 128, 3) and "3x1x1" in why(256, 256, 3) and "fit" in why(2048, 128)
+
+    def gram(m=64, co=256, size=(2, 3, 9, 5)):
+        return _cuda.gram_dgrad_why_not(_x("raw", (2, 3, 9, 5), m), _like(size, co))
+
+    assert gram() is None and gram(128, 512) is None
+    assert "multiples of 256" in gram(256, 1024) and "fit" in gram(128, 1024) and "stride" in gram(size=(2, 3, 5, 3))
+
+
+def _zeros(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)
+
+
+def test_arguments_are_checked_before_any_launch():
+    a, rows = _zeros(1, 64, 2, 4, 4), torch.zeros(5, 64)
+    x, w, wide = Operand("raw", a), torch.zeros(64, 1, 64, dtype=torch.bfloat16), _zeros(1, 128, 2, 4, 4)
+
+    def run(x=x, w=w, **arguments):
+        _cuda.conv_train(x, w, **arguments)
+
+    with pytest.raises(ValueError, match="x: expected bfloat16"):
+        run(Operand("raw", a.float()))
+    with pytest.raises(ValueError, match="x: expected .*'masked'"):
+        run(Operand("masked", a, a))
+    with pytest.raises(ValueError, match="x.a: expected channels_last_3d"):
+        run(Operand("raw", a.contiguous()))
+    with pytest.raises(ValueError, match="x: expected the tensors of bn_bwd"):
+        run(Operand("bn_bwd", a, a))
+    with pytest.raises(ValueError, match=r"w: expected \[Co, taps, 64\]"):
+        run(w=torch.zeros(64, 1, 128, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="w: expected torch.bfloat16"):
+        run(w=w.half())
+    with pytest.raises(ValueError, match=r"o: expected .*\[1, 64, 2, 4, 4\]"):
+        run(o=wide)
+    with pytest.raises(ValueError, match=r"record: expected float32 \[3, 64\]"):
+        run(record=rows[:2])
+    with pytest.raises(ValueError, match="expected none of them with transposed"):
+        run(transposed=True, stats=True)
+    with pytest.raises(ValueError, match="o_mask, below: expected None unless transposed"):
+        run(below=(a, rows))
+    with pytest.raises(ValueError, match="o: expected a tensor"):
+        run(transposed=True, o_mask=a)
+
+    q, w_wide = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(128, 64, dtype=torch.bfloat16)
+
+    def gram(g=wide, y=wide, w=w_wide, **arguments):
+        _cuda.gram_dgrad(g, y, torch.zeros(5, 128), w, x, q, None, torch.zeros(2, 64), **arguments)
+
+    with pytest.raises(ValueError, match=r"y: expected .*\[1, 128, 2, 4, 4\]"):
+        gram(y=a)
+    with pytest.raises(ValueError, match=r"w: expected torch.bfloat16 \[128, 64\]"):
+        gram(w=q)
+    with pytest.raises(ValueError, match="sums_a, sums_b"):
+        gram(sums_a=True)
+
+
+def test_no_positions_need_no_launch():
+    x = Operand("raw", _zeros(0, 64, 2, 4, 4))
+    w = torch.zeros(64, 1, 64, dtype=torch.bfloat16)
+    y, part = _cuda.conv_train(x, w, stats=True)
+    assert y.shape == (0, 64, 2, 4, 4) and part.shape == (1, 3, 64) and not part.any()
