@@ -1,5 +1,6 @@
 // Pieces of the kernels whose matrix rows are positions (conv_train.cu, tail_infer.cu, temporal_infer.cu): fragments,
-// the affine and the join of accumulators, rings; and boxes that are stored and tensor maps, which stem_fwd.cu has, too.
+// the affine and the join of accumulators, rings; and boxes that are stored and tensor maps, which stem_fwd.cu has,
+// too.
 //
 // A box is 64 positions by 64 channels, 8 KB of shared memory, rows of 128 bytes, swizzled.
 //
