@@ -53,9 +53,12 @@ struct FwdItem {
     }
 };
 
-// The weights of a thread's registers, as stem_tile.cuh lays them out, from [64][Ci][7][7].
+// The weights of a thread's registers, as stem_tile.cuh lays them out, from [64][Ci][7][7]. `zeros`: in shared memory.
+// A register of no weight loads its zero, for ptxas 13.0 sets one that it knows to be zero after the first product that
+// reads it.
 template <typename T, typename Tile, typename W>
-__device__ __forceinline__ void load_weights(uint32_t (&w)[Tile::kSteps][4], const W* source, int channels) {
+__device__ __forceinline__ void load_weights(uint32_t (&w)[Tile::kSteps][4], const W* source, int channels,
+                                             uint32_t zeros) {
     constexpr int kPairs = Tile::kCi / 2 * 7;  // steps of two channels
     int thread = threadIdx.x % 128, lane = thread % 32, quad = lane % 4;
 #pragma unroll
@@ -65,7 +68,11 @@ __device__ __forceinline__ void load_weights(uint32_t (&w)[Tile::kSteps][4], con
             int cout = thread / 32 * 16 + i % 2 * 8 + lane / 4, half = i / 2;
             int channel = step < kPairs ? step / 7 * 2 + half : Tile::kCi - 1;
             int kh = step < kPairs ? step % 7 : (step - kPairs) * 2 + half;
-            bool real = kh < 7 && channel < channels;
+            if (kh == 7) {
+                w[step][i] = load_shared(zeros).x;
+                continue;
+            }
+            bool real = channel < channels;
             const W* row = source + ((cout * channels + channel) * 7 + kh) * 7;
             float first = real && quad > 0 ? float(row[2 * quad - 1]) : 0.0f;
             w[step][i] = pack<T>(first, real ? float(row[2 * quad]) : 0.0f);
@@ -109,11 +116,11 @@ __device__ __forceinline__ void consume(const StemFwdArgs& a, const CUtensorMap&
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, quad = lane % 4;
     uint32_t w[Tile::kSteps][4];
     if (a.w_type == PixelType::fp32)
-        load_weights<T, Tile>(w, static_cast<const float*>(a.w), a.channels);
+        load_weights<T, Tile>(w, static_cast<const float*>(a.w), a.channels, shared.zeros);
     else if (a.w_type == PixelType::bf16)
-        load_weights<T, Tile>(w, static_cast<const __nv_bfloat16*>(a.w), a.channels);
+        load_weights<T, Tile>(w, static_cast<const __nv_bfloat16*>(a.w), a.channels, shared.zeros);
     else
-        load_weights<T, Tile>(w, static_cast<const __half*>(a.w), a.channels);
+        load_weights<T, Tile>(w, static_cast<const __half*>(a.w), a.channels, shared.zeros);
 
     float d0[kN / 2], d1[kN / 2];  // the two rows of a pair on their way
     StageRing<Tile::kStages> filled;
