@@ -188,6 +188,8 @@ inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors
         plan.cout_blocks = int(s.out_channels / kChunk) / team;
         int most = std::max(1, processors / plan.cout_blocks / team) * team;
         plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
+        // Where little of the card is busy, nothing else runs while two blocks wait for each other.
+        if (!resident && 4 * plan.blocks * plan.cout_blocks < 3 * processors) return;
         int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks;
         int64_t product = int64_t(team) * plan.chunks * taps * 4 * std::max(n / 2, 16 + n / 4);
         plan.cost = resident ? turns * product + 500 : turns * (product + 1000);  // what no product hides

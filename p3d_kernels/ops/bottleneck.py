@@ -211,8 +211,10 @@ def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin:
 
 def _tail_fits(a: Tensor, s: Tensor, w_st: list[Tensor], w_e: Tensor, config: Config, down_channels: int = 0) -> bool:
     """Whether one CUDA kernel takes T, expand and the next reduce, and D of `down_channels`."""
-    m = s.size(1)
+    m, positions = s.size(1), s.numel() // s.size(1)
     if config.kind == "2d" or (config.kind == "B" and a.shape != s.shape):
+        return False
+    if m == 128 and positions < 64 * 64:  # its units keep too little of a card busy: T, expand, reduce are faster
         return False
     if tuple(w_st[1].shape[:2]) != (m, m) or w_e.size(0) != 4 * m or not cuda_allowed(a):
         return False
