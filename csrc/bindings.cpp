@@ -61,9 +61,9 @@ p3d::ConvInferShape conv_infer_shape(const ConvInferSizes& sizes) {
     return std::apply([](auto... size) { return p3d::ConvInferShape{size...}; }, sizes);
 }
 
-// (rows, columns, splits, sharing), and (*tile, box[4], stages, blocks)
-using ConvInferTile = std::array<int, 4>;
-using ConvInferPlan = std::array<int, 10>;
+// (rows, columns, splits), and (*tile, box[4], stages, blocks)
+using ConvInferTile = std::array<int, 3>;
+using ConvInferPlan = std::array<int, 9>;
 
 // (N, T, H * W, Ci, Co, taps, transposed, read, loads of the epilogue, sums)
 using ConvTrainSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int, bool, std::string, int, bool>;
@@ -218,10 +218,10 @@ PYBIND11_MODULE(_C, m) {
            const ConvInferPlan& plan, const std::string& join_name, const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvInfer p{};
             p.shape = conv_infer_shape(sizes);
-            p.plan.tile = {plan[0], plan[1], plan[2], plan[3]};
-            std::copy_n(&plan[4], 4, p.plan.box);
-            p.plan.stages = plan[8];
-            p.plan.blocks = plan[9];
+            p.plan.tile = {plan[0], plan[1], plan[2]};
+            std::copy_n(&plan[3], 4, p.plan.box);
+            p.plan.stages = plan[7];
+            p.plan.blocks = plan[8];
             p.dtype = dtype(dtype_name);
             p.join = join(join_name);
             p.x = pointer<const void>(x);
@@ -248,10 +248,9 @@ PYBIND11_MODULE(_C, m) {
         "conv_infer_plan",
         [](const ConvInferSizes& sizes, const ConvInferTile& wish) {
             p3d::ConvInferPlan plan{};
-            check(p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {wish[0], wish[1], wish[2], wish[3]}));
+            check(p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {wish[0], wish[1], wish[2]}));
             const auto& [tile, box, stages, blocks] = plan;
-            return ConvInferPlan{tile.rows, tile.columns, tile.splits, tile.sharing, box[0],
-                                 box[1],    box[2],       box[3],      stages,       blocks};
+            return ConvInferPlan{tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
         },
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 

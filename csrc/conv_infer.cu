@@ -10,8 +10,7 @@
 // A warpgroup computes 64 rows of a tile. Two warps more: one brings the ring, weights of the first steps before the
 // kernel ahead has ended; the other prepares a tile's affine, brings o, into whose place y goes, and stores y. Two
 // kinds of tiles:
-//   whole  a block takes tiles by turns. Two blocks of a cluster may share weights, tiles of the same columns: each
-//          brings every other box for both, and a slot is empty when both have read it
+//   whole  a block takes tiles by turns
 //   split  a cluster takes one tile, each of its blocks a part of the steps. Partial sums are sent to the block that
 //          adds up their rows in the order of the blocks, finishes and stores them; one warp less
 #include <algorithm>
@@ -37,8 +36,8 @@ struct ConvArgs {
     int out_channels, chunks, steps;
     int size[4], box[4], boxes[4];  // along the axes of positions
     int box_bytes;                  // of 64 channels
-    int column_tiles, groups;       // a group is a tile, or the tiles of blocks that share weights
-    int splits, sharing, cluster;   // the cluster's blocks do one or the other
+    int column_tiles, tiles;
+    int splits;  // blocks of a cluster
     int stages;
     ConvTap taps[kConvTaps];
 };
@@ -80,12 +79,11 @@ struct Place {
 template <typename Shape>
 struct Job {
     int column, row_tile;  // the first column, the number of its box
-    int at[4];             // where the box begins; past the last box there is nothing
+    int at[4];             // where the box begins
 
-    __device__ __forceinline__ Job(const ConvArgs& a, int group, int rank) {
-        int row = group / a.column_tiles;
-        column = (group - row * a.column_tiles) * Shape::kColumns;
-        row_tile = Shape::kSplit ? row : row * a.sharing + rank;
+    __device__ __forceinline__ Job(const ConvArgs& a, int tile) {
+        row_tile = tile / a.column_tiles;
+        column = (tile - row_tile * a.column_tiles) * Shape::kColumns;
         int rest = row_tile;
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
@@ -116,11 +114,6 @@ __device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
-}
-
-// Says that this warp's products have read what the barrier guards; of no ordinary access.
-__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, int rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
 }
 
 // Writes to another block's shared memory; the bytes count towards its barrier.
@@ -170,16 +163,6 @@ __device__ __forceinline__ void copy_weights(uint32_t target, const CUtensorMap&
         : "memory");
 }
 
-// To both blocks of a cluster, at the same place and barrier in each.
-__device__ __forceinline__ void copy_weights_to_both(uint32_t target, const CUtensorMap& map, uint32_t barrier,
-                                                     int step, int cout) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%3, %4}], [%2], %5;" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(step * kChunk), "r"(cout), "h"(uint16_t(3))
-        : "memory");
-}
-
 // To the second-level cache.
 __device__ __forceinline__ void prefetch_weights(const CUtensorMap& map, int step, int cout) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(step * kChunk),
@@ -195,35 +178,31 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 template <typename Shape>
 __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs& a, const Place<Shape>& place,
-                                            int group, int clusters, int rank, int first, int end) {
+                                            int tile, int clusters, int first, int end) {
     Ring ring = place.steps(), ahead = ring;
     int bytes = a.box_bytes + Shape::kColumns * 128;
-    auto bring_weights = [&](const Ring& to, int turn, int step, int column) {
-        barrier_expect(to.full(), bytes);  // the other block's box may come before this, within the same phase
-        uint32_t target = to.slot() + Shape::kXBytes;
-        if (Shape::kSplit || a.sharing == 1)
-            copy_weights(target, maps.w, to.full(), step, column);
-        else if (turn % 2 == rank)
-            copy_weights_to_both(target, maps.w, to.full(), step, column);
+    auto bring_weights = [&](const Ring& to, int step, int column) {
+        barrier_expect(to.full(), bytes);
+        copy_weights(to.slot() + Shape::kXBytes, maps.w, to.full(), step, column);
     };
-    Job<Shape> start(a, group, rank);
+    Job<Shape> start(a, tile);
     int early = min(end - first, a.stages);
 #pragma unroll 1
-    for (int i = 0; i < early; ++i, ahead.advance()) bring_weights(ahead, i, first + i, start.column);
+    for (int i = 0; i < early; ++i, ahead.advance()) bring_weights(ahead, first + i, start.column);
     prefetch_map(maps.x[0]);
     if (start.row_tile == 0)
 #pragma unroll 1
         for (int step = first + early; step < end; ++step) prefetch_weights(maps.w, step, start.column);
     dependency_wait();
     int turn = 0;
-    for (; group < a.groups; group += clusters) {
-        Job<Shape> job(a, group, rank);
+    for (; tile < a.tiles; tile += clusters) {
+        Job<Shape> job(a, tile);
         int tap = first / a.chunks, chunk = first - tap * a.chunks;
 #pragma unroll 1
         for (int step = first; step < end; ++step, ++turn, ring.advance()) {
             if (turn >= early) {
                 barrier_wait(ring.full() + 8, ring.parity ^ 1);
-                bring_weights(ring, turn, step, job.column);
+                bring_weights(ring, step, job.column);
             }
             const ConvTap& to = a.taps[tap];
             copy_positions(ring.slot(), maps.x[to.view], ring.full(), chunk * kChunk, job.at[0] + to.step[0],
@@ -237,15 +216,10 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
 
 // d = the sum over `steps` steps of the ring, for 64 rows of the tile.
 template <typename T, typename Shape>
-__device__ __forceinline__ void multiply(float (&d)[Shape::kColumns / 2], Ring& ring, int steps, int sharing,
-                                         int warpgroup, int lane) {
+__device__ __forceinline__ void multiply(float (&d)[Shape::kColumns / 2], Ring& ring, int steps, int warpgroup,
+                                         int lane) {
     auto free = [&] {
-        uint32_t emptied = ring.barriers + 16 * ring.freed + 8;
-        if (sharing == 1) {
-            if (lane == 0) barrier_arrive(emptied);
-        } else if (lane < sharing) {
-            barrier_arrive_in(emptied, lane);
-        }
+        if (lane == 0) barrier_arrive(ring.barriers + 16 * ring.freed + 8);
         if (++ring.freed == ring.count) ring.freed = 0;
     };
 #pragma unroll
@@ -325,11 +299,11 @@ __device__ __forceinline__ void for_join(Join join, const With& with) {
 
 template <typename Shape>
 __device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArgs& a, const Place<Shape>& place,
-                                             int group, int clusters, int rank, int lane) {
+                                             int tile, int blocks, int lane) {
     dependency_wait();
     uint32_t parity = 0;
-    for (; group < a.groups; group += clusters, parity ^= 1) {
-        Job<Shape> job(a, group, rank);
+    for (; tile < a.tiles; tile += blocks, parity ^= 1) {
+        Job<Shape> job(a, tile);
         // (scale, scale, shift, shift) of pairs of columns, as rows.cuh's prepare_affine.
         for (int pair = lane; pair < Shape::kColumns / 2; pair += 32) {
             auto row = [&](int i) {
@@ -459,7 +433,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     Place<Shape> place(memory, a);
     if (threadIdx.x < a.stages) {
         barrier_init(place.barriers + 16 * threadIdx.x, 1);
-        barrier_init(place.barriers + 16 * threadIdx.x + 8, 4 * Shape::kGroups * a.sharing);  // warps that read a slot
+        barrier_init(place.barriers + 16 * threadIdx.x + 8, 4 * Shape::kGroups);  // warps that read a slot
         barrier_init_fence();
     }
     if (threadIdx.x == 0) {
@@ -469,44 +443,41 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
         if (Shape::kSplit) barrier_expect(place.staged(), Shape::kRows * Shape::kColumns * 4);
     }
     __syncthreads();
-    if (a.cluster > 1) cluster_sync();                 // the other blocks' barriers are there
+    if (Shape::kSplit) cluster_sync();                 // the other blocks' barriers are there
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     int lane = threadIdx.x % 32, warpgroup = warp / 4;
-    int rank = a.cluster > 1 ? cluster_rank() : 0, group = blockIdx.x / a.cluster, clusters = gridDim.x / a.cluster;
     Ring ring = place.steps();
     float d[Shape::kColumns / 2];
     if constexpr (Shape::kSplit) {
         // No block has to wait at the end: what is sent to it, it waits for.
+        int rank = cluster_rank(), tile = blockIdx.x / a.splits, clusters = gridDim.x / a.splits;
         int first = rank * a.steps / a.splits, end = (rank + 1) * a.steps / a.splits;
         if (warp == 4 * Shape::kGroups) {
-            if (lane == 0) bring_steps(maps, a, place, group, clusters, rank, first, end);
+            if (lane == 0) bring_steps(maps, a, place, tile, clusters, first, end);
         } else {
             dependency_wait();
-            Job<Shape> job(a, group, rank);
+            Job<Shape> job(a, tile);
             Part<Shape> part(a, job, rank, threadIdx.x);
-            multiply<T, Shape>(d, ring, end - first, 1, warpgroup, lane);
+            multiply<T, Shape>(d, ring, end - first, warpgroup, lane);
             send_partials<Shape>(a, place, d, rank, warp, lane);
             barrier_wait_cluster(place.staged(), 0);
             part.template finish<T>(a, job, place.staging);
         }
     } else {
+        int tile = blockIdx.x, blocks = gridDim.x;
         if (warp == 4 * Shape::kGroups) {
-            if (lane == 0) bring_steps(maps, a, place, group, clusters, rank, 0, a.steps);
+            if (lane == 0) bring_steps(maps, a, place, tile, blocks, 0, a.steps);
         } else if (warp > 4 * Shape::kGroups) {
-            stage_output(maps, a, place, group, clusters, rank, lane);
+            stage_output(maps, a, place, tile, blocks, lane);
         } else {
             // This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
             uint32_t mine = place.staging + (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
             uint32_t parity = 0;
-            for (; group < a.groups; group += clusters, parity ^= 1) {
-                multiply<T, Shape>(d, ring, a.steps, a.sharing, warpgroup, lane);
+            for (; tile < a.tiles; tile += blocks, parity ^= 1) {
+                multiply<T, Shape>(d, ring, a.steps, warpgroup, lane);
                 barrier_wait(place.staged(), parity);
                 for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
             }
-        }
-        if (a.sharing > 1) {  // no block leaves while another may reach into it
-            __syncwarp();
-            cluster_sync();
         }
     }
 }
@@ -541,7 +512,6 @@ const char* positions_map(CUtensorMap& map, const void* base, DType dtype, const
 const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
     const ConvInferTile& tile = plan.tile;
     bool split = tile.splits > 1, known = tile.splits == 1 || tile.splits == 2 || tile.splits == 4 || tile.splits == 8;
-    known = known && (tile.sharing == 1 || (tile.sharing == 2 && !split));
     known = known && conv_residents(tile.rows, tile.columns, split) > 0 && s.out_channels % tile.columns == 0;
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
     for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
@@ -561,14 +531,14 @@ const char* launch(const ConvMaps& maps, const ConvArgs& args, int blocks, cudaS
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(args.cluster), 1, 1};
+    attributes[1].val.clusterDim = {unsigned(args.splits), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(Shape::kThreads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = args.cluster > 1 ? 2 : 1;
+    config.numAttrs = args.splits > 1 ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -619,8 +589,6 @@ const char* conv_infer(const ConvInfer& p) {
     args.chunks = int(s.in_channels / kChunk);
     args.steps = args.chunks * s.taps_time * s.taps_space * s.taps_space;
     args.splits = plan.tile.splits;
-    args.sharing = plan.tile.sharing;
-    args.cluster = std::max(args.splits, args.sharing);
     args.stages = plan.stages;
     std::copy_n(grid.taps, kConvTaps, args.taps);
     ConvView whole{0, {}, {1, grid.size[0], grid.size[0] * grid.size[1], grid.size[0] * grid.size[1] * grid.size[2]}};
@@ -635,12 +603,11 @@ const char* conv_infer(const ConvInfer& p) {
         row_tiles *= args.boxes[i];
     }
     args.column_tiles = int(s.out_channels / plan.tile.columns);
-    int64_t groups = conv_divide(row_tiles, args.sharing) * args.column_tiles;
-    bool all = plan.blocks == groups * args.splits;  // each block of a split tile has one turn
-    if (groups > 1 << 30 || plan.blocks % args.cluster ||
-        (args.splits > 1 ? !all : plan.blocks > groups * args.sharing))
+    int64_t tiles = row_tiles * args.column_tiles;
+    bool all = plan.blocks == tiles * args.splits;  // each block of a split tile has one turn
+    if (tiles > 1 << 30 || (args.splits > 1 ? !all : plan.blocks > tiles))
         return "conv_infer: plan: expected conv_infer_plan's for this shape";
-    args.groups = int(groups);
+    args.tiles = int(tiles);
 
     const char* failed = nullptr;
     auto positions = [&](CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {

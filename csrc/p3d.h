@@ -399,7 +399,6 @@ struct ConvInferShape {
 struct ConvInferTile {  // of what a block makes; 0: any
     int rows, columns;  // positions, output channels
     int splits;         // blocks that share a sum
-    int sharing;        // blocks that share weights
 };
 
 struct ConvInferPlan {

@@ -37,10 +37,9 @@ SHAPES = [
     (1, 1024, 1, 5, 5, 256),
     (40, 64, 4, 19, 23, 64),
 ]
-# Every tile there is, with as many splits or shared weights as it takes.
-TILES = [(64, 64, 1, 1), (64, 64, 1, 2), (128, 64, 1, 1), (128, 64, 1, 2), (128, 128, 1, 1), (128, 128, 1, 2)]
-TILES += [(128, 256, 1, 1), (128, 256, 1, 2), (64, 32, 2, 1), (64, 32, 8, 1), (64, 64, 2, 1), (64, 64, 4, 1)]
-TILES += [(64, 64, 8, 1), (128, 64, 2, 1), (128, 64, 4, 1), (128, 128, 2, 1), (128, 128, 4, 1), (128, 128, 8, 1)]
+# Every tile there is, with as many splits as it takes.
+TILES = [(64, 64, 1), (128, 64, 1), (128, 128, 1), (128, 256, 1), (64, 32, 2), (64, 32, 8), (64, 64, 2), (64, 64, 4)]
+TILES += [(64, 64, 8), (128, 64, 2), (128, 64, 4), (128, 128, 2), (128, 128, 4), (128, 128, 8)]
 
 
 def _activation(shape, dtype):
@@ -105,7 +104,7 @@ def test_tiles_and_joins(tile, join):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(0, 0, 0, 0), (128, 128, 1, 2), (64, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(0, 0, 0), (128, 128, 1), (64, 64, 4)], ids=str)
 def test_o_may_be_x(tile):
     for join in JOINS[2:]:
         arguments = _arguments((3, 128, 4, 9, 5, 128), temporal(), torch.bfloat16, join, same=True)
@@ -113,7 +112,7 @@ def test_o_may_be_x(tile):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(128, 128, 1, 2), (64, 64, 1, 1), (64, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(128, 128, 1), (64, 64, 1), (64, 64, 4)], ids=str)
 @pytest.mark.parametrize("join", JOINS)
 def test_nan_stays_where_it_is(join, tile):
     for geometry in (spatial(), spatial(2), temporal()):
@@ -188,7 +187,7 @@ def test_reasons():
     assert "float32" in why(dtype=torch.float32) and "join add" in why(join="add")
     assert "below 2^31" in why(n=2**20, h=2**12)
     arguments = _arguments((1, 64, 1, 3, 3, 64), pointwise(), torch.bfloat16, "none")
-    for tile in ((64, 128, 0, 0), (0, 0, 2, 0), (0, 256, 0, 0)):
+    for tile in ((64, 128, 0), (0, 0, 2), (0, 256, 0)):
         with pytest.raises(RuntimeError, match="tile"):
             _cuda.conv_infer(*arguments, tile=tile)
 

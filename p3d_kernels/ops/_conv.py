@@ -702,8 +702,8 @@ def spatial_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """1x3x3: the CUDA kernel where it has one for this operand, epilogue and stride, else `conv`."""
     epilogue = epilogue or Epilogue()
-    # In inference at few positions and many channels programs that share a sum are faster.
-    few = epilogue.record is not None and x.a.numel() // x.channels <= 256 and x.channels >= 512
+    # In inference at few positions and many channels blocks that share a sum are faster.
+    few = epilogue.record is not None and x.a.numel() // x.channels < 1600 and x.channels >= 256
     plain = x.read in ("raw", "bn_relu") and epilogue.below is None and stride == 1 and not few
     plain = plain and (epilogue.record is not None, epilogue.join) in ((False, "none"), (True, "relu"))
     if plain and cuda_allowed(x.a):

@@ -378,12 +378,12 @@ def conv_infer(
     record: Tensor,  # [3, Co] or more rows
     join: str = "none",
     o: Tensor | None = None,  # [N, Co, T, Ho, Wo], may be x
-    tile: tuple[int, int, int, int] = (0, 0, 0, 0),
+    tile: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
     """join((conv(x, w) - mean) * scale + bias, o) in inference: 1x1x1, 3x1x1 or 1x3x3, zero padding, one rounding.
 
     `stride`: (1, space); of 1x3x3 space is 1 or 2. `join`, of u: "none", "relu", or with o "relu_add", "add_relu",
-    "mean_relu", as `Epilogue`'s. float32 accumulation. `tile`: (rows, columns, splits, sharing) of the plan, 0 for any.
+    "mean_relu", as `Epilogue`'s. float32 accumulation. `tile`: (rows, columns, splits) of the plan, 0 for any.
     w may be read while the kernel before this one in the stream still runs.
 
     Returns:
