@@ -377,8 +377,8 @@ const char* temporal_infer(const TemporalInfer& p);
 // Why temporal_infer cannot run this shape; nullptr if it can.
 const char* temporal_infer_why_not(const TemporalShape& shape);
 
-// The same by another kernel, for the join relu and m a multiple of 64 from 128 to 512. w may be read while the kernel
-// before this one in the stream still runs.
+// The same by another kernel, for the join relu and m = 128. w may be read while the kernel before this one in the
+// stream still runs.
 const char* temporal_boxes(const TemporalInfer& p);
 const char* temporal_boxes_why_not(const TemporalShape& shape);
 

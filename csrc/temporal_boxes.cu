@@ -1,4 +1,4 @@
-// T alone in inference, without a join, from 128 channels on: the kernel of spatial_infer.cuh with three taps.
+// T alone in inference, without a join, of 128 channels: the kernel of spatial_infer.cuh with three taps.
 #include "spatial_infer.cuh"
 
 namespace p3d {
@@ -8,8 +8,7 @@ ConvShape as_frames(const TemporalShape& s) { return {s.clips, s.time, s.frame, 
 
 const char* plan_temporal(BoxPlan& plan, const TemporalShape& s) {
     using Long = long long;
-    if (s.channels < 2 * kChunk || s.channels % kChunk || s.channels > 512)
-        return fail("temporal_boxes: channels: expected multiples of 64 from 128 to 512, got %lld", Long(s.channels));
+    if (s.channels != 2 * kChunk) return fail("temporal_boxes: expected 128 channels, got %lld", Long(s.channels));
     if (std::min({s.clips, s.time, s.frame}) < 1 || std::max({s.clips, s.time, s.frame}) > 1 << 29)
         return fail("temporal_boxes: expected N, T, H * W from 1 to 2^29, got %lld, %lld, %lld", Long(s.clips),
                     Long(s.time), Long(s.frame));

@@ -34,11 +34,11 @@ BOXES = [
     (2, 128, 3, 5, 7),
     (1, 128, 1, 9, 13),
     (32, 128, 4, 20, 20),
-    (3, 192, 19, 7, 11),
-    (32, 256, 2, 10, 10),
-    (33, 256, 5, 10, 9),
-    (5, 256, 4, 3, 3),
-    (2, 384, 70, 2, 2),
+    (3, 128, 19, 7, 11),
+    (32, 128, 2, 10, 10),
+    (33, 128, 5, 10, 9),
+    (5, 128, 4, 3, 3),
+    (2, 128, 70, 2, 2),
 ]
 # Of kind A; B in the wirings port and author; C likewise: how T is joined, and with what.
 JOINS = [("relu", None), ("relu_add", "own"), ("add_relu", "own"), ("relu_add", "x"), ("mean_relu", "x")]
@@ -130,7 +130,7 @@ def test_reasons():
         return _cuda.temporal_why_not((n, m, t, h, 40), dtype)
 
     assert why() is None and why(m=128) is None
-    assert _cuda.temporal_why_not((2, 256, 4, 10, 10), torch.bfloat16, "relu") is None
+    assert _cuda.temporal_why_not((2, 128, 4, 10, 10), torch.bfloat16, "relu") is None
     assert "float32" in why(dtype=torch.float32)
     assert "256" in why(m=256)
     assert "H * W" in why(h=2**26) and "2^30" in why(n=2**26)

@@ -211,9 +211,10 @@ def test_about_a_centre(c, dtype, read):
     expected = torch.cat([(value @ value.T).flatten(), value.sum(1)])
     part = _cuda.conv_wgrad(x, x, POINT, (1, 1), True, centre)
     theirs = _conv._conv_wgrad(x, x, *_conv.pointwise(), True, centre)
-    for result in (part.double().sum(0), theirs.double().sum(0)):
-        check(result[: c * c].to(dtype), expected[: c * c], dtype, kind="wgrad", name="products")
-        check(result[c * c :].to(dtype), expected[c * c :], dtype, kind="wgrad", name="totals")
+    scale = value.size(1) ** -0.5  # sums of so many squares leave float16
+    for result in (part.double().sum(0) * scale, theirs.double().sum(0) * scale):
+        check(result[: c * c].to(dtype), expected[: c * c] * scale, dtype, kind="wgrad", name="products")
+        check(result[c * c :].to(dtype), expected[c * c :] * scale, dtype, kind="wgrad", name="totals")
 
 
 @pytest.mark.gpu
