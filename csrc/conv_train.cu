@@ -35,11 +35,6 @@ constexpr int kTrainBarrierBytes = 16 * 32;  // one for the weights, a pair for 
 
 enum class Form : int { narrow = 0, wide = 1, temporal = 2 };
 
-__host__ __device__ constexpr bool two_tensors(Read read) { return read != Read::raw && read != Read::bn_relu; }
-__host__ __device__ constexpr bool joins(Read read) {
-    return read == Read::join_port || read == Read::join_b || read == Read::join_c;
-}
-
 struct TrainMaps {
     CUtensorMap a[2], b[2];      // [F, P, C] of the operands, read in boxes of a unit
     CUtensorMap w[2];            // weights as they lie, in boxes of 64 rows
@@ -119,34 +114,13 @@ struct Place {
     }
 };
 
-// ---- Instructions that no other kernel uses.
-
-// d += a * b; A in registers, B K-major, N = 64.
-#define P3D_TRAIN_ASM(TYPE)                                                                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                 \
-                 : P3D_OPS_8                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-
-template <typename T>
-__device__ __forceinline__ void wgmma_k_major(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        P3D_TRAIN_ASM("bf16");
-    else
-        P3D_TRAIN_ASM("f16");
-}
-
 using Fragments = uint32_t[4][4];  // of 16 rows of a warp by 64 channels
 
 // d += x * w, w one box: its rows are columns of d, or with kBack its columns are.
 template <typename T, bool kBack>
 __device__ __forceinline__ void multiply(float (&d)[32], const Fragments& x, uint32_t w) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-        if constexpr (kBack)
-            wgmma<T>(d, x[k], swizzled_descriptor(w + k * 16 * 128, 8 * 128));
-        else
-            wgmma_k_major<T>(d, x[k], swizzled_descriptor(w + k * 32, 8 * 128));
+    for (int k = 0; k < 4; ++k) wgmma<T, kBack>(d, x[k], swizzled_descriptor(w + k * (kBack ? 16 * 128 : 32), 8 * 128));
 }
 
 // Has them formed before what follows: a product may read registers only from the fence before it on.
@@ -155,15 +129,6 @@ __device__ __forceinline__ void pin(Fragments& x) {
     for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[k][i])::"memory");
-}
-
-// The halves of `a` where the same half of `b` is not <= 0, else zero.
-template <typename T>
-__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        return a & ~__hle2_mask(reinterpret_cast<__nv_bfloat162&>(b), __nv_bfloat162{0, 0});
-    else
-        return a & ~__hle2_mask(reinterpret_cast<__half2&>(b), __half2{0, 0});
 }
 
 __device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }

@@ -37,8 +37,6 @@ constexpr int kConstantBytes = kConstants * kChunk * 4;  // of 64 channels
 constexpr int kOnesBytes = 16 * 8 * 2;
 constexpr int kGroup = 16;  // positions that a finisher takes at a time
 
-__host__ __device__ constexpr bool two_tensors(Read read) { return read != Read::raw && read != Read::bn_relu; }
-
 template <int kRowChunks, int kColumnChunks>
 struct Tile {
     static constexpr int kRows = kRowChunks, kColumns = kColumnChunks;
@@ -142,25 +140,6 @@ struct Walk {  // over boxes of positions, in the order of their number
 
 // ---- Instructions that no other kernel uses.
 
-// d += a * b with M-major A and N-major B.
-#define P3D_CONV_WGRAD_ASM(N, TYPE, GROUPS, A, B)                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
-                 "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"                                                  \
-                 : P3D_OPS_##GROUPS                                                                     \
-                 : "l"(a), "l"(b))
-#define P3D_CONV_WGRAD_WGMMA(N, GROUPS, A, B)                                                     \
-    template <typename T>                                                                         \
-    __device__ __forceinline__ void wgmma_transposed(float (&d)[N / 2], uint64_t a, uint64_t b) { \
-        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                           \
-            P3D_CONV_WGRAD_ASM(N, "bf16", GROUPS, A, B);                                          \
-        else                                                                                      \
-            P3D_CONV_WGRAD_ASM(N, "f16", GROUPS, A, B);                                           \
-    }
-P3D_CONV_WGRAD_WGMMA(8, 1, 4, 5)
-P3D_CONV_WGRAD_WGMMA(64, 8, 32, 33)
-P3D_CONV_WGRAD_WGMMA(128, 16, 64, 65)
-P3D_CONV_WGRAD_WGMMA(192, 24, 96, 97)
-
 // Copies the box at (i0, i1, i2, i3), innermost first.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
                                          int i2, int i3) {
@@ -169,15 +148,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map
         "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
         "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
         : "memory");
-}
-
-// The halves of `a` where the same half of `b` is not <= 0, else zero.
-template <typename T>
-__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        return a & ~__hle2_mask(reinterpret_cast<__nv_bfloat162&>(b), __nv_bfloat162{0, 0});
-    else
-        return a & ~__hle2_mask(reinterpret_cast<__half2&>(b), __half2{0, 0});
 }
 
 // ---- The producer: one thread.
@@ -277,16 +247,10 @@ struct Affine4 {
     }
 };
 
-// pack(a, b), or with kRelu pack(relu(a), relu(b)); NaN stays NaN.
+// pack(a, b), or with kRelu pack(relu(a), relu(b)).
 template <typename T, bool kRelu>
 __device__ __forceinline__ uint32_t pack_value(float a, float b) {
-    if constexpr (!kRelu) return pack<T>(a, b);
-    uint32_t v;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
-    else
-        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
-    return v;
+    return kRelu ? pack_relu<T>(a, b) : pack<T>(a, b);
 }
 
 // a - b of both halves, each rounded once.
@@ -461,8 +425,8 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
                 uint64_t mine = g + m * kStep + k * 128;
 #pragma unroll
                 for (int part = 0; part < kParts; ++part)
-                    wgmma_transposed<T>(d[m][part], mine, x + part * (kN / kParts) * kStep + k * 128);
-                if constexpr (Shape::kTotals) wgmma_transposed<T>(total[m], mine, ones);
+                    wgmma_outer<T>(d[m][part], mine, x + part * (kN / kParts) * kStep + k * 128);
+                if constexpr (Shape::kTotals) wgmma_outer<T>(total[m], mine, ones);
             }
         wgmma_commit();
         wgmma_wait<1>();  // the stage before has been read
@@ -668,8 +632,6 @@ const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan
     static_assert(std::size(kLaunches) == std::size(kTiles), "a launch for each tile");
     return kLaunches[plan.kind](maps, args, plan, stream);
 }
-
-bool joins(Read read) { return read == Read::join_port || read == Read::join_b || read == Read::join_c; }
 
 const char* check_operand(const char* name, const WgradOperand& o) {
     bool backward = o.read == Read::bn_bwd || o.read == Read::bn_bwd_open;

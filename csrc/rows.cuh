@@ -44,17 +44,6 @@ __device__ __forceinline__ void store_affine(uint32_t target, float4 v) {
                  : "memory");
 }
 
-// pack(relu(a), relu(b)); NaN stays NaN.
-template <typename T>
-__device__ __forceinline__ uint32_t pack_relu(float a, float b) {
-    uint32_t v;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
-    else
-        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
-    return v;
-}
-
 // Stores a box to memory as a group of its own; what lies outside the tensor is left out.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

@@ -33,26 +33,6 @@ P3D_STEM_WGMMA(56, 7, 28, 29, 30, 31, 32, 33)
 P3D_STEM_WGMMA(64, 8, 32, 33, 34, 35, 36, 37)
 P3D_STEM_WGMMA(80, 10, 40, 41, 42, 43, 44, 45)
 
-// wgmma_outer<T>(d, a, b): d += a * b of an M-major A and an N-major B, both in shared memory.
-#define P3D_OUTER_WGMMA_ASM(N, TYPE, GROUPS, A, B)                                                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
-                 "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"                                                  \
-                 : P3D_OPS_##GROUPS                                                                     \
-                 : "l"(a), "l"(b))
-
-#define P3D_OUTER_WGMMA(N, GROUPS, A, B)                                                     \
-    template <typename T>                                                                    \
-    __device__ __forceinline__ void wgmma_outer(float (&d)[N / 2], uint64_t a, uint64_t b) { \
-        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                      \
-            P3D_OUTER_WGMMA_ASM(N, "bf16", GROUPS, A, B);                                    \
-        else                                                                                 \
-            P3D_OUTER_WGMMA_ASM(N, "f16", GROUPS, A, B);                                     \
-    }
-
-P3D_OUTER_WGMMA(56, 7, 28, 29)
-P3D_OUTER_WGMMA(112, 14, 56, 57)
-P3D_OUTER_WGMMA(168, 21, 84, 85)
-
 // Ends the old values of accumulators that a product is about to replace: without it their copies move with it.
 template <int kCount>
 __device__ __forceinline__ void wgmma_forget(float (&d)[kCount]) {

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "p3d.h"
+
 namespace p3d {
 
 // ---- Barriers. An mbarrier's phase ends when its arrivals (and bytes) are in; `parity` names the phase waited for.
@@ -234,6 +236,33 @@ struct Gradient4 {
         return {pack<T>(bn_bwd(a.x, c.x, 0), bn_bwd(a.y, c.y, 1)), pack<T>(bn_bwd(b.x, d.x, 2), bn_bwd(b.y, d.y, 3))};
     }
 };
+
+// ---- Reads (p3d.h).
+
+__host__ __device__ constexpr bool two_tensors(Read read) { return read != Read::raw && read != Read::bn_relu; }
+__host__ __device__ constexpr bool joins(Read read) {
+    return read == Read::join_port || read == Read::join_b || read == Read::join_c;
+}
+
+// pack(relu(a), relu(b)); NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_relu(float a, float b) {
+    uint32_t v;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    else
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
+    return v;
+}
+
+// The halves of `a` where the same half of `b` is not <= 0, else zero.
+template <typename T>
+__device__ __forceinline__ uint32_t masked(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return a & ~__hle2_mask(reinterpret_cast<__nv_bfloat162&>(b), __nv_bfloat162{0, 0});
+    else
+        return a & ~__hle2_mask(reinterpret_cast<__half2&>(b), __half2{0, 0});
+}
 
 // ---- Dependent launch: a kernel starts while the one before it in its stream still runs.
 

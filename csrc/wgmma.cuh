@@ -143,20 +143,44 @@ P3D_WGMMA(216, 27, 108, 109, 110)
 P3D_WGMMA(240, 30, 120, 121, 122)
 P3D_WGMMA(256, 32, 128, 129, 130)
 
-// The same with A in registers and an N-major B, N = 64. Register a[i] holds row 16 * warp + 8 * (i % 2) + lane / 4,
-// columns 8 * (i / 2) + 2 * (lane % 4) + {0, 1}.
+// The same with A in registers, N = 64; kTransB: B is N-major. Register a[i] holds row 16 * warp + 8 * (i % 2) +
+// lane / 4, columns 8 * (i / 2) + 2 * (lane % 4) + {0, 1}.
 #define P3D_WGMMA_A_ASM(TYPE)                                                                \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                 \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"                               \
                  : P3D_OPS_8                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransB))
 
-template <typename T>
+template <typename T, int kTransB = 1>
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
         P3D_WGMMA_A_ASM("bf16");
     else
         P3D_WGMMA_A_ASM("f16");
 }
+
+// wgmma_outer<T>(d, a, b): d += a * b of an M-major A and an N-major B, both in shared memory.
+#define P3D_OUTER_WGMMA_ASM(N, TYPE, GROUPS, A, B)                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
+                 "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"                                                  \
+                 : P3D_OPS_##GROUPS                                                                     \
+                 : "l"(a), "l"(b))
+
+#define P3D_OUTER_WGMMA(N, GROUPS, A, B)                                                     \
+    template <typename T>                                                                    \
+    __device__ __forceinline__ void wgmma_outer(float (&d)[N / 2], uint64_t a, uint64_t b) { \
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                      \
+            P3D_OUTER_WGMMA_ASM(N, "bf16", GROUPS, A, B);                                    \
+        else                                                                                 \
+            P3D_OUTER_WGMMA_ASM(N, "f16", GROUPS, A, B);                                     \
+    }
+
+P3D_OUTER_WGMMA(8, 1, 4, 5)
+P3D_OUTER_WGMMA(56, 7, 28, 29)
+P3D_OUTER_WGMMA(64, 8, 32, 33)
+P3D_OUTER_WGMMA(112, 14, 56, 57)
+P3D_OUTER_WGMMA(128, 16, 64, 65)
+P3D_OUTER_WGMMA(168, 21, 84, 85)
+P3D_OUTER_WGMMA(192, 24, 96, 97)
 
 }  // namespace p3d
