@@ -32,8 +32,9 @@ help: ## this list
 demo: extension ## a real video through P3D ResNet: plain PyTorch beside these kernels (ARGS='--video PATH')
 	$(PY) -m p3d_kernels demo $(ARGS)
 
-build: extension ## the CUDA extension, in place, where nvcc is found; fails on register spills
+build: extension ## the CUDA extension, in place, where nvcc is found; fails on spills and on operands set too late
 	$(PY) scripts/check_spills.py
+	$(PY) scripts/check_operands.py
 
 extension: $(READY)
 	$(PY) setup.py -q build_ext --inplace
