@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import p3d_kernels as p3d
 from nets import batch_norms, randomise, set_mode
 from p3d_kernels import _backends
+from p3d_kernels._judge import season
 from p3d_kernels.models import DEPTHS, P3D, PlainP3D
 from p3d_kernels.models.plain import PlainBottleneck, PlainBottleneck2d
 from p3d_kernels.nn import Bottleneck, BottleneckRow
@@ -202,7 +203,8 @@ def assert_as_exact(ours, plain, inputs, weights, dtype, mode):
 @pytest.mark.parametrize("wiring", ["author", "port"])
 def test_gradients_of_a_net(wiring, mode, dtype, device):
     torch.manual_seed(0)
-    plain = randomise(PlainP3D(DEPTHS["p3d63"], 40, wiring=wiring, dropout=0.0)).to(device)
+    plain = PlainP3D(DEPTHS["p3d63"], 40, wiring=wiring, dropout=0.0).to(device)
+    season(plain, torch.randn(4, 3, 16, 112, 112, device=device), dtype)
     ours = P3D(DEPTHS["p3d63"], 40, wiring=wiring, dropout=0.0).to(device)
     ours.load_state_dict(plain.state_dict())
     assert len(batch_norms(ours)) == len(batch_norms(plain))
@@ -226,6 +228,6 @@ def test_gradients_of_a_block(channels, size, wiring, kind, mode, down, device):
     plain = randomise(make(ci, channels, stride=stride)).to(device)
     ours = Bottleneck(ci, channels, kind, wiring, stride).to(device)
     ours.load_state_dict(plain.state_dict())
-    inputs = [torch.randn(8, ci, *size, device=device) for _ in range(4)]
-    weights = torch.randn(plain(inputs[0]).shape, device=device, dtype=torch.float64)
+    inputs = [torch.randn(8, ci, *size, device=device).bfloat16() for _ in range(4)]  # as inside a net
+    weights = torch.randn(plain(inputs[0].float()).shape, device=device, dtype=torch.float64)
     assert_as_exact(ours, plain, inputs, weights, torch.bfloat16, mode)
