@@ -74,6 +74,18 @@ p3d::ConvTrainShape conv_train_shape(const ConvTrainSizes& sizes) {
     return {clips, time, frame, ci, co, taps, transposed, read(x_read), loads, sums};
 }
 
+// (W, stride in space, plan) of conv_tiles and gram_tiles, which take the place of conv_train and gram_dgrad
+using ConvTiles = std::optional<std::tuple<int64_t, int, ConvInferPlan>>;
+
+p3d::ConvInferPlan conv_plan(const ConvInferPlan& plan) {
+    return {{plan[0], plan[1], plan[2]}, {plan[3], plan[4], plan[5], plan[6]}, plan[7], plan[8]};
+}
+
+ConvInferPlan conv_plan(const p3d::ConvInferPlan& plan) {
+    const auto& [tile, box, stages, blocks] = plan;
+    return {tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
 }
@@ -219,10 +231,7 @@ PYBIND11_MODULE(_C, m) {
            const ConvInferPlan& plan, const std::string& join_name, const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvInfer p{};
             p.shape = conv_infer_shape(sizes);
-            p.plan.tile = {plan[0], plan[1], plan[2]};
-            std::copy_n(&plan[3], 4, p.plan.box);
-            p.plan.stages = plan[7];
-            p.plan.blocks = plan[8];
+            p.plan = conv_plan(plan);
             p.dtype = dtype(dtype_name);
             p.join = join(join_name);
             p.x = pointer<const void>(x);
@@ -250,8 +259,7 @@ PYBIND11_MODULE(_C, m) {
         [](const ConvInferSizes& sizes, const ConvInferTile& wish) {
             p3d::ConvInferPlan plan{};
             check(p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {wish[0], wish[1], wish[2]}));
-            const auto& [tile, box, stages, blocks] = plan;
-            return ConvInferPlan{tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
+            return conv_plan(plan);
         },
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 
@@ -260,7 +268,7 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
            uintptr_t y, uintptr_t affine, uintptr_t o, uintptr_t o_affine, uintptr_t o_mask, uintptr_t below,
            uintptr_t below_affine, uintptr_t partials, const ConvTrainSizes& sizes, bool relu,
-           const std::string& dtype_name, uintptr_t stream) {
+           const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
             p3d::ConvTrain p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -276,19 +284,21 @@ PYBIND11_MODULE(_C, m) {
             p.relu = relu;
             p.partials = pointer<float>(partials);
             p.stream = pointer<CUstream_st>(stream);
-            check(p3d::conv_train(p));
+            if (!tiles) return check(p3d::conv_train(p));
+            const auto& [width, stride, plan] = *tiles;
+            check(p3d::conv_tiles({p, width, stride, conv_plan(plan)}));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
         py::arg("y"), py::arg("affine"), py::arg("o"), py::arg("o_affine"), py::arg("o_mask"), py::arg("below"),
         py::arg("below_affine"), py::arg("partials"), py::arg("sizes"), py::arg("relu"), py::arg("dtype"),
-        py::arg("stream"));
+        py::arg("stream"), py::arg("tiles") = ConvTiles{});
 
     m.def(
         "gram_dgrad",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
            uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
            uintptr_t partials_a, uintptr_t partials_b, int c_parts, const ConvTrainSizes& sizes,
-           const std::string& dtype_name, uintptr_t stream) {
+           const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
             p3d::GramDgrad p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -305,12 +315,14 @@ PYBIND11_MODULE(_C, m) {
             p.partials_a = pointer<float>(partials_a);
             p.partials_b = pointer<float>(partials_b);
             p.stream = pointer<CUstream_st>(stream);
-            check(p3d::gram_dgrad(p));
+            if (!tiles) return check(p3d::gram_dgrad(p));
+            const auto& [width, stride, plan] = *tiles;
+            check(p3d::gram_tiles({p, width, stride, conv_plan(plan)}));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
         py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
         py::arg("partials_a"), py::arg("partials_b"), py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"),
-        py::arg("stream"));
+        py::arg("stream"), py::arg("tiles") = ConvTiles{});
 
     auto train_shape = [&](const char* why_not_name, const char* (*why_not)(const p3d::ConvTrainShape&),
                            const char* partials_name, int (*partials)(const p3d::ConvTrainShape&)) {
@@ -327,6 +339,26 @@ PYBIND11_MODULE(_C, m) {
     };
     train_shape("conv_train_why_not", p3d::conv_train_why_not, "conv_train_partials", p3d::conv_train_partials);
     train_shape("gram_dgrad_why_not", p3d::gram_dgrad_why_not, "gram_dgrad_partials", p3d::gram_dgrad_partials);
+
+    m.def(
+        "conv_tiles_why_not",
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram) {
+            p3d::ConvInferPlan plan{};
+            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"));
+
+    // A plan and the rows of the partials it leaves.
+    m.def(
+        "conv_tiles_plan",
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, const ConvInferTile& wish) {
+            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram};
+            p3d::ConvInferPlan plan{};
+            check(p3d::conv_tiles_plan(plan, shape, {wish[0], wish[1], wish[2]}));
+            return std::tuple(conv_plan(plan), p3d::conv_tiles_partials(shape, plan));
+        },
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("wish") = ConvInferTile{});
 
     m.def(
         "stem_infer",

@@ -17,8 +17,7 @@
 // tile become row i.
 #include <algorithm>
 
-#include "conv_infer_plan.h"
-#include "rows.cuh"
+#include "boxes.cuh"
 
 namespace p3d {
 namespace {
@@ -108,64 +107,7 @@ struct Job {
     }
 };
 
-// ---- Clusters.
-
-__device__ __forceinline__ int cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return int(rank);
-}
-
-// Of all threads of all blocks of the cluster; orders no memory but barriers that are fenced.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The address of the same place in another block of the cluster.
-__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
-}
-
-// Writes to another block's shared memory; the bytes count towards its barrier.
-__device__ __forceinline__ void send(uint32_t target, float a, float b, uint32_t barrier) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target), "f"(a),
-        "f"(b), "r"(barrier)
-        : "memory");
-}
-
-// Waits for what other blocks sent.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{.reg .pred done;\n"
-        "retry: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra retry;}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-// ---- Boxes of positions and of weights.
-
-__device__ __forceinline__ void copy_positions(uint32_t target, const CUtensorMap& map, uint32_t barrier, int channel,
-                                               int i0, int i1, int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(channel), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-        : "memory");
-}
-
-__device__ __forceinline__ void store_positions(const CUtensorMap& map, uint32_t source, int channel,
-                                                const int (&at)[4]) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-        "r"(source), "r"(channel), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
-        : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
+// ---- Boxes of weights.
 
 __device__ __forceinline__ void copy_weights(uint32_t target, const CUtensorMap& map, uint32_t barrier, int step,
                                              int cout) {
@@ -181,10 +123,6 @@ __device__ __forceinline__ void prefetch_weights(const CUtensorMap& map, int ste
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(step * kChunk),
                  "r"(cout)
                  : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // ---- The warp that brings the ring: one thread. Of each tile, steps `first` up to `end`.
@@ -478,24 +416,6 @@ struct Part {
     }
 };
 
-// Sends 64 rows of partial sums to the blocks that add them up.
-template <typename Shape>
-__device__ __forceinline__ void send_partials(const ConvArgs& a, const Place<Shape>& place,
-                                              const float (&d)[Shape::kColumns / 2], int rank, int warp, int lane) {
-    constexpr int kPitch = conv_partial_pitch(Shape::kColumns);
-    int rows = Shape::kRows / a.splits;  // of a block, a multiple of 8
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-        int row = 16 * warp + 8 * m, to = row / rows;
-        uint32_t barrier = address_in(place.staged(), to);
-        uint32_t target =
-            address_in(place.staging, to) + 4 * ((rank * rows + row - to * rows + lane / 4) * kPitch + 2 * (lane % 4));
-#pragma unroll
-        for (int j = 0; j < Shape::kColumns / 8; ++j)
-            send(target + 32 * j, d[4 * j + 2 * m], d[4 * j + 2 * m + 1], barrier);
-    }
-}
-
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     conv_infer_kernel(const __grid_constant__ ConvMaps maps, const __grid_constant__ ConvArgs a) {
@@ -529,7 +449,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
             Job<Shape> job(a, tile);
             Part<Shape> part(a, job, rank, threadIdx.x);
             multiply<T, Shape>(d, ring, end - first, warpgroup, lane);
-            send_partials<Shape>(a, place, d, rank, warp, lane);
+            send_partials<Shape::kRows, Shape::kColumns>(
+                place.staging, place.staged(), a.splits, rank, warp, lane,
+                [&](int j, int m) { return float2{d[4 * j + 2 * m], d[4 * j + 2 * m + 1]}; });
             barrier_wait_cluster(place.staged(), 0);
             part.template finish<T>(a, job, place.staging);
         }
@@ -556,19 +478,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
 }
 
 // ---- Host.
-
-const char* positions_map(CUtensorMap& map, const void* base, DType dtype, const ConvView& view, int64_t channels,
-                          const int (&box)[4]) {
-    cuuint64_t sizes[5] = {cuuint64_t(channels)}, strides[4];
-    cuuint32_t boxes[5] = {kChunk};
-    for (int i = 0; i < 4; ++i) {
-        sizes[i + 1] = cuuint64_t(view.size[i]);
-        strides[i] = cuuint64_t(2 * channels * view.stride[i]);
-        boxes[i + 1] = cuuint32_t(box[i]);
-    }
-    const char* start = static_cast<const char*>(base) + 2 * channels * view.offset;
-    return tensor_map("conv_infer", map, start, dtype, 5, sizes, strides, boxes);
-}
 
 // Why a plan that the caller brings cannot run; nullptr if it can.
 const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
@@ -681,7 +590,7 @@ const char* conv_infer(const ConvInfer& p) {
     if (args.pooled) stored[0] /= 2;
     auto positions = [&](CUtensorMap& map, const void* base, const ConvView& view, int64_t channels,
                          const int (&box)[4]) {
-        if (!failed) failed = positions_map(map, base, p.dtype, view, channels, box);
+        if (!failed) failed = positions_map("conv_infer", map, base, p.dtype, view, channels, box);
     };
     for (int view = 0; view < kConvMaps; ++view)
         if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels, plan.box);

@@ -147,7 +147,7 @@ inline int64_t conv_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The box of at most `rows` positions, along the first axis a multiple of `multiple`, that needs the fewest tiles, and
 // of those the smallest; returns the tiles.
-inline int64_t conv_box(int (&best)[4], const int64_t (&size)[4], int64_t rows, int64_t multiple) {
+inline int64_t conv_box(int (&best)[4], const int64_t (&size)[4], int64_t rows, int64_t multiple = 1) {
     int64_t fewest = -1, least = 0, most = conv_divide(size[0], multiple) * multiple;
     for (int64_t a = multiple; a <= std::min(rows, most); a += multiple)
         for (int64_t b = 1; b <= std::min(rows / a, size[1]); ++b)

@@ -21,7 +21,7 @@
 // are of 16 channels and of every 8th position of its units, so they are joined once, in fixed order.
 #include <algorithm>
 
-#include "rows.cuh"
+#include "reads.cuh"
 
 namespace p3d {
 namespace {
@@ -41,19 +41,6 @@ struct TrainMaps {
     CUtensorMap below, mask, o;  // [F, P, Co], read in boxes of a unit
     CUtensorMap y;               // likewise, written in boxes of a warp's 16 positions
 };
-
-struct Source {
-    Read read;
-    int chunks;
-    const float* affine_a;  // [3, C]
-    const float* affine_b;  // [3, C]; of a masked read, what it multiplies with lies in row 1
-    const float* sums;      // [2, C]
-};
-
-// Rows of constants of a read, in pairs.
-__host__ __device__ constexpr int planes_of(Read read, bool scaled) {
-    return read == Read::raw ? 0 : read == Read::masked ? scaled : read == Read::bn_relu ? 2 : 3;
-}
 
 struct TrainArgs {
     Source x[2];                // the second, or no chunks of it, after the first
@@ -93,18 +80,12 @@ struct Place {
         : weights(shared_address(base)),
           slots(weights + boxes * kBoxBytes),
           constants(slots + (teams * a.in_slots + 2 * a.out_slots) * kBoxBytes),
-          epilogue(constants + constants_of(a, 2)),
+          epilogue(constants + constants_before(a.x, 2)),
           barriers(shared_address(base) + kSharedLimit - kTrainBarrierBytes),
           in_slots(a.in_slots),
           out_slots(a.out_slots),
           teams(teams) {}
 
-    // Bytes of the constants of the sources before `source`.
-    static __host__ __device__ int constants_of(const TrainArgs& a, int source) {
-        int bytes = 0;
-        for (int i = 0; i < source; ++i) bytes += planes_of(a.x[i].read, a.x[i].affine_b) * a.x[i].chunks * kChunk * 8;
-        return bytes;
-    }
     __device__ __forceinline__ Ring in(int team) const {
         return {slots + team * in_slots * kBoxBytes, barriers + 16 * (1 + team * in_slots), kBoxBytes, in_slots};
     }
@@ -113,23 +94,6 @@ struct Place {
         return {slots + first * kBoxBytes, barriers + 16 * (1 + first), kBoxBytes, out_slots};
     }
 };
-
-using Fragments = uint32_t[4][4];  // of 16 rows of a warp by 64 channels
-
-// d += x * w, w one box: its rows are columns of d, or with kBack its columns are.
-template <typename T, bool kBack>
-__device__ __forceinline__ void multiply(float (&d)[32], const Fragments& x, uint32_t w) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, kBack>(d, x[k], swizzled_descriptor(w + k * (kBack ? 16 * 128 : 32), 8 * 128));
-}
-
-// Has them formed before what follows: a product may read registers only from the fence before it on.
-__device__ __forceinline__ void pin(Fragments& x) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[k][i])::"memory");
-}
 
 __device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
 
@@ -256,26 +220,9 @@ __device__ __forceinline__ void produce_epilogue(const TrainMaps& maps, const Tr
     }
 }
 
-// ---- Constants, which lie in planes: a plane has two rows of them, (row 0 twice, row 1 twice) a pair of channels.
+// ---- Constants of the epilogue.
 
-// Row `row` of the constants of a read for a channel:
-//   bn_relu  mean, scale and bias of a
-//   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
-//   masked   scale of b
-//   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
-__device__ __forceinline__ float constant_of(const Source& x, int row, int channel, int channels) {
-    int at = row % 3 * channels + channel;
-    if (x.read == Read::masked) return row == 0 ? x.affine_b[channels + channel] : 0;
-    if (x.read == Read::bn_bwd || x.read == Read::bn_bwd_open) {
-        if (row < 3) return x.affine_b[at];
-        return row < 5 ? -x.affine_b[channels + channel] * x.sums[at] : 0;
-    }
-    if (x.read == Read::bn_relu && row >= 3) return 0;
-    float v = row < 3 ? x.affine_a[at] : x.affine_b[at];
-    return x.read == Read::join_c && row % 3 ? 0.5f * v : v;
-}
-
-// The epilogue's: rows of the affine of y, or (c, scale) of the Gram identity; then rows of the second affine.
+// Rows of the affine of y, or (c, scale) of the Gram identity; then rows of the second affine.
 __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, int channel) {
     if (a.c) {
         if (row == 1) return a.column_scale ? a.column_scale[channel] : 1;
@@ -287,123 +234,18 @@ __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, 
     return affine ? affine[row % 3 * a.out_channels + channel] : 0;
 }
 
-template <typename Value>
-__device__ __forceinline__ void prepare(uint32_t target, int planes, int channels, int thread, const Value& value) {
-#pragma unroll 1
-    for (int i = thread; i < planes * channels / 2; i += 256) {
-        int plane = i / (channels / 2), channel = 2 * (i - plane * (channels / 2));
-        store_affine(target + 16 * i, {value(2 * plane, channel), value(2 * plane, channel + 1),
-                                       value(2 * plane + 1, channel), value(2 * plane + 1, channel + 1)});
-    }
-}
-
 template <Form kForm, int kChunks>
 __device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& place, int thread) {
     constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
     for (int i = 0; i < 2; ++i) {
         const Source& x = a.x[i];
         int channels = x.chunks * kChunk;
-        prepare(place.constants + Place::constants_of(a, i), planes_of(x.read, x.affine_b), channels, thread,
+        prepare(place.constants + constants_before(a.x, i), planes_of(x.read, x.affine_b), channels, thread, 256,
                 [&](int row, int channel) { return constant_of(x, row, channel, channels); });
     }
     int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices * kChunk : 0;
-    prepare(place.epilogue, 3, kColumns * kChunk, thread,
+    prepare(place.epilogue, 3, kColumns * kChunk, thread, 256,
             [&](int row, int channel) { return epilogue_constant(a, row, first + channel); });
-}
-
-// The constants of a thread's channels of a chunk or slice: group j, channels 8 j + 2 (lane % 4) + {0, 1}, at 64 j.
-struct Constants {
-    uint32_t source;
-    int plane;  // bytes of one
-
-    __device__ __forceinline__ Constants(uint32_t base, int channels, int chunk)
-        : source(base + chunk * kChunk * 8 + 16 * (threadIdx.x % 4)), plane(channels * 8) {}
-    __device__ __forceinline__ float4 operator()(int row_pair, int j) const {
-        return load_affine(source + row_pair * plane + 64 * j);
-    }
-};
-
-// ---- The read, applied to fragments.
-
-// x = value(x, b, j) for each pair of neighbouring channels, j its group.
-template <typename Value>
-__device__ __forceinline__ void for_pairs(Fragments& x, const Fragments& b, const Value& value) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            auto constants = value.load(2 * k + half);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) x[k][2 * half + m] = value(x[k][2 * half + m], b[k][2 * half + m], constants);
-        }
-}
-
-struct Six {  // constants of a pair: the first `planes` planes of rows, the rest zero
-    float4 v0 = {}, v1 = {}, v2 = {};
-
-    __device__ __forceinline__ Six(const Constants& c, int j, int planes) {
-        if (planes > 0) v0 = c(0, j);
-        if (planes > 1) v1 = c(1, j);
-        if (planes > 2) v2 = c(2, j);
-    }
-    __device__ __forceinline__ float2 affine(float2 v) const {  // rows 0 to 2
-        return {normalise(v.x, v0.x, v0.z, v1.x), normalise(v.y, v0.y, v0.w, v1.y)};
-    }
-    __device__ __forceinline__ float2 other(float2 v) const {  // rows 3 to 5
-        return {normalise(v.x, v1.z, v2.x, v2.z), normalise(v.y, v1.w, v2.y, v2.w)};
-    }
-};
-
-template <typename T, Read kRead>
-struct Value {
-    Constants constants;
-
-    __device__ __forceinline__ Six load(int j) const { return {constants, j, planes_of(kRead, false)}; }
-    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b, const Six& c) const {
-        float2 v = unpack<T>(a), w = unpack<T>(b);
-        if constexpr (kRead == Read::bn_bwd || kRead == Read::bn_bwd_open) {
-            auto gradient = [](float g, float z, float mean, float scale, float bias, float constant, float slope) {
-                float centred = z - mean;
-                bool closed = kRead == Read::bn_bwd && fmaf(centred, scale, bias) <= 0;
-                return fmaf(centred, slope, closed ? constant : fmaf(g, scale, constant));
-            };
-            return pack<T>(gradient(v.x, w.x, c.v0.x, c.v0.z, c.v1.x, c.v1.z, c.v2.x),
-                           gradient(v.y, w.y, c.v0.y, c.v0.w, c.v1.y, c.v1.w, c.v2.y));
-        } else {
-            float2 u = c.affine(v);
-            if constexpr (kRead == Read::bn_relu) return pack_relu<T>(u.x, u.y);
-            float2 t = c.other(w);
-            if constexpr (kRead == Read::join_port) return pack<T>(relu(u.x) + relu(t.x), relu(u.y) + relu(t.y));
-            return pack_relu<T>(relu(u.x) + t.x, relu(u.y) + t.y);  // join_b and join_c, whose constants differ
-        }
-    }
-};
-
-template <typename T>
-struct Scaled {
-    Constants constants;
-
-    __device__ __forceinline__ float4 load(int j) const { return constants(0, j); }
-    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b, const float4& c) const {
-        float2 v = unpack<T>(masked<T>(a, b));
-        return pack<T>(v.x * c.x, v.y * c.y);
-    }
-};
-
-template <typename T>
-__device__ __forceinline__ void apply(Read read, Fragments& x, const Fragments& b, const Constants& constants) {
-    if (read == Read::bn_relu)
-        for_pairs(x, b, Value<T, Read::bn_relu>{constants});
-    else if (read == Read::join_port)
-        for_pairs(x, b, Value<T, Read::join_port>{constants});
-    else if (read == Read::join_b || read == Read::join_c)
-        for_pairs(x, b, Value<T, Read::join_b>{constants});
-    else if (read == Read::masked)
-        for_pairs(x, b, Scaled<T>{constants});
-    else if (read == Read::bn_bwd)
-        for_pairs(x, b, Value<T, Read::bn_bwd>{constants});
-    else if (read == Read::bn_bwd_open)
-        for_pairs(x, b, Value<T, Read::bn_bwd_open>{constants});
 }
 
 // ---- Consumers.
@@ -485,7 +327,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ Constants constants(int source, int chunk) const {
-        return {place.constants + Place::constants_of(a, source), a.x[source].chunks * kChunk, chunk};
+        return {place.constants + constants_before(a.x, source), a.x[source].chunks * kChunk, chunk};
     }
 
     __device__ __forceinline__ void read(Fragments& x, int chunk) {
@@ -957,7 +799,7 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, bool gram) {
     static const float present = 0;
     args.x[1].affine_b = gram ? &present : nullptr;  // its read has constants
     int boxes = weight_boxes(plan.form, plan.chunks, args.x);
-    int fixed = kTrainBarrierBytes + Place::constants_of(args, 2) + 3 * (wide ? kSlices : plan.chunks) * kChunk * 8;
+    int fixed = kTrainBarrierBytes + constants_before(args.x, 2) + 3 * (wide ? kSlices : plan.chunks) * kChunk * 8;
     int slots = boxes > kMaxWeights ? 0 : (kSharedLimit - fixed) / kBoxBytes - boxes;
     int room = slots / plan.teams, writers = 2 / plan.teams;  // of a team
     if (wide) {
@@ -1006,16 +848,6 @@ const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan
     if (plan.form == Form::narrow) return launch<T, Form::narrow>(maps, args, plan, back, stream);
     if (plan.form == Form::wide) return launch<T, Form::wide>(maps, args, plan, back, stream);
     return launch<T, Form::temporal>(maps, args, plan, back, stream);
-}
-
-const char* check_operand(const char* op, const WgradOperand& x, Read read) {
-    bool backward = read == Read::bn_bwd || read == Read::bn_bwd_open;
-    if (x.read != read || read == Read::masked)
-        return fail("%s: x: expected the read of the shape, and not masked", op);
-    if (!x.a || two_tensors(read) != bool(x.b) || (joins(read) || read == Read::bn_relu) != bool(x.affine_a) ||
-        (joins(read) || backward) != bool(x.affine_b) || backward != bool(x.sums))
-        return fail("%s: x: expected the tensors of its read, no more and no fewer", op);
-    return nullptr;
 }
 
 // What both ops have: the plan, the operand x and the result y.

@@ -432,4 +432,36 @@ const char* conv_infer(const ConvInfer& p);
 // The plan of this shape on the current device, with a tile as wished; or why there is none.
 const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish);
 
+// ConvTrain and GramDgrad of any channels in multiples of 64, by another kernel, and of 1x1x1 with a stride in space: H
+// and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
+// reads X, the identity the operand X, at every stride-th row and column; the gradient has its sum, and o, which lies
+// on the smaller grid, at those of y, and y is zero elsewhere.
+struct ConvTilesShape {
+    ConvTrainShape conv;  // of the larger grid
+    int64_t width;        // W
+    int stride;           // in space; without o_mask and below, if not 1 and transposed
+    bool gram;
+};
+
+struct ConvTiles {
+    ConvTrain conv;
+    int64_t width;
+    int stride;
+    ConvInferPlan plan;  // conv_tiles_plan's for this shape
+};
+
+struct GramTiles {
+    GramDgrad gram;
+    int64_t width;
+    int stride;
+    ConvInferPlan plan;
+};
+
+const char* conv_tiles(const ConvTiles& p);
+const char* gram_tiles(const GramTiles& p);
+
+// The plan of this shape on the current device, with a tile as wished, or why there is none; and R of its partials.
+const char* conv_tiles_plan(ConvInferPlan& plan, const ConvTilesShape& shape, const ConvInferTile& wish);
+int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan);
+
 }  // namespace p3d

@@ -10,7 +10,7 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference and one for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1.
+inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1.
 """
 
 from __future__ import annotations
@@ -683,18 +683,25 @@ def _train_arguments(
     """What `_cuda.conv_train` takes beside x and w, where it has a kernel for such a pass of training; else None."""
     e, back = epilogue, out_dims is not None
     temporal, pointwise = geometry.taps == (3, 1, 1), geometry.taps == (1, 1, 1)
-    if not (temporal or pointwise) or geometry.stride != (1, 1) or not e.store or not cuda_allowed(x.a):
+    stride = geometry.stride[1]
+    fits = temporal and geometry.stride == (1, 1) or pointwise and geometry.stride[0] == 1
+    if not fits or not e.store or not cuda_allowed(x.a):
         return None
     if back:
-        join = e.join in ("none", "add", "add_strided") and e.record is None and e.o_record is None and not e.stats
+        joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
+        join = e.join in joins and e.record is None and e.o_record is None and not e.stats
     else:  # what is read raw and normalised on the way out is of inference
         join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
         join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
     loads = {"o": e.o, "o_mask": e.o_mask, "below": e.below}
-    if not join or _cuda.conv_train_why_not(x, taps_of(w), back, **loads, stats=e.stats) is not None:
+    if not join:
         return None
+    shape = x, taps_of(w), back
+    if stride != 1 or _cuda.conv_train_why_not(*shape, **loads, stats=e.stats) is not None:
+        if _cuda.conv_tiles_why_not(*shape, **loads, stats=e.stats, stride=stride, dims=out_dims) is not None:
+            return None
     rest = dict(record=e.record, o_record=e.o_record, relu=e.join == "add_relu", stats=e.stats)
-    return dict(transposed=back, **loads, **rest)
+    return dict(transposed=back, **loads, **rest, stride=stride, dims=out_dims)
 
 
 def spatial_fwd(

@@ -489,6 +489,41 @@ def conv_train_why_not(
     return native.conv_train_why_not(_conv_train_sizes(x, w, transposed, o, o_mask, below, sums))
 
 
+def _tiles_sizes(
+    x: Operand, w: Tensor, transposed: bool, stride: int, dims: Sequence[int] | None, loads: tuple, sums: bool
+) -> tuple:
+    """(sizes, W, stride, gram) as the kernel by tiles takes them: of the larger grid, `dims` if transposed."""
+    n, ci, *size = x.a.shape
+    t, h, width = dims if transposed and dims is not None else size
+    sizes = n, t, h * width, ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read
+    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False
+
+
+def conv_tiles_why_not(
+    x: Operand,
+    w: Tensor,
+    transposed: bool = False,
+    o: Tensor | None = None,
+    o_mask: Tensor | None = None,
+    below: tuple[Tensor, Tensor] | None = None,
+    stats: bool = False,
+    stride: int = 1,
+    dims: Sequence[int] | None = None,
+) -> str | None:
+    """Why `conv_train` has no kernel by tiles for these, or None."""
+    if x.a.dtype not in _DTYPES:
+        return f"conv_tiles: dtype {x.a.dtype} (expected bfloat16 or float16)"
+    if x.read not in _TRAIN_READS:
+        return f"conv_tiles: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    if transposed and stride != 1 and (o_mask is not None or below is not None):
+        return "conv_tiles: o_mask or below with a stride (expected neither in the gradient)"
+    native = _backends.native()
+    if isinstance(native, str):
+        return native
+    sums = stats or below is not None
+    return native.conv_tiles_why_not(*_tiles_sizes(x, w, transposed, stride, dims, (o, o_mask, below), sums))
+
+
 def conv_train(
     x: Operand,  # [N, Ci, T, H, W]
     w: Tensor,  # [Co, taps, Ci], transposed [Ci, taps, Co]
@@ -500,23 +535,31 @@ def conv_train(
     relu: bool = False,
     below: tuple[Tensor, Tensor] | None = None,  # and its record
     stats: bool = False,
+    stride: int = 1,
+    dims: Sequence[int] | None = None,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, part) of a 1x1x1 or 3x1x1 convolution of stride 1 of what x reads, by w, or its input gradient `transposed`.
+    """(y, part) of a 1x1x1 or 3x1x1 convolution of what x reads, by w, or its input gradient `transposed`.
 
-    3x1x1 is padded by 1 in time. One side has 64 or 128 channels. Forward, y = relu(bn(sum) + bn(o)), each part of it
-    if its argument is given, bn the affine of `record` or `o_record`; the gradient is sum + o, o counted where not
-    o_mask <= 0. An operand is read and rounded once an element or, of 128 channels, twice; float32 accumulation.
+    3x1x1 is padded by 1 in time. Forward, y = relu(bn(sum) + bn(o)), each part of it if its argument is given, bn the
+    affine of `record` or `o_record`; the gradient is sum + o, o counted where not o_mask <= 0. `stride`: of 1x1x1, in
+    space; its gradient has `dims` (T, H, W), and o lies on the grid of x. float32 accumulation.
+
+    Two kernels: where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded once an
+    element or, of 128 channels, twice; else, or with `tile` (rows, columns, splits; 0: any), once for each tile of
+    output channels.
 
     Returns:
-        y [N, Co, T, H, W] channels_last_3d, and float32 parts or None: with `stats` [R, 3, Co] rows (n, mean, M2) of
-        the rounded y, some with n = 0; with `below` [R, 2, Co] rows (sum g, sum g (below - mean)), g the rounded y
-        where the ReLU of `below` passes it, else 0. Runs of the same shape on the same card give the same bits.
+        y [N, Co, T, H, W], H and W those of the stride, channels_last_3d, and float32 parts or None: with `stats`
+        [R, 3, Co] rows (n, mean, M2) of the rounded y, some with n = 0; with `below` [R, 2, Co] rows (sum g,
+        sum g (below - mean)), g the rounded y where the ReLU of `below` passes it, else 0. Runs of the same shape on
+        the same card give the same bits.
 
     Raises:
         ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
-        RuntimeError: the kernel cannot run (what `conv_train_why_not` says), or CUDA failed.
+        RuntimeError: neither kernel can run (what `conv_train_why_not` and `conv_tiles_why_not` say), or CUDA failed.
     """
-    (n, ci, t, *size), dtype, device = x.a.shape, x.a.dtype, x.a.device
+    (n, ci, *grid), dtype, device = x.a.shape, x.a.dtype, x.a.device
     if dtype not in _DTYPES or x.read not in _TRAIN_READS:
         raise ValueError(f"x: expected bfloat16 or float16 and a read that the kernel has, got {dtype}, {x.read!r}")
     if w.dim() != 3 or w.size(1) not in (1, 3) or w.size(0 if transposed else 2) != ci:
@@ -526,9 +569,19 @@ def conv_train(
     _check_matrix("w", w, tuple(w.shape), dtype)
     co = w.size(2 if transposed else 0)
     below, below_record = below or (None, None)
-    for name, tensor in (("o", o), ("o_mask", o_mask), ("below", below)):
+    out = _conv_wgrad_out(grid, (1, stride))
+    if transposed:
+        out = tuple(grid if dims is None else dims)
+        if _conv_wgrad_out(out, (1, stride)) != tuple(grid):
+            raise ValueError(f"dims: expected T, H, W of which stride {stride} makes {grid}, got {list(out)}")
+        if stride != 1 and (o_mask is not None or below is not None):
+            raise ValueError("o_mask, below: expected None with a stride")
+    if stride != 1 and w.size(1) != 1:
+        raise ValueError(f"stride: expected 1 of 3x1x1, got {stride}")
+    o_grid = grid if transposed else out
+    for name, tensor, of in (("o", o, o_grid), ("o_mask", o_mask, out), ("below", below, out)):
         if tensor is not None:
-            _check_activation(name, tensor, (n, co, t, *size), dtype)
+            _check_activation(name, tensor, (n, co, *of), dtype)
     for name, rows in (("record", record), ("o_record", o_record), ("below's record", below_record)):
         if rows is not None:
             _check_rows(name, rows, 3, co)
@@ -539,26 +592,36 @@ def conv_train(
     if o is None and (o_record is not None or o_mask is not None):
         raise ValueError("o: expected a tensor with o_record or o_mask, got None")
 
-    y = alloc((n, co, t, *size), device, dtype)
+    y = alloc((n, co, *out), device, dtype)
     sums = stats or below is not None
     if y.numel() == 0:
         return y, torch.zeros(1, 3 if stats else 2, co, device=device) if sums else None
-    sizes = _conv_train_sizes(x, w, transposed, o, o_mask, None if below is None else (below,), sums)
+    tiles = _tiles_sizes(x, w, transposed, stride, dims, (o, o_mask, below), sums)
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        rest = sizes, relu, _DTYPES[dtype]
-        plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream))
         with torch.cuda.device(device):
-            plan.rows = native.conv_train_partials(sizes)
+            rows, by_tiles = _train_kernel(native, "conv_train", tiles, tile)
+        rest = tiles[0], relu, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream, by_tiles))
+        plan.rows = rows
         return plan
 
-    plan = plan_for(("conv_train", sizes, relu, dtype, device), build)
+    plan = plan_for(("conv_train", tiles, tile, relu, dtype, device), build)
     part = alloc((plan.rows, 3 if stats else 2, co), device) if sums else None
     plan(*x.args(), w, y, record, o, o_record, o_mask, below, below_record, part)
     return y, part
+
+
+def _train_kernel(native, name: str, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
+    """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
+    sizes, width, stride, gram = tiles
+    if tile is None and stride == 1 and getattr(native, f"{name}_why_not")(sizes) is None:
+        return getattr(native, f"{name}_partials")(sizes), None
+    plan, rows = native.conv_tiles_plan(sizes, width, stride, gram, tile or (0, 0, 0))
+    return rows, (width, stride, plan)
 
 
 def _gram_dgrad_sizes(x: Operand, g: Tensor, sums: bool) -> tuple:
@@ -578,33 +641,51 @@ def gram_dgrad_why_not(x: Operand, g: Tensor) -> str | None:
     return native if isinstance(native, str) else native.gram_dgrad_why_not(_gram_dgrad_sizes(x, g, False))
 
 
+def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int) -> tuple:
+    return _gram_dgrad_sizes(x, g, sums), x.a.size(4), stride, True
+
+
+def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1) -> str | None:
+    """Why `gram_dgrad` has no kernel by tiles for these, or None."""
+    if g.dtype not in _DTYPES:
+        return f"gram_tiles: dtype {g.dtype} (expected bfloat16 or float16)"
+    if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
+        return f"gram_tiles: read {x.read} (expected an activation)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride))
+
+
 def gram_dgrad(
     g: Tensor,  # [N, Co, T, H, W]
     y: Tensor,  # like g
     record: Tensor,  # [3, Co] or more rows
     w: Tensor,  # [Co, M]
-    x: Operand,  # [N, M, T, H, W]
+    x: Operand,  # [N, M, T, H, W], with a stride on the larger grid
     q: Tensor,  # [M, M]
     q_scale: Tensor | None,  # [M] float32
     c: Tensor,  # [parts, M] float32
     sums_a: bool = False,
     sums_b: bool = False,
+    stride: int = 1,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
 
     v = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
-    join da is what its outer ReLU passes of v, times 0.5 in join_c. M = 64 or 128; float32 accumulation.
+    join da is what its outer ReLU passes of v, times 0.5 in join_c. With a stride in space all of x is read at every
+    stride-th row and column. q_scale is of float16 alone. Two kernels, as of `conv_train`; float32 accumulation.
 
     Returns:
-        da [N, M, T, H, W] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
+        da [N, M, *grid of g] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
         sum t (z - mean)), t the rounded da where the ReLU of z passes it (join_b and join_c: all of it for b). Runs of
         the same shape on the same card give the same bits.
 
     Raises:
         ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
-        RuntimeError: the kernel cannot run (what `gram_dgrad_why_not` says), or CUDA failed.
+        RuntimeError: neither kernel can run (what `gram_dgrad_why_not` and `gram_tiles_why_not` say), or CUDA failed.
     """
     (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
+    dims = _conv_wgrad_out(dims, (1, stride))
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
@@ -619,22 +700,23 @@ def gram_dgrad(
     if (sums_a and x.record_a is None) or (sums_b and x.b is None):
         raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
 
-    da = alloc(tuple(x.a.shape), device, dtype)
+    da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
         return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
-    sizes = _gram_dgrad_sizes(x, g, sums_a or sums_b)
+    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride)
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        rest = c.size(0), sizes, _DTYPES[dtype]
-        plan = NativePlan(lambda stream, *addresses: native.gram_dgrad(*addresses, *rest, stream))
         with torch.cuda.device(device):
-            plan.rows = native.gram_dgrad_partials(sizes)
+            rows, by_tiles = _train_kernel(native, "gram_dgrad", tiles, tile)
+        rest = c.size(0), tiles[0], _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_dgrad(*addresses, *rest, stream, by_tiles))
+        plan.rows = rows
         return plan
 
-    plan = plan_for(("gram_dgrad in CUDA", sizes, c.size(0), dtype, device), build)
+    plan = plan_for(("gram_dgrad in CUDA", tiles, tile, c.size(0), dtype, device), build)
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
     plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
     return da, parts

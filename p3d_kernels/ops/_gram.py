@@ -471,14 +471,18 @@ def gram_bwd(
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
-    if norm.training and cuda_allowed(dy) and _cuda.gram_dgrad_why_not(x, dy) is None:
+    if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         scale = q_scale if dy.dtype == torch.float16 else None
         sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
-        return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of), dw, sums
+        return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
     return da, parts, dw, sums
+
+
+def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:
+    return _cuda.gram_dgrad_why_not(x, dy) is None or _cuda.gram_tiles_why_not(x, dy, stride) is None
 
 
 def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int) -> tuple[Plan, Plan, Plan]:
