@@ -54,8 +54,9 @@ p3d::ConvWgradShape conv_wgrad_shape(const ConvWgradSizes& sizes) {
     return {clips, time, height, width, ci, co, taps, stride, strided, totals, same, read(g_read), read(x_read)};
 }
 
-// (N, T, H, W, Ci, Co, taps in time, taps in space, stride in space, joined)
-using ConvInferSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, bool>;
+// (N, T, H, W, Ci, Co, taps in time, taps in space, stride in space, joined, H and W of a strided o, To)
+using ConvInferSizes =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, bool, int64_t, int64_t, int64_t>;
 
 p3d::ConvInferShape conv_infer_shape(const ConvInferSizes& sizes) {
     return std::apply([](auto... size) { return p3d::ConvInferShape{size...}; }, sizes);
@@ -463,10 +464,10 @@ PYBIND11_MODULE(_C, m) {
         "tail_infer",
         [](uintptr_t x, uintptr_t o, uintptr_t r, uintptr_t w_t, uintptr_t w_e, uintptr_t w_r, uintptr_t w_d,
            uintptr_t affine_t, uintptr_t affine_e, uintptr_t affine_r, uintptr_t affine_d, uintptr_t y, uintptr_t z,
-           int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels,
+           int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels, int64_t pooled_time,
            const std::string& join_name, const std::string& dtype_name, int64_t thin_width, uintptr_t stream) {
             p3d::TailInfer p{};
-            p.shape = {clips, time, frame, channels, down_channels};
+            p.shape = {clips, time, frame, channels, down_channels, pooled_time};
             p.dtype = dtype(dtype_name);
             p.join = join(join_name);
             p.x = pointer<const void>(x);
@@ -489,15 +490,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x"), py::arg("o"), py::arg("r"), py::arg("w_t"), py::arg("w_e"), py::arg("w_r"), py::arg("w_d"),
         py::arg("affine_t"), py::arg("affine_e"), py::arg("affine_r"), py::arg("affine_d"), py::arg("y"), py::arg("z"),
         py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"),
-        py::arg("join"), py::arg("dtype"), py::arg("thin_width"), py::arg("stream"));
+        py::arg("pooled_time"), py::arg("join"), py::arg("dtype"), py::arg("thin_width"), py::arg("stream"));
 
     m.def(
         "tail_infer_why_not",
-        [](int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels) {
-            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels, down_channels});
+        [](int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels, int64_t pooled_time) {
+            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels, down_channels, pooled_time});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"));
+        py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"),
+        py::arg("pooled_time"));
 
     auto temporal = [&](const char* name, auto launch) {
         m.def(

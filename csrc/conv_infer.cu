@@ -1,6 +1,6 @@
 // A convolution alone in inference, 1x1x1, 3x1x1 or 1x3x3, from activations to activations:
 //
-//     y = join(bn(W x), o)      rounded once
+//     y = join(bn(W x), o)      rounded once; or of that the maximum of frames 2k and 2k + 1
 //
 // one matrix product whose rows are positions (rows.cuh), whose columns are output channels and whose sum runs over
 // taps and input channels, in *steps* of 64 channels of a tap. The positions of a tile are a box of up to four axes
@@ -13,6 +13,8 @@
 //   whole  a block takes tiles by turns
 //   split  a cluster takes one tile, each of its blocks a part of the steps. Partial sums are sent to the block that
 //          adds up their rows in the order of the blocks, finishes and stores them; one warp less
+// Where y is pooled, the axis of frames comes first and boxes have even lengths along it, so rows 2i and 2i + 1 of a
+// tile become row i.
 #include <algorithm>
 
 #include "conv_infer_plan.h"
@@ -23,7 +25,7 @@ namespace {
 
 struct ConvMaps {
     CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles
-    CUtensorMap o, y;          // [positions, Co], likewise, y written
+    CUtensorMap o, y;          // [positions, Co], likewise, y written; pooled in boxes of half the frames
     CUtensorMap w;             // [Co, taps * Ci], in boxes of a tile's columns
 };
 
@@ -33,9 +35,12 @@ struct ConvArgs {
     char* y;
     Join join;
     bool joined;  // with o
+    bool pooled;
     int out_channels, chunks, steps;
     int size[4], box[4], boxes[4];  // along the axes of positions
-    int box_bytes;                  // of 64 channels
+    int64_t o_stride[4];            // in positions
+    int y_stride[4];
+    int box_bytes;  // of 64 channels
     int column_tiles, tiles;
     int splits;  // blocks of a cluster
     int stages;
@@ -73,6 +78,14 @@ struct Place {
     // their place.
     __device__ __forceinline__ uint32_t staged() const { return barriers + 16 * kConvStages; }
     __device__ __forceinline__ uint32_t made(int chunk) const { return staged() + 8 + 8 * chunk; }
+    // Who arrives at made(chunk): a lane of each warp that computes and, when the last is done and with it the affine
+    // and o, all of them.
+    static constexpr int makers(int chunk) { return 4 * Shape::kGroups * (chunk + 1 < Shape::kChunks ? 1 : 32); }
+    __device__ __forceinline__ void make(int chunk, int lane) const {
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0 || chunk + 1 == Shape::kChunks) barrier_arrive(made(chunk));
+    }
 };
 
 // What a block makes in a turn.
@@ -274,9 +287,50 @@ __device__ __forceinline__ void finish(const float (&d)[Shape::kColumns / 2], co
             }
             store_fragment(at, v);
         }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(place.made(c));
+        place.make(c, lane);
+    }
+}
+
+// The same with the join add_relu, pooled. Of its warp's 16 rows a thread has q = lane / 4 and 8 + q, and the thread of
+// q ^ 1 has the same columns. An even q takes the maximum of rows q and q + 1, which becomes row q / 2 of 8, an odd one
+// that of rows 8 + q - 1 and 8 + q, row 4 + q / 2.
+template <typename T, typename Shape>
+__device__ __forceinline__ void finish_pooled(const float (&d)[Shape::kColumns / 2], const ConvArgs& a,
+                                              const Place<Shape>& place, int tile, uint32_t mine, int warp, int lane) {
+    Job<Shape> job(a, tile);
+    uint32_t affine = place.affine + 16 * (lane % 4), there[2];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)  // zeros, which are no more than any y, past the last frame
+        there[m] = job.at[0] + (16 * warp + 8 * m + lane / 4) % a.box[0] < a.size[0] ? ~0u : 0;
+    bool odd = lane & 4;
+    // This lane's row of a pooled chunk for stmatrix; steps k and k + 1 are at that address ^ 32 k.
+    int row = lane % 8 / 2 + lane % 2 * 4;
+    uint32_t half = place.staging + (8 * warp + row) * 128 + ((lane / 8 ^ row) << 4);
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; ++c) {
+        uint32_t v[kChunk / 32][4];
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint32_t y[4];
+            load_fragment(y, (mine + c * Shape::kXBytes) ^ (32 * k));
+            float4 columns[2] = {load_affine(affine + 64 * (8 * c + 2 * k)),
+                                 load_affine(affine + 64 * (8 * c + 2 * k + 1))};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float4& f = columns[i / 2];
+                int j = first_of(4 * c + k, i);
+                y[i] = joined<T, Join::add_relu>(fmaf(d[j], f.x, f.z), fmaf(d[j + 1], f.y, f.w), y[i]) & there[i % 2];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                uint32_t other = __shfl_xor_sync(~0u, odd ? y[i] : y[i + 1], 4);
+                v[k / 2][k % 2 * 2 + i / 2] = larger<T>(odd ? y[i + 1] : y[i], other);
+            }
+        }
+        named_sync(1, Shape::kConsumers);  // all have read the chunk of o whose first half y takes
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; k += 2) store_fragment((half + c * Shape::kXBytes) ^ (32 * k), v[k / 2]);
+        place.make(c, lane);
     }
 }
 
@@ -313,20 +367,18 @@ __device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArg
             store_affine(place.affine + 16 * pair,
                          {scale.x, scale.y, fmaf(-mean.x, scale.x, bias.x), fmaf(-mean.y, scale.y, bias.y)});
         }
-        __syncwarp();
-        if (lane == 0) {
-            if (a.joined) {
-                barrier_expect(place.staged(), a.box_bytes * Shape::kChunks);
-                for (int c = 0; c < Shape::kChunks; ++c)
-                    copy_positions(place.staging + c * Shape::kXBytes, maps.o, place.staged(), job.column + c * kChunk,
-                                   job.at[0], job.at[1], job.at[2], job.at[3]);
-            } else {
-                barrier_arrive(place.staged());
-            }
+        if (lane == 0 && a.joined) {
+            barrier_expect(place.staged(), a.box_bytes * Shape::kChunks);
+            for (int c = 0; c < Shape::kChunks; ++c)
+                copy_positions(place.staging + c * Shape::kXBytes, maps.o, place.staged(), job.column + c * kChunk,
+                               job.at[0], job.at[1], job.at[2], job.at[3]);
+        } else {
+            barrier_arrive(place.staged());  // every lane, for its part of the affine
         }
+        int to[4] = {a.pooled ? job.at[0] / 2 : job.at[0], job.at[1], job.at[2], job.at[3]};
         for (int c = 0; c < Shape::kChunks; ++c) {
             barrier_wait(place.made(c), parity);
-            if (lane == 0) store_positions(maps.y, place.staging + c * Shape::kXBytes, job.column + c * kChunk, job.at);
+            if (lane == 0) store_positions(maps.y, place.staging + c * Shape::kXBytes, job.column + c * kChunk, to);
         }
         if (lane == 0) store_wait<0>();
         __syncwarp();
@@ -335,14 +387,15 @@ __device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArg
 
 // ---- Split tiles.
 
-// What a thread finishes: four columns of every kPass-th of its block's rows of the tile.
+// What a thread finishes: four columns of every kPass-th of its block's rows of the tile or, pooled, pairs of rows.
 template <typename Shape>
 struct Part {
     static constexpr int kQuads = Shape::kColumns / 4, kPass = Shape::kConsumers / kQuads;
     static constexpr int kMost = Shape::kRows / 2 / kPass;
+    static_assert(kMost % 2 == 0, "pairs of rows");
 
-    int row, column;      // the first of its rows within the block's, and of its columns within the tile
-    int position[kMost];  // where a row lies in y; -1: nowhere
+    int row, column;      // the first of its rows or pairs within the block's, and of its columns within the tile
+    int position[kMost];  // where a row goes in y; -1: nowhere
     uint2 o[kMost];
     float4 scale, shift;
 
@@ -360,8 +413,8 @@ struct Part {
                  fmaf(-mean.w, scale.w, bias.w)};
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
-            int r = rank * rows + row + i * kPass, at[4];
-            bool inside = row + i * kPass < rows;
+            int own = row_of(a, i), r = rank * rows + own, at[4];
+            bool inside = own < rows;
 #pragma unroll
             for (int axis = 0; axis < 3; ++axis) {
                 int next = r / a.box[axis];
@@ -372,27 +425,41 @@ struct Part {
             at[3] = job.at[3] + r;
 #pragma unroll
             for (int axis = 0; axis < 4; ++axis) inside = inside && at[axis] < a.size[axis];
-            position[i] = inside ? ((at[3] * a.size[2] + at[2]) * a.size[1] + at[1]) * a.size[0] + at[0] : -1;
             o[i] = {};
-            if (a.joined && inside) o[i] = __ldcg(reinterpret_cast<const uint2*>(a.o + offset(a, job, i)));
+            if (a.joined && inside) {
+                int64_t from = 0;
+#pragma unroll
+                for (int axis = 0; axis < 4; ++axis) from += at[axis] * a.o_stride[axis];
+                o[i] = __ldcg(reinterpret_cast<const uint2*>(a.o + offset(a, job, from)));
+            }
+            if (a.pooled) at[0] /= 2;
+            int to = 0;
+#pragma unroll
+            for (int axis = 0; axis < 4; ++axis) to += at[axis] * a.y_stride[axis];
+            position[i] = inside ? to : -1;
         }
     }
-    __device__ __forceinline__ int64_t offset(const ConvArgs& a, const Job<Shape>& job, int i) const {
-        return 2 * (int64_t(position[i]) * a.out_channels + job.column + column);
+    __device__ __forceinline__ int row_of(const ConvArgs& a, int i) const {
+        return a.pooled ? 2 * (row + i / 2 * kPass) + i % 2 : row + i * kPass;
+    }
+    __device__ __forceinline__ int64_t offset(const ConvArgs& a, const Job<Shape>& job, int64_t position) const {
+        return 2 * (position * a.out_channels + job.column + column);
     }
 
     // Of the partial sums [splits][rows of a block][columns] that it received.
     template <typename T>
     __device__ __forceinline__ void finish(const ConvArgs& a, const Job<Shape>& job, uint32_t received) const {
         constexpr int kPitch = conv_partial_pitch(Shape::kColumns), kMostSplits = 8;
-        uint32_t mine = received + 4 * (row * kPitch + column), next = 4 * (Shape::kRows / a.splits) * kPitch;
+        uint32_t next = 4 * (Shape::kRows / a.splits) * kPitch;
+        uint2 even;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
             if (position[i] < 0) continue;
+            uint32_t mine = received + 4 * (row_of(a, i) * kPitch + column);
             float4 v[kMostSplits];
 #pragma unroll
             for (int split = 0; split < kMostSplits; ++split)
-                if (split < a.splits) v[split] = load_affine(mine + 4 * i * kPass * kPitch + split * next);
+                if (split < a.splits) v[split] = load_affine(mine + split * next);
             float4 sum = v[0];
 #pragma unroll
             for (int split = 1; split < kMostSplits; ++split)
@@ -402,7 +469,10 @@ struct Part {
                 constexpr Join kJoin = decltype(join)::value;
                 uint2 y{joined<T, kJoin>(fmaf(sum.x, scale.x, shift.x), fmaf(sum.y, scale.y, shift.y), o[i].x),
                         joined<T, kJoin>(fmaf(sum.z, scale.z, shift.z), fmaf(sum.w, scale.w, shift.w), o[i].y)};
-                *reinterpret_cast<uint2*>(a.y + offset(a, job, i)) = y;
+                if (a.pooled && i % 2) y = {larger<T>(even.x, y.x), larger<T>(even.y, y.y)};
+                even = y;
+                if (a.pooled && i % 2 == 0 && position[i + 1] >= 0) return;  // with the frame that follows
+                *reinterpret_cast<uint2*>(a.y + offset(a, job, position[i])) = y;
             });
         }
     }
@@ -437,8 +507,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
         barrier_init_fence();
     }
     if (threadIdx.x == 0) {
-        barrier_init(place.staged(), 1);
-        for (int c = 0; !Shape::kSplit && c < Shape::kChunks; ++c) barrier_init(place.made(c), 4 * Shape::kGroups);
+        barrier_init(place.staged(), Shape::kSplit ? 1 : 32);
+        for (int c = 0; !Shape::kSplit && c < Shape::kChunks; ++c) barrier_init(place.made(c), place.makers(c));
         barrier_init_fence();
         if (Shape::kSplit) barrier_expect(place.staged(), Shape::kRows * Shape::kColumns * 4);
     }
@@ -476,25 +546,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
             for (; tile < a.tiles; tile += blocks, parity ^= 1) {
                 multiply<T, Shape>(d, ring, a.steps, warpgroup, lane);
                 barrier_wait(place.staged(), parity);
-                for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
+                if (a.pooled)
+                    finish_pooled<T>(d, a, place, tile, mine, warp, lane);
+                else
+                    for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
             }
         }
     }
 }
 
 // ---- Host.
-
-const char* encode(CUtensorMap& map, const void* base, DType dtype, int rank, const cuuint64_t* sizes,
-                   const cuuint64_t* strides, const cuuint32_t* boxes) {
-    auto encoder = tensor_map_encoder();
-    if (!encoder) return "conv_infer: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
-    cuuint32_t steps[] = {1, 1, 1, 1, 1};
-    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    CUresult result =
-        encoder(&map, type, rank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : fail("conv_infer: cuTensorMapEncodeTiled failed with %d", int(result));
-}
 
 const char* positions_map(CUtensorMap& map, const void* base, DType dtype, const ConvView& view, int64_t channels,
                           const int (&box)[4]) {
@@ -505,7 +566,8 @@ const char* positions_map(CUtensorMap& map, const void* base, DType dtype, const
         strides[i] = cuuint64_t(2 * channels * view.stride[i]);
         boxes[i + 1] = cuuint32_t(box[i]);
     }
-    return encode(map, static_cast<const char*>(base) + 2 * channels * view.offset, dtype, 5, sizes, strides, boxes);
+    const char* start = static_cast<const char*>(base) + 2 * channels * view.offset;
+    return tensor_map("conv_infer", map, start, dtype, 5, sizes, strides, boxes);
 }
 
 // Why a plan that the caller brings cannot run; nullptr if it can.
@@ -515,8 +577,9 @@ const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
     known = known && conv_residents(tile.rows, tile.columns, split) > 0 && s.out_channels % tile.columns == 0;
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
     for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
-    if (!known || box > tile.rows || tile.splits > steps || plan.stages < 1 || plan.stages > kConvStages ||
-        conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit || plan.blocks < 1)
+    if (!known || (s.pooled_time && plan.box[0] % 2) || box > tile.rows || tile.splits > steps || plan.stages < 1 ||
+        plan.stages > kConvStages || conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit ||
+        plan.blocks < 1)
         return "conv_infer: plan: expected conv_infer_plan's for this shape";
     return nullptr;
 }
@@ -576,7 +639,9 @@ const char* conv_infer(const ConvInfer& p) {
     if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
     if (const char* reason = plan_why_not(plan, s)) return reason;
     bool joined = p.join != Join::relu && p.join != Join::none;
-    if (joined != (p.o != nullptr)) return "conv_infer: expected o with the joins of one, and with no other";
+    if (joined != (p.o != nullptr) || joined != s.joined)
+        return "conv_infer: expected o with the joins of one, and with no other";
+    if (s.pooled_time && p.join != Join::add_relu) return "conv_infer: expected add_relu with pooled_time";
     ConvGrid grid(s);
     ConvMaps maps{};
     ConvArgs args{};
@@ -591,12 +656,13 @@ const char* conv_infer(const ConvInfer& p) {
     args.splits = plan.tile.splits;
     args.stages = plan.stages;
     std::copy_n(grid.taps, kConvTaps, args.taps);
-    ConvView whole{0, {}, {1, grid.size[0], grid.size[0] * grid.size[1], grid.size[0] * grid.size[1] * grid.size[2]}};
+    args.pooled = s.pooled_time != 0;
     int64_t row_tiles = 1;
     args.box_bytes = kChunk * 2;
     for (int i = 0; i < 4; ++i) {
-        whole.size[i] = grid.size[i];
         args.size[i] = int(grid.size[i]);
+        args.o_stride[i] = grid.o.stride[i];
+        args.y_stride[i] = int(grid.y.stride[i]);
         args.box[i] = plan.box[i];
         args.boxes[i] = int(conv_divide(grid.size[i], plan.box[i]));
         args.box_bytes *= plan.box[i];
@@ -610,17 +676,21 @@ const char* conv_infer(const ConvInfer& p) {
     args.tiles = int(tiles);
 
     const char* failed = nullptr;
-    auto positions = [&](CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {
-        if (!failed) failed = positions_map(map, base, p.dtype, view, channels, plan.box);
+    int stored[4];
+    std::copy_n(plan.box, 4, stored);
+    if (args.pooled) stored[0] /= 2;
+    auto positions = [&](CUtensorMap& map, const void* base, const ConvView& view, int64_t channels,
+                         const int (&box)[4]) {
+        if (!failed) failed = positions_map(map, base, p.dtype, view, channels, box);
     };
     for (int view = 0; view < kConvMaps; ++view)
-        if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels);
-    if (joined) positions(maps.o, p.o, whole, s.out_channels);
-    positions(maps.y, p.y, whole, s.out_channels);
+        if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels, plan.box);
+    if (joined) positions(maps.o, p.o, grid.o, s.out_channels, plan.box);
+    positions(maps.y, p.y, grid.y, s.out_channels, stored);
     cuuint64_t length = cuuint64_t(args.steps) * kChunk, sizes[] = {length, cuuint64_t(s.out_channels)};
     cuuint64_t strides[] = {2 * length};
     cuuint32_t boxes[] = {kChunk, cuuint32_t(plan.tile.columns)};
-    if (!failed) failed = encode(maps.w, p.w, p.dtype, 2, sizes, strides, boxes);
+    if (!failed) failed = tensor_map("conv_infer", maps.w, p.w, p.dtype, 2, sizes, strides, boxes);
     if (failed) return failed;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)
                                   : launch<__half>(maps, args, plan, p.stream);

@@ -73,21 +73,26 @@ struct ConvTap {
 //   1x1x1              all positions
 //   3x1x1              h * W + w, t, n; taps along the second
 //   3x1x1 of a stride  w, h, t, n; taps along the third
+//   pooled             t, w, h, n, or t, h * W + w, 1, n: both frames of a maximum are neighbours
 //   else               w, h, n * T + t; taps along the first two
 // A stride skips positions of x. With three taps and stride 2, taps meet even and odd rows and columns: views 0 to 3.
 struct ConvGrid {
     int64_t size[4];
-    ConvView x[kConvMaps];
+    ConvView x[kConvMaps], o, y;
     ConvTap taps[kConvTaps];
 
-    explicit ConvGrid(const ConvInferShape& s) : x{}, taps{} {
+    explicit ConvGrid(const ConvInferShape& s) : x{}, o{}, y{}, taps{} {
         int64_t height = (s.height - 1) / s.stride + 1, width = (s.width - 1) / s.stride + 1;
         int64_t frame = s.height * s.width, frames = s.clips * s.time, step = s.stride;
         auto set = [](int64_t (&to)[4], int64_t a, int64_t b, int64_t c, int64_t d) {
             to[0] = a, to[1] = b, to[2] = c, to[3] = d;
         };
         ConvView& first = x[0];
-        if (s.taps_space == 1 && s.stride == 1 && s.taps_time == 1) {
+        if (s.pooled_time) {
+            int64_t across = s.o_width ? width : frame, down = s.o_width ? height : 1;
+            set(size, std::min(s.time, 2 * s.pooled_time), across, down, s.clips);
+            set(first.stride, frame, 1, across, s.time * frame);
+        } else if (s.taps_space == 1 && s.stride == 1 && s.taps_time == 1 && !s.o_width) {
             set(size, frames * frame, 1, 1, 1);
             set(first.stride, 1, 1, 1, 1);
         } else if (s.taps_time == 3 && s.stride == 1) {
@@ -101,6 +106,17 @@ struct ConvGrid {
             set(first.stride, step, step * s.width, frame, 1);
         }
         set(first.size, size[0], size[1], size[2], size[3]);
+        set(y.size, size[0], size[1], size[2], size[3]);
+        set(y.stride, 1, size[0], size[0] * size[1], size[0] * size[1] * size[2]);
+        if (s.pooled_time) {
+            y.size[0] = s.pooled_time;
+            set(y.stride, frame, 1, y.size[1], s.pooled_time * frame);
+        }
+        o = s.pooled_time ? first : y;
+        if (s.o_width && s.pooled_time)
+            set(o.stride, s.o_height * s.o_width, 2, 2 * s.o_width, s.time * s.o_height * s.o_width);
+        else if (s.o_width)
+            set(o.stride, 2, 2 * s.o_width, s.o_height * s.o_width, 1);
         for (int tap = 0; tap < s.taps_time; ++tap)
             if (s.taps_time == 3) taps[tap].step[s.stride == 1 ? 1 : 2] = tap - 1;
         if (s.taps_space == 1) return;
@@ -129,10 +145,11 @@ struct ConvGrid {
 
 inline int64_t conv_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The box of at most `rows` positions that needs the fewest tiles, and of those the smallest; returns the tiles.
-inline int64_t conv_box(int (&best)[4], const int64_t (&size)[4], int64_t rows) {
-    int64_t fewest = -1, least = 0;
-    for (int64_t a = 1; a <= std::min(rows, size[0]); ++a)
+// The box of at most `rows` positions, along the first axis a multiple of `multiple`, that needs the fewest tiles, and
+// of those the smallest; returns the tiles.
+inline int64_t conv_box(int (&best)[4], const int64_t (&size)[4], int64_t rows, int64_t multiple) {
+    int64_t fewest = -1, least = 0, most = conv_divide(size[0], multiple) * multiple;
+    for (int64_t a = multiple; a <= std::min(rows, most); a += multiple)
         for (int64_t b = 1; b <= std::min(rows / a, size[1]); ++b)
             for (int64_t c = 1; c <= std::min(rows / (a * b), size[2]); ++c) {
                 int64_t d = std::min(rows / (a * b * c), size[3]), box = a * b * c * d;
@@ -166,13 +183,29 @@ inline const char* conv_infer_sizes_why_not(const ConvInferShape& s) {
         if (channels < kChunk || channels % kChunk || channels > 16384)
             return fail("conv_infer: channels: expected multiples of 64 up to 16384, got %lld -> %lld",
                         Long(s.in_channels), Long(s.out_channels));
+    bool pointwise = s.taps_time * s.taps_space == 1 && s.stride == 1 && s.joined;
+    if (s.o_height || s.o_width) {
+        if (!pointwise || (s.o_height - 1) / 2 + 1 != s.height || (s.o_width - 1) / 2 + 1 != s.width)
+            return fail("conv_infer: o: expected twice H, W = %lld, %lld of 1x1x1, stride 1, with o, got %lld, %lld",
+                        Long(s.height), Long(s.width), Long(s.o_height), Long(s.o_width));
+    }
+    if (s.pooled_time &&
+        (!pointwise || s.pooled_time < 1 || 2 * s.pooled_time < s.time - 1 || 2 * s.pooled_time > s.time + 1))
+        return fail("conv_infer: pooled_time: expected half of T = %lld and 1x1x1, stride 1, with o, got %lld",
+                    Long(s.time), Long(s.pooled_time));
     return nullptr;
 }
 
-// The plan that finishes first by the account above, in cycles.
-inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s, const ConvInferTile& wish,
-                                   int processors) {
+// The plan that finishes first by the account above, in cycles. What is pooled, or an o that is strided, changes no
+// bit: sums are split as without.
+inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s, ConvInferTile wish, int processors) {
     if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
+    if ((s.pooled_time || s.o_width) && !wish.splits) {
+        ConvInferShape plain = s;
+        plain.pooled_time = plain.o_height = plain.o_width = 0;
+        if (const char* reason = conv_infer_plan(best, plain, wish, processors)) return reason;
+        wish.splits = best.tile.splits;
+    }
     ConvGrid grid(s);
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space;
     double best_cost = -1;
@@ -182,7 +215,7 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
     for (const ConvTileKind& kind : kConvTiles) {
         if (unwanted(wish.rows, kind.rows) || unwanted(wish.columns, kind.columns)) continue;
         if (s.out_channels % kind.columns) continue;
-        if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows);
+        if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows, s.pooled_time ? 2 : 1);
         int64_t column_tiles = s.out_channels / kind.columns;
         int filled = box[0] * box[1] * box[2] * box[3];
         for (int splits : {1, 2, 4, 8}) {

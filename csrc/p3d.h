@@ -313,8 +313,9 @@ int stem_wgrad_partials(const StemShape& shape);
 //     z[n,t,p,:] = relu(bn(w_r y[n,t,p,:]))                                           rounded; if w_r is given
 //
 // bn(u) = (u - mean) * scale + bias by the affine of its convolution; m = 64 or 128 channels. With w_d, which m = 64
-// takes of Ci = 64 channels, r = bn(w_d x0), rounded. Weights may be read while the kernel before this one in the
-// stream still runs.
+// takes of Ci = 64 channels, r = bn(w_d x0), rounded. Without w_d and w_r y may be pooled: what is stored is the
+// maximum of frames 2k and 2k + 1, of a last frame without another that frame or, where To is rounded down, nothing.
+// Weights may be read while the kernel before this one in the stream still runs.
 enum class Join : int { relu = 0, relu_add = 1, add_relu = 2, mean_relu = 3, none = 4 };
 // relu(u), relu(u) + o, relu(u + o), relu(u / 2 + o / 2); u, which conv_infer alone takes
 
@@ -324,6 +325,7 @@ struct TailShape {
     int64_t frame;          // H * W
     int64_t channels;       // m
     int64_t down_channels;  // Ci, with w_d; else 0
+    int64_t pooled_time;    // To, if y is pooled: T / 2, rounded down or up; else 0
 };
 
 struct TailInfer {
@@ -341,7 +343,7 @@ struct TailInfer {
     const float* affine_e;  // [3, 4m]
     const float* affine_r;  // [3, m] with w_r
     const float* affine_d;  // [3, 4m] with w_d
-    void* y;                // [N, T, H, W, 4m], or, thin, [N, T, ceil(H / 2), ceil(W / 2), 4m]
+    void* y;                // [N, T, H, W, 4m]; thin, [N, T, ceil(H / 2), ceil(W / 2), 4m]; pooled, [N, To, H, W, 4m]
     void* z;                // [N, T, H, W, m] with w_r
     int64_t thin_width;     // W, and y is stored at even rows and columns only; 0: all of it
     CUstream_st* stream;
@@ -386,14 +388,17 @@ const char* temporal_boxes_why_not(const TemporalShape& shape);
 //
 //     y[n,t,h,w,:] = join(bn(sum over dt, dh, dw of w[:,dt,dh,dw,:] x[n,t+dt,stride*h+dh,stride*w+dw,:]), o[n,t,h,w,:])
 //
-// rounded once. dt, dh, dw count from -1 where there are three of them. w may be read while the kernel before this one
-// in the stream still runs.
+// rounded once. dt, dh, dw count from -1 where there are three of them. A 1x1x1 convolution of stride 1 may read o at
+// every second row and column and, of the join add_relu, pool y as in TailInfer. w may be read while the kernel before
+// this one in the stream still runs.
 struct ConvInferShape {
     int64_t clips, time, height, width;  // N, T, H, W of x
     int64_t in_channels, out_channels;   // Ci, Co, multiples of 64
     int taps_time, taps_space;           // 1 or 3, and not both 3
     int stride;                          // in space; 1 or 2 with three taps there
     bool joined;                         // with an o
+    int64_t o_height, o_width;           // of an o that is read at even rows and columns; 0: it lies like y, not pooled
+    int64_t pooled_time;                 // To, if y is pooled: T / 2, rounded down or up; else 0
 };
 
 struct ConvInferTile {  // of what a block makes; 0: any
@@ -414,10 +419,10 @@ struct ConvInfer {
     DType dtype;         // of activations and weights; sums are float32
     Join join;
     const void* x;        // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
-    const void* o;        // like y, may be x; nullptr with Join::relu and Join::none
+    const void* o;        // [N, T, Ho, Wo, Co] or as o_height says, may be x; nullptr with Join::relu and Join::none
     const void* w;        // [Co, taps, Ci]
     const float* affine;  // [3, Co] rows mean, scale, bias
-    void* y;              // [N, T, Ho, Wo, Co], Ho = (H - 1) / stride + 1, Wo likewise
+    void* y;              // [N, T, Ho, Wo, Co], Ho = (H - 1) / stride + 1, Wo likewise; pooled, [N, To, Ho, Wo, Co]
     CUstream_st* stream;
 };
 

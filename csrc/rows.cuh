@@ -119,6 +119,17 @@ struct Columns {
     }
 };
 
+// The larger of each half of a and b; NaN wins.
+template <typename T>
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t v;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    else
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
 // The pair of accumulators that becomes register i of step k.
 __device__ constexpr int first_of(int k, int i) { return 4 * (2 * k + i / 2) + 2 * (i % 2); }
 
@@ -152,19 +163,26 @@ __device__ __forceinline__ void join(Join kind, uint32_t (&t)[kSteps][4], const 
         join<T, Join::mean_relu>(t, d, other);
 }
 
+// A tensor by its axes, innermost first, of which the first is packed; strides of the others, in bytes. Swizzled boxes.
+inline const char* tensor_map(const char* op, CUtensorMap& map, const void* base, DType dtype, int rank,
+                              const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* boxes) {
+    auto encode = tensor_map_encoder();
+    if (!encode) return fail("%s: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)", op);
+    cuuint32_t steps[] = {1, 1, 1, 1, 1};
+    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    CUresult result =
+        encode(&map, type, rank, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : fail("%s: cuTensorMapEncodeTiled failed with %d", op, int(result));
+}
+
 // A packed tensor [outer, rows, columns], read or written in boxes of 64 columns by `box` rows.
 inline const char* tensor_map(const char* op, CUtensorMap& map, const void* base, DType dtype, int64_t outer,
                               int64_t rows, int64_t columns, int box) {
-    auto encode = tensor_map_encoder();
-    if (!encode) return fail("%s: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)", op);
     cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows), cuuint64_t(outer)};
     cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1]};
-    cuuint32_t boxes[] = {kChunk, cuuint32_t(box), 1}, steps[] = {1, 1, 1};
-    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    CUresult result =
-        encode(&map, type, 3, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : fail("%s: cuTensorMapEncodeTiled failed with %d", op, int(result));
+    cuuint32_t boxes[] = {kChunk, cuuint32_t(box), 1};
+    return tensor_map(op, map, base, dtype, 3, sizes, strides, boxes);
 }
 
 }  // namespace p3d

@@ -20,6 +20,11 @@
 // stores the 16 positions that it computed, so the warps of a unit wait for each other in the matrix unit alone. A thin
 // y, of every second row and column, is stored by the threads, 16 bytes each: boxes have no such gaps.
 //
+// If y is pooled over time, 16 rows of a unit, those of a warp, are a *piece*: 8 positions of frame 2k, then the same
+// of frame 2k + 1. Pieces are numbered through all frames of all clips; a unit is four of them, so its boxes come in
+// four parts. A thread holds both elements of a maximum, and the 8 rows that remain are stored from the place of the
+// first 8.
+//
 // With D, x0 is read in place of r and kept in registers. The ring then holds what is read alone: slices of y have two
 // places of their own by turns, z the first of these, and every warp knows when its rows have left them.
 //
@@ -32,6 +37,7 @@
 //
 // Fragments lie in registers as rows.cuh says.
 #include <algorithm>
+#include <cstdlib>
 
 #include "rows.cuh"
 
@@ -45,6 +51,7 @@ static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThrea
 struct TailMaps {
     CUtensorMap x, o, r;             // [N, T * H * W, C], read in boxes of a unit; r is x0 if there is D
     CUtensorMap y, z;                // likewise, written in boxes of a warp's 16 positions
+                                     // pooled: [N, T, H * W, C] in boxes of pieces, y [N * To, H * W, C] of 8 positions
     CUtensorMap w_t, w_e, w_r, w_d;  // [m, 3 * m], [4 m, m], [m, 4 m], [4 m, m], in boxes of m, 64, m, 64 rows
 };
 
@@ -59,6 +66,7 @@ struct TailArgs {
     int clip_units, turns;
     char* thin;  // [N, T, Ht, Wt, 4m], y at even rows and columns; or nullptr: all of y
     int clips, time, width, thin_width, thin_frame;  // N, T, W, Wt, Ht * Wt
+    int pooled_time, frame_pieces;                   // To, pieces of two frames
 };
 
 // Where everything lies in shared memory, weights first.
@@ -110,6 +118,16 @@ struct Layout {
 P3D_TAIL_WGMMA(64, 8, 32, 33, 34, 35, 36, 37)
 P3D_TAIL_WGMMA(128, 16, 64, 65, 66, 67, 68, 69)
 
+// Copies the box at (i0, i1, i2, i3), innermost first, to shared memory; the bytes count towards `barrier`.
+__device__ __forceinline__ void copy_piece(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
+                                           int i2, int i3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
+        : "memory");
+}
+
 __device__ __forceinline__ int load_int(uint32_t source) {
     int v;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(source) : "memory");
@@ -151,29 +169,63 @@ struct Unit {
     }
 };
 
+constexpr int kPieceFrame = 8;                          // positions of a piece, in each of its two frames
+constexpr int kUnitPieces = kUnit / (2 * kPieceFrame);  // one a warp
+constexpr int kPieceBytes = kBoxBytes / kUnitPieces;
+
+struct Piece {
+    int clip, pair, position;  // of frames 2 pair and 2 pair + 1
+
+    __device__ __forceinline__ Piece(const TailArgs& a, int turn, int group, int warp) {
+        int piece = kUnitPieces * (2 * turn + group) + warp;
+        int frames = piece / a.frame_pieces;
+        position = (piece - frames * a.frame_pieces) * kPieceFrame;
+        clip = frames / a.pooled_time;
+        pair = frames - clip * a.pooled_time;
+    }
+};
+
 // ---- Producers.
 
-template <int kMid, bool kReduce, bool kDown>
-__device__ __forceinline__ void produce_activations(const TailMaps& maps, const TailArgs& a,
-                                                    const Layout<kMid, kReduce, kDown>& place, int group) {
-    Ring ring = activations(place, group);
-    auto bring = [&](const CUtensorMap& map, int channel, int position, int clip) {
-        ring.claim();
-        copy_box(ring.slot(), map, ring.full(), channel, position, clip);
-        ring.advance();
-    };
-    for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
-        Unit unit(a, turn, group);
+template <int kMid, bool kDown, bool kPool>
+__device__ __forceinline__ void produce_unit(const TailMaps& maps, const TailArgs& a, Ring& ring, int turn, int group) {
+    auto boxes = [&](const auto& bring) {  // (map, channel, frames after the unit's own)
 #pragma unroll 1
         for (int tap = 0; tap < 3; ++tap)  // before, after, centre
 #pragma unroll 1
-            for (int c = 0; c < kMid; c += kChunk)
-                bring(maps.x, c, unit.position + (tap == 0 ? -a.frame : tap == 1 ? a.frame : 0), unit.clip);
+            for (int c = 0; c < kMid; c += kChunk) bring(maps.x, c, tap == 0 ? -1 : tap == 1 ? 1 : 0);
         if (a.own_o)
-            for (int c = 0; c < kMid; c += kChunk) bring(maps.o, c, unit.position, unit.clip);
+            for (int c = 0; c < kMid; c += kChunk) bring(maps.o, c, 0);
 #pragma unroll 1
-        for (int c = 0; c < (kDown ? kChunk : 4 * kMid); c += kChunk) bring(maps.r, c, unit.position, unit.clip);
+        for (int c = 0; c < (kDown ? kChunk : 4 * kMid); c += kChunk) bring(maps.r, c, 0);
+    };
+    if constexpr (kPool) {
+        Piece pieces[kUnitPieces] = {
+            {a, turn, group, 0}, {a, turn, group, 1}, {a, turn, group, 2}, {a, turn, group, 3}};
+        boxes([&](const CUtensorMap& map, int channel, int frames) {
+            ring.claim();
+#pragma unroll
+            for (int i = 0; i < kUnitPieces; ++i)
+                copy_piece(ring.slot() + i * kPieceBytes, map, ring.full(), channel, pieces[i].position,
+                           2 * pieces[i].pair + frames, pieces[i].clip);
+            ring.advance();
+        });
+    } else {
+        Unit unit(a, turn, group);
+        boxes([&](const CUtensorMap& map, int channel, int frames) {
+            ring.claim();
+            copy_box(ring.slot(), map, ring.full(), channel, unit.position + frames * a.frame, unit.clip);
+            ring.advance();
+        });
     }
+}
+
+template <bool kPool, int kMid, bool kReduce, bool kDown>
+__device__ __forceinline__ void produce_activations(const TailMaps& maps, const TailArgs& a,
+                                                    const Layout<kMid, kReduce, kDown>& place, int group) {
+    Ring ring = activations(place, group);
+    for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x)
+        produce_unit<kMid, kDown, kPool>(maps, a, ring, turn, group);
 }
 
 template <int kMid, bool kReduce, bool kDown>
@@ -232,7 +284,7 @@ __device__ __forceinline__ void multiply(float (&d)[kCount], const uint32_t (&a)
     }
 }
 
-template <typename T, int kMid, bool kReduce, bool kDown>
+template <typename T, bool kPool, int kMid, bool kReduce, bool kDown>
 __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
                                         const Layout<kMid, kReduce, kDown>& place, int group) {
     using Place = Layout<kMid, kReduce, kDown>;
@@ -244,15 +296,17 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
     uint32_t staging = place.staging + group * Place::kStaged;
     // This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
     uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
+    // The same of the 8 rows that pooling leaves of a warp's 16, two steps to a fragment.
+    uint32_t eighth = 16 * warp * 128 + lane % 8 * 128 + ((lane / 8 ^ lane % 8) << 4);
     uint32_t affine_t = place.affine + 16 * (lane % 4);  // of this thread's columns; group j is at 64 j
     uint32_t affine_e = affine_t + 8 * kMid, affine_r = affine_e + 32 * kMid, affine_d = affine_r + 8 * kMid;
 
     bool held = false;  // the box stored last still holds a slot
-    auto store = [&](const CUtensorMap& map, uint32_t source, int channel, const Unit& unit, bool slot) {
+    auto store = [&](const CUtensorMap& map, uint32_t source, int channel, int position, int outer, bool slot) {
         fence_proxy_async();
         __syncwarp();
         if (leader) {
-            store_box(map, source + warp * 16 * 128, channel, unit.position + 16 * warp, unit.clip);
+            store_box(map, source + warp * 16 * 128, channel, position, outer);
             store_wait<1>();
         }
         if (held) ring.free(leader);
@@ -275,7 +329,15 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
     };
     for (int turn = blockIdx.x; turn < a.turns; turn += gridDim.x) {
         Unit unit(a, turn, group);
-        if (a.thin) {
+        int position = unit.position + 16 * warp, outer = unit.clip;  // of what this warp stores
+        bool alone = false;                                           // the last frame of a clip
+        if constexpr (kPool) {
+            Piece piece(a, turn, group, warp);
+            position = piece.position;
+            outer = piece.clip * a.pooled_time + piece.pair;
+            alone = 2 * piece.pair + 1 == a.time;
+        }
+        if (!kPool && a.thin) {
             __syncwarp();  // the rows of the unit before have been read
             if (lane < 16)
                 store_int(rows + 4 * lane, unit.clip < a.clips ? thin_row(a, unit.position + 16 * warp + lane) : -1);
@@ -387,7 +449,16 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
                     float2 residual = unpack<T>(r[k][i]);
                     y[k][i] = pack_relu<T>(e[first_of(k, i)] + residual.x, e[first_of(k, i) + 1] + residual.y);
                 }
-                store_fragment((slot + mine) ^ (32 * k), y[k]);
+                if constexpr (!kPool) store_fragment((slot + mine) ^ (32 * k), y[k]);
+            }
+            if constexpr (kPool) {
+                auto pooled = [&](int k, int i) { return alone ? y[k][i] : larger<T>(y[k][i], y[k][i + 1]); };
+#pragma unroll
+                for (int k = 0; k < kChunk / 16; k += 2)
+                    store_fragment((slot + eighth) ^ (32 * k),
+                                   {pooled(k, 0), pooled(k, 2), pooled(k + 1, 0), pooled(k + 1, 2)});
+                store(maps.y, slot, slice * kChunk, position, outer, true);
+                continue;
             }
             if constexpr (kReduce) {
                 w = weights.take(kResident);
@@ -398,7 +469,7 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
             if (a.thin)
                 store_thin(slot, slice, unit);
             else
-                store(maps.y, slot, slice * kChunk, unit, !kDown);
+                store(maps.y, slot, slice * kChunk, position, outer, !kDown);
         }
         if constexpr (kReduce) {
             Columns<kMid / 8> columns(affine_r);
@@ -417,17 +488,18 @@ __device__ __forceinline__ void consume(const TailMaps& maps, const TailArgs& a,
                     for (int i = 0; i < 4; ++i) v[i] = pack_relu<T>(z[first_of(k, i)], z[first_of(k, i) + 1]);
                     store_fragment((staging + c * kBoxBytes + mine) ^ (k % 4 * 32), v);
                 }
-                store(maps.z, staging + c * kBoxBytes, c * kChunk, unit, false);
+                store(maps.z, staging + c * kBoxBytes, c * kChunk, position, outer, false);
             }
         }
     }
     if (leader) store_wait<0>();
 }
 
-template <typename T, int kMid, bool kReduce, bool kDown>
+template <typename T, int kMid, bool kReduce, bool kDown, bool kPool>
 __global__ void __launch_bounds__(kThreads, 1)
     tail_infer_kernel(const __grid_constant__ TailMaps maps, const __grid_constant__ TailArgs a) {
     using Place = Layout<kMid, kReduce, kDown>;
+    static_assert(!kPool || (!kReduce && !kDown), "the last tail of a stage");
     extern __shared__ __align__(1024) char memory[];
     Place place(memory);
     if (threadIdx.x == 0) {
@@ -444,9 +516,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (threadIdx.x % 32) return;
         if (warp < 2) {
             dependency_wait();
-            produce_activations<kMid, kReduce, kDown>(maps, a, place, warp);
+            produce_activations<kPool>(maps, a, place, warp);
         } else if (warp == 2) {
-            produce_weights<kMid, kReduce, kDown>(maps, a, place);
+            produce_weights(maps, a, place);
         }
     } else {
         set_registers<kConsumerRegisters, true>();
@@ -457,23 +529,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kReduce) prepare_affine(place.affine + 40 * kMid, a.affine_r, kMid, thread);
         if (kDown) prepare_affine(place.affine + 48 * kMid, a.affine_d, 4 * kMid, thread);
         named_sync(1, 256);
-        consume<T, kMid, kReduce, kDown>(maps, a, place, warp / 4 - 1);
+        consume<T, kPool>(maps, a, place, warp / 4 - 1);
     }
 }
 
 // ---- Host.
 
-template <typename T, int kMid, bool kReduce, bool kDown>
+template <typename T, int kMid, bool kReduce, bool kDown, bool kPool = false>
 const char* launch(const TailMaps& maps, const TailArgs& args, int blocks, cudaStream_t stream) {
     constexpr int kBytes = Layout<kMid, kReduce, kDown>::kBytes;
-    cudaError_t error = launch_dependent(tail_infer_kernel<T, kMid, kReduce, kDown>, dim3(blocks), kThreads, kBytes,
-                                         stream, maps, args);
+    cudaError_t error = launch_dependent(tail_infer_kernel<T, kMid, kReduce, kDown, kPool>, dim3(blocks), kThreads,
+                                         kBytes, stream, maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename T>
 const char* launch(const TailMaps& maps, const TailArgs& args, bool wide, bool reduce, bool down, int blocks,
                    cudaStream_t stream) {
+    if (args.pooled_time)
+        return wide ? launch<T, 128, false, false, true>(maps, args, blocks, stream)
+                    : launch<T, 64, false, false, true>(maps, args, blocks, stream);
     if (wide)
         return reduce ? launch<T, 128, true, false>(maps, args, blocks, stream)
                       : launch<T, 128, false, false>(maps, args, blocks, stream);
@@ -485,6 +560,7 @@ const char* launch(const TailMaps& maps, const TailArgs& args, bool wide, bool r
 }
 
 int64_t clip_units(const TailShape& s) { return (s.time * s.frame + kUnit - 1) / kUnit; }
+int64_t frame_pieces(const TailShape& s) { return (s.frame + kPieceFrame - 1) / kPieceFrame; }
 
 }  // namespace
 
@@ -503,6 +579,13 @@ const char* tail_infer_why_not(const TailShape& s) {
     if (double(s.clips) * double(clip_units(s)) > 1 << 30)
         return fail("tail_infer: expected up to 2^30 times 64 positions, got N, T, H * W = %lld, %lld, %lld",
                     Long(s.clips), Long(s.time), Long(s.frame));
+    if (!s.pooled_time) return nullptr;
+    if (s.pooled_time < 1 || std::abs(2 * s.pooled_time - s.time) > 1 || s.down_channels)
+        return fail("tail_infer: pooled_time: expected half of T = %lld and no down_channels, got %lld", Long(s.time),
+                    Long(s.pooled_time));
+    if (double(s.clips) * double(s.pooled_time) * double(frame_pieces(s)) > 1 << 30)
+        return fail("tail_infer: expected up to 2^30 times 8 positions, pooled, got N, T, H * W = %lld, %lld, %lld",
+                    Long(s.clips), Long(s.time), Long(s.frame));
     return nullptr;
 }
 
@@ -513,6 +596,7 @@ const char* tail_infer(const TailInfer& p) {
         return "tail_infer: expected w_r, affine_r and z, or none of them";
     if (bool(p.w_d) != bool(p.shape.down_channels) || bool(p.w_d) != bool(p.affine_d))
         return "tail_infer: expected w_d, affine_d and down_channels, or none of them";
+    if (p.shape.pooled_time && (p.w_r || p.thin_width)) return "tail_infer: expected all of y pooled, and no w_r";
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -529,12 +613,16 @@ const char* tail_infer(const TailInfer& p) {
     args.own_o = p.o && p.o != p.x;
     args.frame = int(p.shape.frame);
     args.clip_units = int(clip_units(p.shape));
-    args.turns = int((clips * args.clip_units + 1) / 2);
+    args.time = int(p.shape.time);
+    args.pooled_time = int(p.shape.pooled_time);
+    args.frame_pieces = int(frame_pieces(p.shape));
+    int64_t pieces = clips * args.pooled_time * args.frame_pieces;
+    int64_t units = pieces ? (pieces + kUnitPieces - 1) / kUnitPieces : clips * args.clip_units;
+    args.turns = int((units + 1) / 2);
     if (p.thin_width) {
         if (p.thin_width < 1 || p.shape.frame % p.thin_width) return "tail_infer: expected a width that divides H * W";
         args.thin = static_cast<char*>(p.y);
         args.clips = int(clips);
-        args.time = int(p.shape.time);
         args.width = int(p.thin_width);
         args.thin_width = (args.width + 1) / 2;
         args.thin_frame = (args.frame / args.width + 1) / 2 * args.thin_width;
@@ -543,10 +631,21 @@ const char* tail_infer(const TailInfer& p) {
     auto encode = [&](CUtensorMap& map, const void* base, int64_t outer, int64_t rows, int64_t columns, int64_t box) {
         if (!failed) failed = tensor_map("tail_infer", map, base, p.dtype, outer, rows, columns, int(box));
     };
-    encode(maps.x, p.x, clips, length, m, kUnit);
-    if (args.own_o) encode(maps.o, p.o, clips, length, m, kUnit);
-    encode(maps.r, p.r, clips, length, p.w_d ? p.shape.down_channels : 4 * m, kUnit);
-    if (!args.thin) encode(maps.y, p.y, clips, length, 4 * m, 16);
+    auto encode_read = [&](CUtensorMap& map, const void* base, int64_t columns) {
+        if (!args.pooled_time) return encode(map, base, clips, length, columns, kUnit);
+        cuuint64_t row = 2 * columns, frame = p.shape.frame;
+        cuuint64_t sizes[] = {cuuint64_t(columns), frame, cuuint64_t(p.shape.time), cuuint64_t(clips)};
+        cuuint64_t strides[] = {row, row * frame, row * cuuint64_t(length)};
+        cuuint32_t boxes[] = {kChunk, kPieceFrame, 2, 1};
+        if (!failed) failed = tensor_map("tail_infer", map, base, p.dtype, 4, sizes, strides, boxes);
+    };
+    encode_read(maps.x, p.x, m);
+    if (args.own_o) encode_read(maps.o, p.o, m);
+    encode_read(maps.r, p.r, p.w_d ? p.shape.down_channels : 4 * m);
+    if (args.pooled_time)
+        encode(maps.y, p.y, clips * args.pooled_time, p.shape.frame, 4 * m, kPieceFrame);
+    else if (!args.thin)
+        encode(maps.y, p.y, clips, length, 4 * m, 16);
     encode(maps.w_t, p.w_t, 1, m, 3 * m, m);
     encode(maps.w_e, p.w_e, 1, 4 * m, m, kChunk);
     if (p.w_r) {

@@ -17,12 +17,12 @@ from .checkpoints import read_file
 from .engine import FORMAT, Engine
 from .models import P3D
 from .models._common import normalise, stem_pool_fits
-from .nn import Bottleneck, BottleneckRow, Pseudo3dConv, hooked, why_not_fused
+from .nn import Bottleneck, BottleneckRow, MaxPool3d, Pseudo3dConv, hooked, why_not_fused
 from .ops._conv import pack_weight
 from .ops._fused import SCHEDULES, Config, infer
 from .ops._head import global_mean, linear
 from .ops._triton import ndhwc, why_not
-from .ops.bottleneck import Frozen, chain_shapes, clips_at_once, infer_chain
+from .ops.bottleneck import Frozen, chain_shapes, clips_at_once, infer_chain, pooled_frames
 from .ops.stem import pack_stem_weight, stem_infer, stem_shapes
 from .ops.stem import why_not as why_not_stem
 
@@ -86,29 +86,45 @@ class _FrozenStage(nn.Sequential):
     def frozen(self) -> list[Frozen]:
         return [block.frozen() for block in self]
 
-    def forward(self, x: Tensor, thin: bool = False, thinned: bool = False, into: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        thin: bool = False,
+        thinned: bool = False,
+        into: Tensor | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
         """thin: of the output, only every second row and column is wanted. thinned: so is x, for the first stride.
 
-        into: where the output is to go, or None.
+        into: where the output is to go, or None. frames: to how many the output is pooled (`pooled_frames`), or None.
         """
         blocks = self.frozen()
         if thinned:
             blocks[0] = blocks[0]._replace(config=dataclasses.replace(blocks[0].config, stride=1))
-        return _run(x, blocks, self[0].dtype, thin, into)
+        return _run(x, blocks, self[0].dtype, thin, into, frames)
 
 
-def _run(x: Tensor, blocks: list[Frozen], dtype: torch.dtype, thin: bool = False, into: Tensor | None = None) -> Tensor:
+def _run(
+    x: Tensor,
+    blocks: list[Frozen],
+    dtype: torch.dtype,
+    thin: bool = False,
+    into: Tensor | None = None,
+    frames: int | None = None,
+) -> Tensor:
     if x.dim() == 4:  # 2-D blocks inside a net that folds frames into the batch
         return _run(x.unsqueeze(2), blocks, dtype, thin).squeeze(2)
     x = _as_input(x, blocks[0].weights, dtype)
     if _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten":
-        return infer_chain(ndhwc(x), blocks, thin, into)
+        return infer_chain(ndhwc(x), blocks, thin, into, frames)
     for weights, records, config in blocks:
         pairs = _plain(weights, records, dtype)
         if config.kind == "2d":
             pairs[4:4] = None, None
         x = reference.bottleneck(x, *pairs, kind=config.kind, wiring=config.wiring, stride=config.stride)
     x = x[..., ::2, ::2] if thin else x
+    if frames not in (None, x.size(2)):
+        x = reference.max_pool(x, (2, 1, 1), (2, 1, 1), ceil_mode=2 * frames > x.size(2))
     return x if into is None else into.copy_(x)
 
 
@@ -207,26 +223,41 @@ class _FrozenP3D(nn.Module):
         thinned = False
         for stage, after in zip(stages, (*stages[1:], None), strict=True):
             thin = after is not None and after[0].config.stride == 2
-            x = self._stem_and_first(x, thin) if stage is self.layer1 else stage(x, thin, thinned)
+            if stage is self.layer1:
+                x = self._stem_and_first(x, thin)
+            else:
+                x = stage(x, thin, thinned, frames=None if after is None else self._frames(x.size(2)))
             if after is not None:
-                x, thinned = self.maxpool_2(x), thin
+                x, thinned = x if self._plain_pool() else self.maxpool_2(x), thin
         if _backends.choose("global_mean", x, lambda _: why_not(x), _HEAD) != "aten":
             return global_mean(ndhwc(x))
         return x.mean((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def _plain_pool(self) -> bool:
+        """Whether stages pool what they give themselves, in place of maxpool_2."""
+        pool = self.maxpool_2
+        geometry = pool.kernel_size, pool.stride, pool.padding
+        plain = type(pool) is MaxPool3d and not hooked(pool) and why_not_fused(()) is None
+        return plain and geometry == ((2, 1, 1), (2, 1, 1), (0, 0, 0))
+
+    def _frames(self, time: int) -> int | None:
+        return pooled_frames(time, self.maxpool_2.ceil_mode) if self._plain_pool() else None
 
     def _stem_and_first(self, x: Tensor, thin: bool) -> Tensor:
         """layer1(stem(x)). Their tensors are the largest of the net: some clips go through both, then others."""
         dtype, blocks = self.stem.dtype, self.layer1.frozen()
         _, shape = stem_shapes(tuple(x.shape), self.stem.weight.size(0), self.stem.wiring)
-        size = clips_at_once(shape, blocks, thin, dtype)
+        frames = self._frames(shape[2])
+        size = clips_at_once(shape, blocks, thin, dtype, frames)
         if not 0 < size < x.size(0):
-            return self.layer1(self.stem(x), thin)
+            x = self.stem(x)
+            return self.layer1(x, thin, frames=self._frames(x.size(2)))
         y = torch.empty(
-            chain_shapes(shape, blocks, thin)[-1],
+            chain_shapes(shape, blocks, thin, frames)[-1],
             dtype=dtype, device=x.device, memory_format=torch.channels_last_3d,
         )  # fmt: skip
         for part, y_part in zip(x.split(size), y.split(size), strict=True):
-            self.layer1(self.stem(part), thin, into=y_part)
+            self.layer1(self.stem(part), thin, into=y_part, frames=frames)
         return y
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,3 +59,9 @@ def value(o):
 
 def rows(value):
     return value.permute(1, 0, 2, 3, 4).flatten(1)
+
+
+def max_of_pairs(y: torch.Tensor, frames: int) -> torch.Tensor:
+    """y [N, C, T, H, W] max-pooled to `frames` frames by windows of two, by PyTorch."""
+    t = y.size(2)
+    return torch.nn.functional.max_pool3d(y, (min(2, t), 1, 1), (2, 1, 1), ceil_mode=2 * frames > t)

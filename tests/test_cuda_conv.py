@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from operands import max_of_pairs
 from p3d_kernels.ops import _cuda
 from p3d_kernels.ops._conv import Epilogue, conv, pointwise, spatial, taps_of, temporal
 from p3d_kernels.ops._triton import Operand
@@ -104,6 +105,39 @@ def test_tiles_and_joins(tile, join):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [(0, 0, 0), *TILES], ids=lambda t: "x".join(map(str, t)))
+def test_what_is_pooled_or_picked_here_or_elsewhere_has_the_same_bits(tile, dtype):
+    shapes = [(5, 512, 3, 7, 9, 256), (32, 512, 2, 5, 5, 256), (1, 512, 1, 9, 13, 256), (1, 512, 5, 1, 1, 256)]
+    for n, ci, t, h, w, co in [*shapes, (9, 512, 4, 10, 10, 512), (70, 512, 6, 11, 7, 256)]:
+        x, weight, _, _, record, join, o = _arguments((n, ci, t, h, w, co), pointwise(), dtype, "add_relu")
+        wide = _activation((n, co, t, 2 * h, 2 * w - 1), dtype)
+        wide[..., ::2, ::2] = o
+        start, rest = (x, weight, *pointwise(), record, join), dict(tile=tile)
+        y = _cuda.conv_infer(*start, o, **rest)
+        assert torch.equal(_cuda.conv_infer(*start, wide, **rest, o_strided=True), y)
+        for frames in {max(1, t // 2), (t + 1) // 2}:
+            want = max_of_pairs(y, frames)
+            for other, strided in ((o, False), (wide, True)):
+                got = _cuda.conv_infer(*start, other, **rest, o_strided=strided, frames=frames)
+                assert torch.equal(got, want) and got.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(128, 128, 1), (64, 64, 1), (64, 64, 4)], ids=str)
+def test_nan_wins_where_it_is_pooled(tile):
+    arguments = _arguments((2, 256, 5, 5, 7, 128), pointwise(), torch.bfloat16, "add_relu")
+    arguments[0][0, 1, 1, 2, 3] = torch.nan
+    for t in (2, 3, 4):
+        arguments[6][1, 5, t, t, 6] = torch.nan
+    y = _cuda.conv_infer(*arguments, tile=tile)
+    for frames in (2, 3):
+        pooled, want = _cuda.conv_infer(*arguments, tile=tile, frames=frames), max_of_pairs(y, frames)
+        assert torch.equal(pooled.isnan(), want.isnan()) and torch.equal(pooled.nan_to_num(), want.nan_to_num())
+        assert pooled.isnan().sum() == 128 + frames
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tile", [(0, 0, 0), (128, 128, 1), (64, 64, 4)], ids=str)
 def test_o_may_be_x(tile):
     for join in JOINS[2:]:
@@ -178,14 +212,18 @@ def test_conv_takes_it_in_inference(name):
 
 @pytest.mark.gpu
 def test_reasons():
-    def why(n=2, ci=64, co=64, h=9, taps=(1, 3, 3), stride=(1, 1), dtype=torch.bfloat16, join="none"):
-        return _cuda.conv_infer_why_not((n, ci, 3, h, 5), dtype, co, taps, stride, join)
+    def why(n=2, ci=64, co=64, h=9, taps=(1, 3, 3), stride=(1, 1), dtype=torch.bfloat16, join="none", **rest):
+        return _cuda.conv_infer_why_not((n, ci, 3, h, 5), dtype, co, taps, stride, join, **rest)
 
     assert why() is None and why(ci=192, co=320) is None and why(taps=(3, 1, 1), stride=(1, 3)) is None
     assert "multiples of 64" in why(ci=96) and "multiples of 64" in why(co=32)
     assert "stride" in why(stride=(1, 3)) and "stride" in why(stride=(2, 1)) and "taps" in why(taps=(3, 3, 3))
     assert "float32" in why(dtype=torch.float32) and "join add" in why(join="add")
     assert "below 2^31" in why(n=2**20, h=2**12)
+    expand = dict(taps=(1, 1, 1), join="add_relu")
+    assert why(**expand, frames=1) is None and why(**expand, frames=2, o_size=(17, 10)) is None
+    assert "half of T" in why(**expand, frames=3) and "half of T" in why(join="add_relu", frames=1)
+    assert "twice H, W" in why(**expand, o_size=(9, 5)) and "frames with join relu" in why(join="relu", frames=1)
     arguments = _arguments((1, 64, 1, 3, 3, 64), pointwise(), torch.bfloat16, "none")
     for tile in ((64, 128, 0), (0, 0, 2), (0, 256, 0)):
         with pytest.raises(RuntimeError, match="tile"):
@@ -214,5 +252,16 @@ def test_arguments_are_checked_before_any_launch():
         run(taps=(3, 1, 1))
     with pytest.raises(ValueError, match=r"record: expected float32 \[3, 128\]"):
         run(record=torch.zeros(3, 64))
+    expand = dict(stride=(1, 1), join="add_relu", o=torch.zeros(1, 128, 2, 8, 8).to(x))
+    with pytest.raises(ValueError, match="o_strided: expected False unless o has twice"):
+        run(o_strided=True)
+    with pytest.raises(ValueError, match="o_strided: expected False unless o has twice"):
+        run(**{**expand, "o": torch.zeros(1, 128, 2, 4, 4).to(x)}, o_strided=True)
+    with pytest.raises(ValueError, match=r"o: expected .*\[1, 128, 2, 4, 4\]"):
+        run(**expand, frames=1)
+    with pytest.raises(ValueError, match="frames: expected None or half of 2"):
+        run(**expand, o_strided=True, frames=2)
+    with pytest.raises(ValueError, match="frames: expected None unless 1x1x1, stride 1, add_relu"):
+        run(frames=1)
     empty = torch.zeros(0, 64, 2, 4, 4, dtype=x.dtype).to(memory_format=torch.channels_last_3d)
     assert run(x=empty).shape == (0, 128, 2, 2, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from operands import max_of_pairs
 from p3d_kernels.ops import _cuda
 from tolerance import check
 
@@ -112,6 +113,39 @@ def test_a_thin_y_is_every_second_row_and_column(shape, reduce):
         assert z is same is None or torch.equal(z, same)
 
 
+def _halves(time):
+    """What T may be pooled to: rounded down, as long as something is left, and up."""
+    return sorted({max(1, time // 2), (time + 1) // 2})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("join", JOINS, ids=lambda j: f"{j[0]}_{j[1]}")
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 64, 7, 3, 11), (5, 128, 9, 4, 4)], ids=_names)
+def test_a_pooled_y_is_the_maximum_of_every_two_frames(shape, join, dtype):
+    arguments = _arguments(shape, dtype, *join, reduce=False)
+    y, _ = _cuda.tail_infer(*arguments)
+    for frames in _halves(shape[2]):
+        pooled, z = _cuda.tail_infer(*arguments, frames=frames)
+        assert z is None and torch.equal(pooled, max_of_pairs(y, frames))
+        assert pooled.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [64, 128])
+def test_nan_wins_where_it_is_pooled(m, dtype):
+    arguments = _arguments((2, m, 5, 5, 7), dtype, "relu", None, reduce=False)
+    arguments[0][0, 1, 0, 2, 3] = torch.nan
+    for t in (2, 3, 4):
+        arguments[3][1, 5, t, t, 6] = torch.nan
+    y, _ = _cuda.tail_infer(*arguments)
+    for frames in (2, 3):
+        pooled, want = _cuda.tail_infer(*arguments, frames=frames)[0], max_of_pairs(y, frames)
+        assert torch.equal(pooled.isnan(), want.isnan()) and torch.equal(pooled.nan_to_num(), want.nan_to_num())
+        assert pooled.isnan().sum() == 4 * m + frames
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduce", [True, False])
@@ -177,24 +211,29 @@ def test_runs_are_equal_and_a_graph_replays_them(m, down):
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
     clips = 2**31 // (8 * 40 * 40 * 256) + 2
-    arguments = _arguments((clips, 64, 8, 40, 40), torch.bfloat16, "relu", None)
+    arguments = list(_arguments((clips, 64, 8, 40, 40), torch.bfloat16, "relu", None))
     y, z = _cuda.tail_infer(*arguments)
     for part in (slice(0, 1), slice(clips - 1, clips)):
         some = [a[part] if i in (0, 3) else a for i, a in enumerate(arguments)]
         check(y[part], _y_in_float64(*some), torch.bfloat16, name="y")
         check(z[part], _z_in_float64(y[part], *some), torch.bfloat16, name="z")
+    arguments[8] = arguments[9] = None
+    pooled, _ = _cuda.tail_infer(*arguments, frames=4)
+    assert torch.equal(pooled[-1:], max_of_pairs(y[-1:], 4))
 
 
 @pytest.mark.gpu
 def test_reasons():
-    def why(m=64, t=8, h=40, dtype=torch.bfloat16, down=0):
-        return _cuda.tail_why_not((2, m, t, h, 40), dtype, down)
+    def why(m=64, t=8, h=40, dtype=torch.bfloat16, down=0, frames=None):
+        return _cuda.tail_why_not((2, m, t, h, 40), dtype, down, frames)
 
     assert why() is None and why(m=128) is None and why(down=64) is None
     assert "128 to 64" in why(down=128) and "256 to 128" in why(m=128, down=256)
     assert "float32" in why(dtype=torch.float32)
     assert "256" in why(m=256)
     assert "T * H * W" in why(t=2**16, h=2**16)
+    assert why(t=5, frames=2) is None and why(t=5, frames=3) is None and why(t=1, frames=1) is None
+    assert "half of T" in why(frames=3) and "half of T" in why(frames=4, down=64)
 
 
 def test_arguments_are_checked_before_any_launch():
@@ -241,6 +280,10 @@ def test_arguments_are_checked_before_any_launch():
         run(residual=x, w_d=w_r.T, record_d=rows)
     with pytest.raises(ValueError, match=r"record_d: expected float32 \[3, 256\]"):
         run(residual=x, w_d=w_e, record_d=narrow)
+    with pytest.raises(ValueError, match="frames: expected None or half of 2"):
+        run(frames=2)
+    with pytest.raises(ValueError, match="frames: expected None with w_r, w_d or thin, got 1"):
+        run(frames=1, thin=True)
 
 
 def test_no_positions_need_no_launch():

@@ -34,6 +34,22 @@ def test_answers_as_the_net(wiring, size):
         assert distance(engine.features(x), net.features(x)) < 1e-5
 
 
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("frames", [1, 6, 10])  # 1, 3, 5 after the stem
+def test_a_stage_pools_what_it_gives_unless_the_pool_is_hooked(wiring, frames, device):
+    net = randomise(p3d.models.P3D((2, 1, 1, 1), 10, wiring=wiring)).eval().to(device)
+    engine = p3d.freeze(net, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    x = torch.randn(2, 3, frames, 32, 40, device=device)
+    inside, seen = engine.features(x), []
+    engine.net.maxpool_2.register_forward_hook(lambda _, inputs, output: seen.append(output.size(2)))
+    assert torch.equal(engine.features(x), inside)
+    halves = {
+        "author": {1: [1, 1, 1], 6: [2, 1, 1], 10: [3, 2, 1]},
+        "port": {1: [1, 1, 1], 6: [1, 1, 1], 10: [2, 1, 1]},
+    }
+    assert seen == halves[wiring][frames]
+
+
 def test_dtype_is_the_engine_s_own(net):
     x = torch.randn(1, 3, 4, 32, 32)
     engine = p3d.freeze(net, torch.bfloat16)
@@ -290,6 +306,17 @@ def test_as_exact_as_plain_pytorch(seed, wiring, dtype):
     with torch.no_grad():
         want = net.features(x.double())
         assert distance(engine.features(x), want) <= 1.5 * distance(folded.features(x), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("clips, frames, size", [(1, 16, 160), (9, 16, 160), (2, 10, 112), (3, 6, 97), (32, 4, 64)])
+def test_pools_inside_the_kernels_before_them_change_no_bit(clips, frames, size, wiring):
+    engine = p3d.freeze(randomise(p3d.p3d63(10, wiring=wiring)).eval().cuda(), torch.bfloat16)
+    x = torch.randn(clips, 3, frames, size, size, device="cuda", dtype=torch.bfloat16)
+    inside = engine.features(x)
+    engine.net.maxpool_2.register_forward_hook(lambda *_: None)
+    assert torch.equal(engine.features(x), inside)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 
 import p3d_kernels as p3d
 from nets import randomise
+from operands import max_of_pairs
 from p3d_kernels import _backends
 from p3d_kernels.ops import _tape
 from tolerance import check
@@ -128,6 +129,42 @@ def test_parts_of_a_batch_give_the_same_bits_on_the_card(monkeypatch, kinds, thi
         whole, *_ = in_parts(monkeypatch, lambda: blocks(x, thin=thin), 1 << 40)
         parts, *_ = in_parts(monkeypatch, lambda: blocks(x, thin=thin), 7 * clip_bytes(64, 8, 40, 40))
     assert torch.equal(whole, parts)
+
+
+def pooled_outside(blocks, x, thin, frames):
+    return max_of_pairs(blocks(x, thin=thin), frames)
+
+
+@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("clips, at_once", [(1, 1), (5, 2)])
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("time, frames", [(1, 1), (3, 1), (3, 2), (4, 2)])
+def test_a_pooled_row(monkeypatch, time, frames, thin, clips, at_once, backend, device):
+    blocks = p3d.freeze(stage("AB", 32, 16, "author", 1).to(device), torch.float16).net
+    x = torch.randn(clips, 32, time, 5, 6, device=device).half()
+    with p3d.use_backend(backend), torch.no_grad():
+        if why := _backends.why_not(backend, x):
+            pytest.skip(why)
+        monkeypatch.setattr(bottleneck, "WIDEST", at_once * clip_bytes(16, time, 5, 6))
+        want = pooled_outside(blocks, x, thin, frames)
+        got = blocks(x, thin=thin, frames=frames)
+        into = torch.empty_like(got)
+        again = blocks(x, thin=thin, into=into, frames=frames)
+    assert torch.equal(got, want) and again is into and torch.equal(into, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("kinds", ["A", "AB", "ABC", ("2d", "2d")], ids="".join)
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_a_pooled_row_on_the_card(channels, kinds, wiring, thin, device):
+    for clips, time, size in [(1, 4, 10), (3, 5, 13), (32, 2, 10), (5, 3, 40)]:
+        blocks = p3d.freeze(stage(kinds, 4 * channels, channels, wiring, 1).to(device), torch.bfloat16).net
+        x = torch.randn(clips, 4 * channels, time, size, size + 1, device=device).bfloat16()
+        for frames in {time // 2, (time + 1) // 2}:
+            with torch.no_grad():
+                assert torch.equal(blocks(x, thin=thin, frames=frames), pooled_outside(blocks, x, thin, frames))
 
 
 def test_how_a_batch_is_cut():

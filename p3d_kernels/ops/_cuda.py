@@ -337,14 +337,30 @@ def conv_wgrad(
     return part
 
 
+def _halved(size: tuple[int, int]) -> tuple[int, int]:
+    """How many rows and columns every second one is."""
+    return (size[0] + 1) // 2, (size[1] + 1) // 2
+
+
+def _check_frames(frames: int | None, time: int) -> None:
+    if frames is not None and (frames < 1 or abs(2 * frames - time) > 1):
+        raise ValueError(f"frames: expected None or half of {time}, rounded down or up, got {frames}")
+
+
 _INFER_JOINS = {"none": False, "relu": False, "relu_add": True, "add_relu": True, "mean_relu": True}  # which take an o
 
 
 def _conv_infer_sizes(
-    x_shape: tuple[int, ...], co: int, taps: tuple[int, int, int], stride: tuple[int, int], join: str
+    x_shape: tuple[int, ...],
+    co: int,
+    taps: tuple[int, int, int],
+    stride: tuple[int, int],
+    join: str,
+    o_size: tuple[int, int] | None,
+    frames: int | None,
 ) -> tuple:
     n, ci, *dims = x_shape
-    return n, *dims, ci, co, taps[0], taps[1], stride[1], _INFER_JOINS[join]
+    return n, *dims, ci, co, taps[0], taps[1], stride[1], _INFER_JOINS[join], *(o_size or (0, 0)), frames or 0
 
 
 def conv_infer_why_not(
@@ -354,20 +370,25 @@ def conv_infer_why_not(
     taps: tuple[int, int, int],
     stride: tuple[int, int],
     join: str = "none",
+    o_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> str | None:
-    """Why `conv_infer` cannot convolve x [N, Ci, T, H, W] to Co channels on the current device, or None."""
+    """Why `conv_infer` cannot convolve x [N, Ci, T, H, W] to Co channels on the current device, or None.
+
+    `o_size`: H and W of a strided o.
+    """
     if dtype not in _DTYPES:
         return f"conv_infer: dtype {dtype} (expected bfloat16 or float16)"
     if taps not in ((1, 1, 1), (3, 1, 1), (1, 3, 3)) or stride[0] != 1:
         return f"conv_infer: taps {taps}, stride {stride} (expected 1x1x1, 3x1x1 or 1x3x3, stride 1 in time)"
     if join not in _INFER_JOINS:
         return f"conv_infer: join {join} (expected one of {', '.join(_INFER_JOINS)})"
+    if frames is not None and join != "add_relu":
+        return f"conv_infer: frames with join {join} (expected add_relu)"
     native = _backends.native()
-    return (
-        native
-        if isinstance(native, str)
-        else native.conv_infer_why_not(_conv_infer_sizes(x_shape, co, taps, stride, join))
-    )
+    if isinstance(native, str):
+        return native
+    return native.conv_infer_why_not(_conv_infer_sizes(x_shape, co, taps, stride, join, o_size, frames))
 
 
 def conv_infer(
@@ -379,15 +400,20 @@ def conv_infer(
     join: str = "none",
     o: Tensor | None = None,  # [N, Co, T, Ho, Wo], may be x
     tile: tuple[int, int, int] = (0, 0, 0),
+    o_strided: bool = False,
+    frames: int | None = None,
 ) -> Tensor:
     """join((conv(x, w) - mean) * scale + bias, o) in inference: 1x1x1, 3x1x1 or 1x3x3, zero padding, one rounding.
 
     `stride`: (1, space); of 1x3x3 space is 1 or 2. `join`, of u: "none", "relu", or with o "relu_add", "add_relu",
     "mean_relu", as `Epilogue`'s. float32 accumulation. `tile`: (rows, columns, splits) of the plan, 0 for any.
+    `o_strided`, of 1x1x1 and stride 1: in place of o, o[..., ::2, ::2] is joined. `frames`, of these and the join
+    "add_relu": T / 2, rounded down or up; the result is pooled to as many by windows (2, 1, 1) of that stride.
     w may be read while the kernel before this one in the stream still runs.
 
     Returns:
-        [N, Co, T, Ho, Wo], channels_last_3d. Runs of the same shape on the same card give the same bits.
+        [N, Co, T or frames, Ho, Wo], channels_last_3d. Runs of the same shape on the same card give the same bits,
+        and these are the same whether o or the result is picked and pooled here or elsewhere.
 
     Raises:
         ValueError: layout, shape, dtype or alignment differ from the above.
@@ -402,9 +428,18 @@ def conv_infer(
     _check_activation("x", x, x.shape, dtype)
     _check_matrix("w", w, (co, taps[0] * taps[1] * taps[2], ci), dtype)
     _check_rows("record", record, 3, co)
-    y = alloc((n, co, *_conv_wgrad_out(dims, stride)), x.device, dtype)
+    time, *size = _conv_wgrad_out(dims, stride)
+    o_size = tuple(o.shape[3:]) if o_strided and o is not None else None
+    if o_strided and (o_size is None or (taps, stride) != ((1, 1, 1), (1, 1)) or _halved(o_size) != tuple(size)):
+        raise ValueError(
+            "o_strided: expected False unless o has twice the rows and columns of a 1x1x1 result, got True"
+        )
+    _check_frames(frames, time)
+    if frames is not None and ((taps, stride) != ((1, 1, 1), (1, 1)) or join != "add_relu"):
+        raise ValueError(f"frames: expected None unless 1x1x1, stride 1, add_relu, got {taps}, {stride}, {join!r}")
     if o is not None:
-        _check_activation("o", o, y.shape, dtype)
+        _check_activation("o", o, (n, co, time, *(o_size or size)), dtype)
+    y = alloc((n, co, frames or time, *size), x.device, dtype)
     if x.numel() == 0:
         return y
 
@@ -412,12 +447,12 @@ def conv_infer(
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        sizes = _conv_infer_sizes(x.shape, co, taps, stride, join)
+        sizes = _conv_infer_sizes(x.shape, co, taps, stride, join, o_size, frames)
         with torch.cuda.device(x.device):
             rest = sizes, native.conv_infer_plan(sizes, tile), join, _DTYPES[dtype]
         return NativePlan(lambda stream, *addresses: native.conv_infer(*addresses, *rest, stream))
 
-    key = "conv_infer", x.shape, dtype, x.device, co, taps, stride, join, tile
+    key = "conv_infer", x.shape, dtype, x.device, co, taps, stride, join, tile, o_size, frames
     plan_for(key, build)(x, o, w, record, y)
     return y
 
@@ -818,16 +853,18 @@ def stem_infer(
     return y
 
 
-def tail_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, down_channels: int = 0) -> str | None:
+def tail_why_not(
+    x_shape: tuple[int, ...], dtype: torch.dtype, down_channels: int = 0, frames: int | None = None
+) -> str | None:
     """Why the tail's kernel cannot run for x [N, M, T, H, W] on the current device, or None.
 
-    `down_channels`: with D inside, of so many channels; 0: without.
+    `down_channels`: with D inside, of so many channels; 0: without. `frames`: see `tail_infer`.
     """
     if dtype not in _DTYPES:
         return f"tail_infer: dtype {dtype} (expected bfloat16 or float16)"
     n, m, t, h, w = x_shape
     native = _backends.native()
-    return native if isinstance(native, str) else native.tail_infer_why_not(n, t, h * w, m, down_channels)
+    return native if isinstance(native, str) else native.tail_infer_why_not(n, t, h * w, m, down_channels, frames or 0)
 
 
 def _check_matrix(name: str, w: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -861,6 +898,7 @@ def tail_infer(
     w_d: Tensor | None = None,  # [4M, Ci]
     record_d: Tensor | None = None,  # [3, 4M] or more rows
     thin: bool = False,
+    frames: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The tail of a bottleneck in inference and the reduce of the next, in one pass: (y, z).
 
@@ -869,8 +907,12 @@ def tail_infer(
     with w_d, bn(D residual); z = relu(bn(R y)), or None without w_r. bn is the affine of a record. t, r, y and z are
     rounded to the dtype, sums are float32. Runs of the same shape give the same bits.
 
+    `frames`, without w_r and w_d: T / 2, rounded down or up; y is pooled to as many by windows (2, 1, 1) of that
+    stride, of which the last is cut if T is odd and `frames` rounded up.
+
     Returns:
-        y [N, 4M, T, H, W], of which `thin` stores [..., ::2, ::2] only, and z [N, M, T, H, W]; channels_last_3d.
+        y [N, 4M, T or frames, H, W], of which `thin` stores [..., ::2, ::2] only, and z [N, M, T, H, W];
+        channels_last_3d.
 
     Raises:
         ValueError: layout, shape, dtype or alignment differ from the above.
@@ -882,6 +924,9 @@ def tail_infer(
         raise ValueError("w_r, record_r: expected both or neither")
     if (w_d is None) != (record_d is None):
         raise ValueError("w_d, record_d: expected both or neither")
+    _check_frames(frames, t)
+    if frames is not None and (w_r is not None or w_d is not None or thin):
+        raise ValueError(f"frames: expected None with w_r, w_d or thin, got {frames}")
     ci = None if w_d is None else w_d.size(-1)
     _check_activation("residual", residual, (n, 4 * m if ci is None else ci, t, h, w), x.dtype)
     layers = [("t", w_t, (m, 3, m), record_t), ("e", w_e, (4 * m, m), record_e)]
@@ -892,7 +937,7 @@ def tail_infer(
             _check_rows(f"record_{name}", record, 3, shape[0])
 
     step = 2 if thin else 1
-    y = alloc((n, 4 * m, t, -(-h // step), -(-w // step)), x.device, x.dtype)
+    y = alloc((n, 4 * m, frames or t, -(-h // step), -(-w // step)), x.device, x.dtype)
     z = None if w_r is None else alloc(tuple(x.shape), x.device, x.dtype)
     if x.numel() == 0:
         return y, z
@@ -901,10 +946,10 @@ def tail_infer(
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        sizes = n, t, h * w, m, ci or 0, join, _DTYPES[x.dtype], w if thin else 0
+        sizes = n, t, h * w, m, ci or 0, frames or 0, join, _DTYPES[x.dtype], w if thin else 0
         return NativePlan(lambda stream, *addresses: native.tail_infer(*addresses, *sizes, stream))
 
-    plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, ci, join, thin), build)
+    plan = plan_for(("tail_infer", x.shape, x.dtype, x.device, ci, join, thin, frames), build)
     plan(x, o, residual, w_t, w_e, w_r, w_d, record_t, record_e, record_r, record_d, y, z)
     return y, z
 

@@ -128,59 +128,80 @@ class Frozen(NamedTuple):
 WIDEST = 100 << 20  # bytes that the output of a block may have; 2 to 3 times as much is then alive beside it
 
 
-def chain_shapes(shape: tuple[int, ...], blocks: list[Frozen], thin: bool) -> list[tuple[int, ...]]:
-    """The shapes of the outputs of blocks in a row, given that of x; `thin`: the last is (see `infer_chain`)."""
+def chain_shapes(
+    shape: tuple[int, ...], blocks: list[Frozen], thin: bool, frames: int | None = None
+) -> list[tuple[int, ...]]:
+    """The shapes of the outputs of blocks in a row, given that of x, and of what is pooled of the last.
+
+    `thin`, `frames`: see `infer_chain`.
+    """
     shapes, (n, _, *dims) = [], shape
     for i, block in enumerate(blocks):
         step = 2 if thin and i + 1 == len(blocks) else 1
         dims = pointwise(block.config.stride * step).out_shape(*dims)
         shapes.append((n, _split(block.weights, block.config)[2][0].size(0), *dims))
+    if frames is not None:
+        shapes.append((*shapes[-1][:2], frames, *shapes[-1][3:]))
     return shapes
 
 
-def clips_at_once(shape: tuple[int, ...], blocks: list[Frozen], thin: bool, dtype: torch.dtype) -> int:
+def clips_at_once(
+    shape: tuple[int, ...], blocks: list[Frozen], thin: bool, dtype: torch.dtype, frames: int | None = None
+) -> int:
     """How many of the N clips of x to run through blocks together, so that no output of theirs is above WIDEST."""
     n, *rest = shape
-    clips = [math.prod(s[1:]) * dtype.itemsize for s in chain_shapes(shape, blocks, thin)]  # bytes of one
+    clips = [math.prod(s[1:]) * dtype.itemsize for s in chain_shapes(shape, blocks, thin, frames)]  # bytes of one
     parts = cdiv(n * max(clips), WIDEST)
     aligned = math.prod(rest) * dtype.itemsize % 16 == 0 == clips[-1] % 16
     return cdiv(n, parts) if parts > 1 and aligned else n
 
 
-def infer_chain(x: Tensor, blocks: list[Frozen], thin: bool = False, into: Tensor | None = None) -> Tensor:
+def pooled_frames(time: int, ceil_mode: bool) -> int:
+    """How many frames max-pool (2, 1, 1) of that stride makes of T; a window longer than the axis is cut to it."""
+    return (time + ceil_mode) // 2 if time > 1 else time
+
+
+def infer_chain(
+    x: Tensor, blocks: list[Frozen], thin: bool = False, into: Tensor | None = None, frames: int | None = None
+) -> Tensor:
     """The output of blocks in a row on NDHWC x; `thin`: at every second row and column, the rest is not computed.
 
     Large tensors are cut: some clips go through all blocks, then others. into: where the output is to go, or None.
+    frames: `pooled_frames` of T, and the output is pooled to as many; or None.
     """
-    size = clips_at_once(tuple(x.shape), blocks, thin, x.dtype)
+    frames = None if frames == x.size(2) else frames
+    size = clips_at_once(tuple(x.shape), blocks, thin, x.dtype, frames)
     if 0 < size < x.size(0):
-        y = empty_ndhwc(chain_shapes(tuple(x.shape), blocks, thin)[-1], x) if into is None else into
+        y = empty_ndhwc(chain_shapes(tuple(x.shape), blocks, thin, frames)[-1], x) if into is None else into
         for part, y_part in zip(x.split(size), y.split(size)):
-            _infer_chain(part, blocks, thin, y_part)
+            _infer_chain(part, blocks, thin, y_part, frames)
         return y
-    return _infer_chain(x, blocks, thin, into)
+    return _infer_chain(x, blocks, thin, into, frames)
 
 
-def _infer_chain(x: Tensor, blocks: list[Frozen], thin: bool, into: Tensor | None) -> Tensor:
+def _infer_chain(x: Tensor, blocks: list[Frozen], thin: bool, into: Tensor | None, frames: int | None) -> Tensor:
     shapes, configs = tuple([w.shape for b in blocks for w in b.weights]), tuple([b.config for b in blocks])
-    key = "chain", configs, thin, x.shape, x.dtype, x.device, shapes, input_precision(x.dtype, x.device)
+    key = "chain", configs, thin, frames, x.shape, x.dtype, x.device, shapes, input_precision(x.dtype, x.device)
     inputs = [x, *(t for b in blocks for t in (*b.weights, *b.records))]
     into = None if into is None else [into]
-    return taped((*key, _backends.forced()), lambda: ([_chain(x, blocks, thin)], []), inputs, into)[0][0]
+    return taped((*key, _backends.forced()), lambda: ([_chain(x, blocks, thin, frames)], []), inputs, into)[0][0]
 
 
-def _chain(x: Tensor, blocks: list[Frozen], thin: bool) -> Tensor:
+def _chain(x: Tensor, blocks: list[Frozen], thin: bool, frames: int | None = None) -> Tensor:
     a = None
     for i, block in enumerate(blocks):
-        x, a = _link(x, a, block, blocks[i + 1 :], thin)
+        after = blocks[i + 1 :]
+        x, a = _link(x, a, block, after, thin, None if after else frames)
     return x
 
 
-def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin: bool) -> tuple[Tensor, Tensor | None]:
+def _link(
+    x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin: bool, frames: int | None
+) -> tuple[Tensor, Tensor | None]:
     """(y, relu(bn_r(R y)) of the next block or None) of one block, given its own a = relu(bn_r(R x)) if that exists.
 
     The last block of a thin chain works on every second row and column from S on. The one before stores only those of
-    y, if the next block's a is made of y on the way.
+    y, if the next block's a is made of y on the way. frames: to how many y is pooled, or None.
     """
     config = block.config
     (w_r,), w_st, (w_e,), w_d = _split(block.weights, config)
@@ -194,9 +215,8 @@ def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin:
     residual = x  # or, with D inside, what the tail makes it of
     if w_d and not down_inside:
         residual, _ = conv(source, w_d[0], pointwise(stride * step), Epilogue(record_d[0]))
-    if residual.shape[3:] != s.shape[3:]:
-        residual = pool_fwd(residual, (1, 1, 1), (1, step, step), (0, 0, 0), False)[0]
     if _tail_fits(a, s, w_st, w_e, config):
+        residual = _thinned(residual, s)
         w_z = record_z = None
         if after and after[0].config.stride == 1 and tuple(after[0].weights[0].shape[:2]) == w_e.shape[1::-1]:
             w_z, record_z = taps_of(after[0].weights[0])[:, 0], after[0].records[0]
@@ -204,9 +224,37 @@ def _link(x: Tensor, a: Tensor | None, block: Frozen, after: list[Frozen], thin:
         weights = taps_of(w_st[1]), records_st[1], taps_of(w_e)[:, 0], record_e, w_z, record_z
         down = (taps_of(w_d[0])[:, 0], record_d[0]) if down_inside else ()
         t, o, join = t_operands(a, s, config)
-        return _cuda.tail_infer(t, o, join, residual, *weights, *down, thin=unread)
+        inside = None if down_inside or _cuda.tail_why_not(tuple(s.shape), s.dtype, 0, frames) else frames
+        y, z = _cuda.tail_infer(t, o, join, residual, *weights, *down, thin=unread, frames=inside)
+        return _pooled(y, frames), z
     t = s if config.kind == "2d" else t_infer(a, s, w_st, records_st, config, step)
-    return conv(Operand("raw", t), w_e, pointwise(), Epilogue(record_e, "add_relu", residual))[0], None
+    return _expand(t, w_e, record_e, residual, frames), None
+
+
+def _expand(t: Tensor, w: Tensor, record: Tensor, residual: Tensor, frames: int | None) -> Tensor:
+    """relu(bn(E t) + r), r = residual or every second row and column of it, pooled to `frames` or not."""
+    strided = residual.shape[3:] != t.shape[3:]
+    if (strided or frames is not None) and cuda_allowed(t):
+        shape = tuple(t.shape), t.dtype, w.size(0), *pointwise(), "add_relu"
+        if _cuda.conv_infer_why_not(*shape, tuple(residual.shape[3:]) if strided else None, frames) is None:
+            epilogue = record, "add_relu", residual
+            return _cuda.conv_infer(t, taps_of(w), *pointwise(), *epilogue, o_strided=strided, frames=frames)
+    epilogue = Epilogue(record, "add_relu", _thinned(residual, t))
+    return _pooled(conv(Operand("raw", t), w, pointwise(), epilogue)[0], frames)
+
+
+def _thinned(residual: Tensor, like: Tensor) -> Tensor:
+    """residual, or every second row and column of it, if so many are in `like`."""
+    if residual.shape[3:] == like.shape[3:]:
+        return residual
+    return pool_fwd(residual, (1, 1, 1), (1, 2, 2), (0, 0, 0), False)[0]
+
+
+def _pooled(y: Tensor, frames: int | None) -> Tensor:
+    """y, or the maxima of pairs of its frames, if `frames` of them are wanted and it has more."""
+    if frames in (None, y.size(2)):
+        return y
+    return pool_fwd(y, (2, 1, 1), (2, 1, 1), (0, 0, 0), 2 * frames > y.size(2))[0]
 
 
 def _tail_fits(a: Tensor, s: Tensor, w_st: list[Tensor], w_e: Tensor, config: Config, down_channels: int = 0) -> bool:
