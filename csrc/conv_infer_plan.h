@@ -184,11 +184,11 @@ inline const char* conv_infer_sizes_why_not(const ConvInferShape& s) {
             return fail("conv_infer: channels: expected multiples of 64 up to 16384, got %lld -> %lld",
                         Long(s.in_channels), Long(s.out_channels));
     bool pointwise = s.taps_time * s.taps_space == 1 && s.stride == 1 && s.joined;
-    if (s.o_height || s.o_width) {
-        if (!pointwise || (s.o_height - 1) / 2 + 1 != s.height || (s.o_width - 1) / 2 + 1 != s.width)
-            return fail("conv_infer: o: expected twice H, W = %lld, %lld of 1x1x1, stride 1, with o, got %lld, %lld",
-                        Long(s.height), Long(s.width), Long(s.o_height), Long(s.o_width));
-    }
+    bool packed = !s.o_height && !s.o_width, twice = s.o_height >= 1 && s.o_width >= 1;
+    twice = twice && (s.o_height + 1) / 2 == s.height && (s.o_width + 1) / 2 == s.width;
+    if (!packed && !(pointwise && twice))
+        return fail("conv_infer: o: expected twice H, W = %lld, %lld of 1x1x1, stride 1, with o, got %lld, %lld",
+                    Long(s.height), Long(s.width), Long(s.o_height), Long(s.o_width));
     if (s.pooled_time &&
         (!pointwise || s.pooled_time < 1 || 2 * s.pooled_time < s.time - 1 || 2 * s.pooled_time > s.time + 1))
         return fail("conv_infer: pooled_time: expected half of T = %lld and 1x1x1, stride 1, with o, got %lld",
