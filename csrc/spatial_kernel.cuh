@@ -13,6 +13,9 @@
 //             turns: one multiplies while the other stores
 //   streamed  (else) weights pass through a ring; each warpgroup owns 64 of 128 couts and both multiply the same
 //             positions
+//
+// Where tiles of whole rows serve as well, spatial_infer.cuh and spatial_train.cuh are faster; this kernel takes the
+// rest: wide rows, frames of which many make a tile, few tiles.
 #pragma once
 
 #include "spatial_epilogue.cuh"
@@ -142,12 +145,7 @@ __device__ __forceinline__ void consume(const Args& a, const Shared& shared, int
     if (kPass == Pass::gradient) {
         store_sums(a, sums, part, cout, staging, group);
     } else if (lane % 4 == 0) {
-        for (int m = 0; m < 2; ++m) {
-            float* out = a.partials + 3 * part * a.out_channels + row + 8 * m;
-            out[0] = moments[m].n;
-            out[a.out_channels] = moments[m].mean;
-            out[2 * a.out_channels] = moments[m].m2;
-        }
+        store_statistics(a.partials, moments, part, row, a.out_channels);
     }
 }
 
