@@ -9,9 +9,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "p3d.h"
+#include "tape.h"
 
 namespace py = pybind11;
 
@@ -110,10 +113,130 @@ void check(const char* error) {
     if (error) throw std::runtime_error(error);
 }
 
+// ---- Tapes. While one records, a launcher that is called from Python adds itself to it in place of launching: what it
+// takes for addresses are numbers of the tape's, and all else is kept as it was converted.
+
+thread_local p3d::Tape* recording = nullptr;
+
+using Addresses = std::vector<uintptr_t>;
+
+template <bool kStream, typename T>
+decltype(auto) bound(const T& argument, const uint64_t* addresses, CUstream_st* stream) {
+    if constexpr (kStream) {
+        return reinterpret_cast<uintptr_t>(stream);
+    } else if constexpr (std::is_same_v<T, uintptr_t>) {
+        return uintptr_t(addresses[argument]);
+    } else if constexpr (std::is_same_v<T, Addresses>) {
+        Addresses found(argument.size());
+        for (size_t i = 0; i < found.size(); ++i) found[i] = addresses[argument[i]];
+        return found;
+    } else {
+        return (argument);
+    }
+}
+
+// The module; what it defines that takes a stream is a launcher, which tapes can record. The last uintptr_t is the
+// stream, the others, alone or in a vector, are addresses.
+class Module {
+ public:
+    explicit Module(py::module_& module) : module_(module) {}
+
+    template <typename Function, typename... Extra>
+    void def(const char* name, Function function, const Extra&... extra) {
+        define(name, function, &Function::operator(), extra...);
+    }
+
+ private:
+    template <typename... Arguments>
+    static constexpr size_t stream_of() {  // sizeof...(Arguments): there is none
+        constexpr bool words[] = {std::is_same_v<Arguments, uintptr_t>..., false};
+        size_t found = sizeof...(Arguments);
+        for (size_t i = 0; i < sizeof...(Arguments); ++i)
+            if (words[i]) found = i;
+        return found;
+    }
+
+    template <typename Function, typename Result, typename... Arguments, typename... Extra>
+    void define(const char* name, Function function, Result (Function::*)(Arguments...) const, const Extra&... extra) {
+        constexpr size_t kStream = stream_of<std::decay_t<Arguments>...>();
+        if constexpr (kStream < sizeof...(Arguments)) {
+            static_assert(std::is_void_v<Result>, "a launcher returns nothing");
+            module_.def(
+                name,
+                [function](Arguments... arguments) {
+                    if (!recording) return function(arguments...);
+                    std::tuple<std::decay_t<Arguments>...> kept(arguments...);
+                    record<kStream>(function, kept, std::index_sequence_for<Arguments...>());
+                },
+                extra...);
+        } else {
+            module_.def(name, function, extra...);
+        }
+    }
+
+    template <size_t kStream, typename Function, typename Kept, size_t... I>
+    static void record(const Function& function, const Kept& kept, std::index_sequence<I...>) {
+        (check_number(std::get<I>(kept)), ...);
+        recording->add([function, kept](const uint64_t* addresses, CUstream_st* stream) {
+            function(bound<I == kStream>(std::get<I>(kept), addresses, stream)...);
+        });
+    }
+
+    template <typename T>
+    static void check_number(const T& argument) {
+        if constexpr (std::is_same_v<T, uintptr_t>) recording->check(argument);
+        if constexpr (std::is_same_v<T, Addresses>)
+            for (uintptr_t number : argument) recording->check(number);
+    }
+
+    py::module_& module_;
+};
+
+void define_tape(py::module_& module) {
+    // (function, grid, (threads, shared, cooperative, dependent), (size, word, whether an address) of each parameter)
+    using Shape = std::tuple<unsigned, unsigned, bool, bool>;
+    using Parameter = std::tuple<int, uint64_t, bool>;
+    py::class_<p3d::Tape>(module, "Tape")
+        .def(py::init<size_t, std::vector<std::pair<int, uint64_t>>>(), py::arg("bases"), py::arg("addresses"))
+        .def(
+            "add_triton",
+            [](p3d::Tape& tape, uintptr_t function, const std::array<unsigned, 3>& grid, const Shape& shape,
+               const std::vector<Parameter>& parameters) {
+                const auto& [threads, shared, cooperative, dependent] = shape;
+                p3d::TritonLaunch launch{function, grid, threads, shared, cooperative, dependent, {}};
+                for (const auto& [size, word, address] : parameters) launch.parameters.push_back({size, word, address});
+                tape.add(std::move(launch));
+            },
+            py::arg("function"), py::arg("grid"), py::arg("shape"), py::arg("parameters"))
+        .def(
+            "add",
+            [](p3d::Tape& tape, const py::function& launch, const py::args& numbers) {
+                size_t steps = tape.steps();
+                recording = &tape;
+                try {
+                    launch(0, *numbers);
+                } catch (...) {
+                    recording = nullptr;
+                    throw;
+                }
+                recording = nullptr;
+                if (tape.steps() != steps + 1) throw std::runtime_error("a plan launched other than one kernel");
+            },
+            py::arg("launch"))
+        .def(
+            "run",
+            [](const p3d::Tape& tape, const std::vector<uint64_t>& bases, int device, uintptr_t stream) {
+                tape.run(bases, device, pointer<CUstream_st>(stream));
+            },
+            py::arg("bases"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "Hopper kernels (csrc/p3d.h); use p3d_kernels.ops.";
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Hopper kernels (csrc/p3d.h) and tapes of their launches (csrc/tape.h); use p3d_kernels.ops.";
+    define_tape(module);
+    Module m(module);
 
     m.def(
         "spatial_conv",
@@ -570,4 +693,21 @@ PYBIND11_MODULE(_C, m) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
+
+    m.def(
+        "running_stats",
+        [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
+            // of each norm record, mean, var and count; (channels, momentum)
+            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
+            std::vector<p3d::RunningNorm> p(norms.size());
+            for (size_t i = 0; i < p.size(); ++i) {
+                p[i].record = pointer<const float>(addresses[4 * i]);
+                p[i].mean = pointer<float>(addresses[4 * i + 1]);
+                p[i].var = pointer<float>(addresses[4 * i + 2]);
+                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
+                std::tie(p[i].channels, p[i].momentum) = norms[i];
+            }
+            check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));
+        },
+        py::arg("addresses"), py::arg("norms"), py::arg("stream"));
 }

@@ -464,4 +464,19 @@ const char* gram_tiles(const GramTiles& p);
 const char* conv_tiles_plan(ConvInferPlan& plan, const ConvTilesShape& shape, const ConvInferTile& wish);
 int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan);
 
+// The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
+// torch.nn.BatchNorm3d has it.
+struct RunningNorm {
+    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
+    float* mean;          // [C]
+    float* var;           // [C]
+    int64_t* count;       // one; or nullptr
+    int channels;         // C
+    float momentum;
+};
+
+constexpr int kRunningNorms = 64;  // that one launch moves
+
+const char* running_stats(const RunningNorm* norms, int count, CUstream_st* stream);
+
 }  // namespace p3d
