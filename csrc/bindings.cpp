@@ -9,9 +9,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "p3d.h"
+#include "tape.h"
 
 namespace py = pybind11;
 
@@ -97,10 +100,111 @@ void check(const char* error) {
     if (error) throw std::runtime_error(error);
 }
 
+// ---- Tapes. While one records, a launcher that is called from Python adds itself to it in place of launching: what it
+// takes for addresses are numbers of the tape's, and all else is kept as it was converted.
+
+thread_local p3d::Tape* recording = nullptr;
+
+template <typename T>
+decltype(auto) bound(const T& argument, const uint64_t* addresses) {
+    if constexpr (std::is_same_v<T, uintptr_t>)
+        return uintptr_t(addresses[argument]);
+    else
+        return (argument);
+}
+
+// The module; what it defines that takes addresses is a launcher, which tapes can record. Every uintptr_t is an address
+// but for the last argument, the stream.
+class Module {
+ public:
+    explicit Module(py::module_& module) : module_(module) {}
+
+    template <typename Function, typename... Extra>
+    void def(const char* name, Function function, const Extra&... extra) {
+        define(name, function, &Function::operator(), extra...);
+    }
+
+ private:
+    template <typename Function, typename Result, typename... Arguments, typename... Extra>
+    void define(const char* name, Function function, Result (Function::*)(Arguments...) const, const Extra&... extra) {
+        using Kept = std::tuple<std::decay_t<Arguments>...>;
+        if constexpr ((std::is_same_v<std::decay_t<Arguments>, uintptr_t> || ...)) {
+            constexpr size_t kStream = sizeof...(Arguments) - 1;
+            static_assert(std::is_void_v<Result>, "a launcher returns nothing");
+            static_assert(std::is_same_v<std::tuple_element_t<kStream, Kept>, uintptr_t>, "the stream comes last");
+            module_.def(
+                name,
+                [function](Arguments... arguments) {
+                    if (!recording) return function(arguments...);
+                    record(function, Kept(arguments...), std::make_index_sequence<kStream>());
+                },
+                extra...);
+        } else {
+            module_.def(name, function, extra...);
+        }
+    }
+
+    template <typename Function, typename Kept, size_t... I>
+    static void record(const Function& function, const Kept& kept, std::index_sequence<I...>) {
+        (check_number(std::get<I>(kept)), ...);
+        recording->add([function, kept](const uint64_t* addresses, CUstream_st* stream) {
+            function(bound(std::get<I>(kept), addresses)..., reinterpret_cast<uintptr_t>(stream));
+        });
+    }
+
+    template <typename T>
+    static void check_number(const T& argument) {
+        if constexpr (std::is_same_v<T, uintptr_t>) recording->check(argument);
+    }
+
+    py::module_& module_;
+};
+
+void define_tape(py::module_& module) {
+    // (function, grid, (threads, shared, cooperative, dependent), (size, word, whether an address) of each parameter)
+    using Shape = std::tuple<unsigned, unsigned, bool, bool>;
+    using Parameter = std::tuple<int, uint64_t, bool>;
+    py::class_<p3d::Tape>(module, "Tape")
+        .def(py::init<size_t, std::vector<std::pair<int, uint64_t>>>(), py::arg("bases"), py::arg("addresses"))
+        .def(
+            "add_triton",
+            [](p3d::Tape& tape, uintptr_t function, const std::array<unsigned, 3>& grid, const Shape& shape,
+               const std::vector<Parameter>& parameters) {
+                const auto& [threads, shared, cooperative, dependent] = shape;
+                p3d::TritonLaunch launch{function, grid, threads, shared, cooperative, dependent, {}};
+                for (const auto& [size, word, address] : parameters) launch.parameters.push_back({size, word, address});
+                tape.add(std::move(launch));
+            },
+            py::arg("function"), py::arg("grid"), py::arg("shape"), py::arg("parameters"))
+        .def(
+            "add",
+            [](p3d::Tape& tape, const py::function& launch, const py::args& numbers) {
+                size_t steps = tape.steps();
+                recording = &tape;
+                try {
+                    launch(0, *numbers);
+                } catch (...) {
+                    recording = nullptr;
+                    throw;
+                }
+                recording = nullptr;
+                if (tape.steps() != steps + 1) throw std::runtime_error("a plan launched other than one kernel");
+            },
+            py::arg("launch"))
+        .def(
+            "run",
+            [](const p3d::Tape& tape, const std::vector<uint64_t>& bases, int device, uintptr_t stream) {
+                tape.run(bases, device, pointer<CUstream_st>(stream));
+            },
+            py::arg("bases"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "Hopper kernels (csrc/p3d.h); use p3d_kernels.ops.";
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Hopper kernels (csrc/p3d.h) and tapes of their launches (csrc/tape.h); use p3d_kernels.ops.";
+    define_tape(module);
+    Module m(module);
 
     m.def(
         "spatial_conv",

@@ -3,7 +3,8 @@
 A `Plan` is one launch with everything settled but its tensors. A `Tape` is one pass of a fused op: the plans it ran and
 the buffers it allocated, recorded when the op is first called with given shapes. Replaying it allocates the outputs and
 one workspace and launches the same kernels with new addresses: no shape is looked at again. What a pass does to tensors
-must therefore go through `alloc` and plans alone.
+must therefore go through `alloc` and plans alone. With the extension a replay is one call (csrc/tape.h), without the
+GIL; without it plan after plan is launched from here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import bisect
 import contextlib
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from .. import _backends
 
 _plans: dict[tuple, Plan] = {}
 _LIMIT = 8192
@@ -54,6 +58,7 @@ class Plan:
     def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple, **constants) -> None:
         self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
         self.launch: Callable | None = None  # of (stream, *addresses), once compiled
+        self.compiled, self.tail = None, ()  # what Triton made of the kernel, and its arguments after the tensors
 
     def __call__(self, *tensors) -> None:
         """Launch on the device of the first tensor, in its current stream."""
@@ -70,21 +75,51 @@ class Plan:
             self.launch(current_stream(device.index), *[0 if t is None else t.data_ptr() for t in tensors])
         else:
             with torch.cuda.device(device):
-                compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
+                self.compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants)
             names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
-            tail = (*self.scalars, *(self.constants[name] for name in names))
-            self.launch = _launcher(compiled, self.grid, tail)
+            self.tail = (*self.scalars, *(self.constants[name] for name in names))
+            self.launch = _launcher(self.compiled, self.grid, self.tail)
+
+    def record(self, tape, numbers: list[int]) -> None:
+        """Add this launch to a tape of the extension, its tensors by the tape's numbers for their addresses.
+
+        Raises RuntimeError unless Triton's launcher would do what the tape does.
+        """
+        run, (warps, blocks_a_cluster, shared) = self.compiled.run, self.compiled.packed_metadata
+        if not _launcher_is_known(run) or blocks_a_cluster != 1:
+            raise RuntimeError("a form of Triton's launcher that tapes do not know, or a cluster")
+        parameters = []  # (bytes, value or number, whether a number)
+        for value, kind in zip((*numbers, *self.tail), self.compiled.src.signature.values(), strict=True):
+            if kind[0] == "*":
+                parameters.append((8, value, True))
+            elif kind != "constexpr":  # which takes in None, and sizes of 1
+                if kind not in _SCALARS:
+                    raise RuntimeError(f"a kernel's scalar of type {kind}")
+                packed = struct.pack("<" + _SCALARS[kind], value)
+                parameters.append((len(packed), int.from_bytes(packed, "little"), False))
+        parameters += [(8, 0, False)] * 2  # scratch, of which it has none
+        shape = 32 * warps, shared, bool(run.launch_cooperative_grid), bool(run.launch_pdl)
+        tape.add_triton(self.compiled.function, self.grid, shape, parameters)
+
+
+_SCALARS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q"}
+_SCALARS |= {"u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
+
+
+def _launcher_is_known(run) -> bool:
+    """Whether `run` has the form of Triton 3.4 to 3.7, and its kernel no scratch memory."""
+    known = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    return all(hasattr(run, name) for name in known) and not (run.global_scratch_size or run.profile_scratch_size)
 
 
 def _launcher(compiled, grid: tuple[int, int, int], tail: tuple) -> Callable:
     """launch(stream, *addresses) of a compiled Triton kernel.
 
     Addresses, not tensors: Triton asks the driver about each tensor's. The launcher's own C function is called where it
-    has the form of Triton 3.4 to 3.7, the public way otherwise.
+    has the form that we know, the public way otherwise.
     """
     run = compiled.run
-    known = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
-    if all(hasattr(run, name) for name in known) and not (run.global_scratch_size or run.profile_scratch_size):
+    if _launcher_is_known(run):
         go, function, metadata = run.launch, compiled.function, compiled.packed_metadata
         cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
 
@@ -97,7 +132,10 @@ def _launcher(compiled, grid: tuple[int, int, int], tail: tuple) -> Callable:
 
 
 class NativePlan:
-    """A launch of the compiled extension: `launch(stream, *addresses)`, an absent tensor as address 0."""
+    """A launch of the compiled extension: `launch(stream, *addresses)`, an absent tensor as address 0.
+
+    `launch` calls one function of the extension, with the addresses as they are given and the stream.
+    """
 
     def __init__(self, launch: Callable) -> None:
         self.launch = launch
@@ -108,12 +146,22 @@ class NativePlan:
         if _recording.recorder is not None:
             _recording.recorder.step(self, tensors)
         device = tensors[0].device
-        with torch.cuda.device(device):
-            self.launch(current_stream(device.index), *[0 if t is None else t.data_ptr() for t in tensors])
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device, tensors)
+        else:
+            self._launch(device, tensors)
+
+    def _launch(self, device: torch.device, tensors: tuple) -> None:
+        self.launch(current_stream(device.index), *[0 if t is None else t.data_ptr() for t in tensors])
+
+    def record(self, tape, numbers: list[int]) -> None:
+        """As `Plan.record`."""
+        tape.add(self.launch, *numbers)
 
 
 def current_stream(device_index: int) -> int:
-    return torch.cuda.current_stream(device_index).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device_index)  # as Triton asks: a Stream object costs ten times that
 
 
 def plan_for(key: tuple, build: Callable[[], Plan]) -> Plan:
@@ -249,47 +297,76 @@ class Tape:
         place |= {b: (len(outputs), offset) for b, offset in zip(own[len(outputs) :], self.kept.offsets)}
         offsets, self.size = _pack(recorder, set(place))
         place |= {b: (len(outputs) + 1, offset) for b, offset in offsets.items()}
-        self.inputs, self.steps = recorder.inputs, recorder.steps_taken
-        # of each allocation of the pass: which output, or the kept buffer, or the workspace, and the bytes from there
-        self.places = [place.get(b, (0, 0)) for b in range(recorder.inputs, len(recorder.buffers))]
+
+        def located(slot):
+            if slot is None or slot[0] < recorder.inputs:
+                return slot
+            region, start = place[slot[0]]
+            return recorder.inputs + region, start + slot[1], slot[2]
+
+        # launches: (plan, of each tensor None or (base, byte offset, dtype)); bases: inputs, outputs, kept, workspace
+        self.steps = [(plan, [located(slot) for slot in slots]) for plan, slots in recorder.steps_taken]
+        self.device = next(t.device for t in inputs if t is not None)
+        self.native = None
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.native = self._compiled(recorder.inputs + len(outputs) + 2)
+
+    def _compiled(self, bases: int):
+        """The steps as a tape of the extension, or None where it is missing or does not know how to launch one."""
+        native = _backends.native()
+        if isinstance(native, str):
+            return None
+        numbers: dict[tuple | None, int] = {None: 0}  # of addresses
+        steps = [(plan, [None if s is None else s[:2] for s in slots]) for plan, slots in self.steps]
+        for _, slots in steps:
+            for slot in slots:
+                numbers.setdefault(slot, len(numbers))
+        tape = native.Tape(bases, [(-1, 0) if slot is None else slot for slot in numbers])
+        try:
+            for plan, slots in steps:
+                plan.record(tape, [numbers[slot] for slot in slots])
+        except RuntimeError as error:
+            _backends._warn_once(f"p3d_kernels: kernels are launched from Python, which takes longer ({error})")
+            return None
+        return tape
 
     def run(
         self, inputs: list[Tensor | None], into: list[Tensor | None] | None = None
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """(outputs, kept); `into`: tensors like the outputs, dense and 16-byte aligned, that are written and given."""
-        device = next(t.device for t in inputs if t is not None)
+        device = self.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run(inputs, into)
         made = into or [
             None if s is None else torch.empty(s[0], dtype=s[1], device=device, memory_format=s[2]) for s in self.specs
         ]
         kept = torch.empty(self.kept.size, dtype=torch.uint8, device=device) if self.kept.size else None
-        regions = [*made, kept, torch.empty(self.size, dtype=torch.uint8, device=device)]
+        bases = [*inputs, *made, kept, torch.empty(self.size, dtype=torch.uint8, device=device)]
         if device.type != "cuda":
-            self._interpret(inputs, regions)
-        elif device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.run(inputs, into)
+            self._interpret(bases)
         else:
-            starts = [0 if t is None else t.data_ptr() for t in regions]
-            base = [0 if t is None else t.data_ptr() for t in inputs]
-            base += [starts[region] + offset for region, offset in self.places]
-            stream = current_stream(device.index)
-            for plan, slots in self.steps:
-                plan.launch(stream, *[0 if s is None else base[s[0]] + s[1] for s in slots])
+            self._launch([0 if t is None else t.data_ptr() for t in bases])
         return made, kept
 
-    def _interpret(self, inputs: list, regions: list) -> None:
+    def _launch(self, bases: list[int]) -> None:
+        index = self.device.index
+        stream = current_stream(index)
+        if self.native is not None:
+            self.native.run(bases, index, stream)
+            return
+        for plan, slots in self.steps:
+            plan.launch(stream, *[0 if s is None else bases[s[0]] + s[1] for s in slots])
+
+    def _interpret(self, bases: list[Tensor | None]) -> None:
         """The same on a CPU, where Triton's interpreter wants tensors in the place of addresses."""
 
         def tensor(slot):
             if slot is None:
                 return None
-            buffer, offset, dtype = slot
-            if buffer < self.inputs:
-                whole = inputs[buffer]
-            else:
-                region, start = self.places[buffer - self.inputs]
-                whole, offset = regions[region], offset + start
-            flat = whole.as_strided((whole.numel(),), (1,))
+            base, offset, dtype = slot
+            flat = bases[base].as_strided((bases[base].numel(),), (1,))
             if flat.dtype == dtype:
                 return flat[offset // dtype.itemsize :]
             flat = flat.view(torch.uint8)[offset:]
