@@ -105,16 +105,23 @@ void check(const char* error) {
 
 thread_local p3d::Tape* recording = nullptr;
 
+using Addresses = std::vector<uintptr_t>;
+
 template <typename T>
 decltype(auto) bound(const T& argument, const uint64_t* addresses) {
-    if constexpr (std::is_same_v<T, uintptr_t>)
+    if constexpr (std::is_same_v<T, uintptr_t>) {
         return uintptr_t(addresses[argument]);
-    else
+    } else if constexpr (std::is_same_v<T, Addresses>) {
+        Addresses found(argument.size());
+        for (size_t i = 0; i < found.size(); ++i) found[i] = addresses[argument[i]];
+        return found;
+    } else {
         return (argument);
+    }
 }
 
-// The module; what it defines that takes addresses is a launcher, which tapes can record. Every uintptr_t is an address
-// but for the last argument, the stream.
+// The module; what it defines that takes a stream is a launcher, which tapes can record. Every uintptr_t is an address,
+// alone or in a vector, but for the last argument, the stream.
 class Module {
  public:
     explicit Module(py::module_& module) : module_(module) {}
@@ -155,6 +162,8 @@ class Module {
     template <typename T>
     static void check_number(const T& argument) {
         if constexpr (std::is_same_v<T, uintptr_t>) recording->check(argument);
+        if constexpr (std::is_same_v<T, Addresses>)
+            for (uintptr_t number : argument) recording->check(number);
     }
 
     py::module_& module_;
@@ -639,4 +648,21 @@ PYBIND11_MODULE(_C, module) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
+
+    m.def(
+        "running_stats",
+        [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
+            // of each norm record, mean, var and count; (channels, momentum)
+            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
+            std::vector<p3d::RunningNorm> p(norms.size());
+            for (size_t i = 0; i < p.size(); ++i) {
+                p[i].record = pointer<const float>(addresses[4 * i]);
+                p[i].mean = pointer<float>(addresses[4 * i + 1]);
+                p[i].var = pointer<float>(addresses[4 * i + 2]);
+                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
+                std::tie(p[i].channels, p[i].momentum) = norms[i];
+            }
+            check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));
+        },
+        py::arg("addresses"), py::arg("norms"), py::arg("stream"));
 }

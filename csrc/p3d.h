@@ -426,4 +426,19 @@ const char* conv_infer(const ConvInfer& p);
 // The plan of this shape on the current device, with a tile as wished; or why there is none.
 const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish);
 
+// The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
+// torch.nn.BatchNorm3d has it.
+struct RunningNorm {
+    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
+    float* mean;          // [C]
+    float* var;           // [C]
+    int64_t* count;       // one; or nullptr
+    int channels;         // C
+    float momentum;
+};
+
+constexpr int kRunningNorms = 64;  // that one launch moves
+
+const char* running_stats(const RunningNorm* norms, int count, CUstream_st* stream);
+
 }  // namespace p3d

@@ -40,16 +40,19 @@ class Norm:
     def of(cls, module: nn.modules.batchnorm._BatchNorm) -> Norm:
         """The normalisation a BatchNorm module would do in its present mode."""
         own, buffers = module._parameters, module._buffers  # half the time of attribute access, on each block's path
-        return cls(
-            own["weight"],
-            own["bias"],
-            buffers["running_mean"],
-            buffers["running_var"],
-            buffers["num_batches_tracked"] if module.track_running_stats else None,
-            module.training or buffers["running_mean"] is None,
-            module.momentum,
-            module.eps,
+        running_mean = buffers["running_mean"]
+        norm = cls.__new__(cls)
+        norm.__dict__.update(  # in half the time that a frozen dataclass's own __init__ takes
+            weight=own["weight"],
+            bias=own["bias"],
+            running_mean=running_mean,
+            running_var=buffers["running_var"],
+            num_batches_tracked=buffers["num_batches_tracked"] if module.track_running_stats else None,
+            training=module.training or running_mean is None,
+            momentum=module.momentum,
+            eps=module.eps,
         )
+        return norm
 
     @property
     def updates(self) -> bool:
@@ -94,7 +97,8 @@ def update_running(norms: list[Norm], means: list[Tensor], variances: list[Tenso
         for n, m, v in live:
             if n.momentum == momentum:
                 running += [n.running_mean, n.running_var]
-                batch += [m.to(n.running_mean.dtype), v.to(n.running_var.dtype)]
+                batch += [m, v]
+        batch = [b if b.dtype == r.dtype else b.to(r.dtype) for r, b in zip(running, batch)]
         if momentum is None:  # cumulative mean: no host read of the counter, so one tensor at a time
             counts = [n.num_batches_tracked for n, _, _ in live if n.momentum is None for _ in range(2)]
             for r, b, count in zip(running, batch, counts):

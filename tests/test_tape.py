@@ -1,10 +1,20 @@
 """Tapes: a replay gives what the recorded pass gives, on other data, and never on a tensor it missed."""
 
+from __future__ import annotations
+
+import copy
+import threading
+import types
+
 import pytest
 import torch
 
-from p3d_kernels.ops import _tape
-from p3d_kernels.ops._tape import Tape, alloc, taped
+import p3d_kernels as p3d
+from nets import batch_norms, randomise, set_mode
+from p3d_kernels import _backends
+from p3d_kernels.nn import Bottleneck, BottleneckRow
+from p3d_kernels.ops import _cuda, _fused, _tape
+from p3d_kernels.ops._tape import NativePlan, Plan, Tape, alloc, taped
 
 CPU = torch.device("cpu")
 
@@ -192,3 +202,286 @@ def test_many_shapes_do_not_grow_without_bound(monkeypatch):
         a, b, c = inputs()
         taped((i,), chain(a, b, c), [a, b, c])
     assert len(_tape._tapes) <= 3
+
+
+# --- replay by the extension -----------------------------------------------------------------------------------------
+
+
+class ExtensionTape:
+    """Stands for the extension's: a step is (launch, numbers)."""
+
+    def __init__(self, bases, addresses):
+        self.bases, self.addresses, self.steps = bases, addresses, []
+
+    def add(self, launch, *numbers):
+        self.steps.append((launch, numbers))
+
+    def run(self, bases, device, stream):
+        assert len(bases) == self.bases
+        addresses = [0 if base < 0 else bases[base] + offset for base, offset in self.addresses]
+        for launch, numbers in self.steps:
+            launch(stream, *[addresses[n] for n in numbers])
+
+
+class LoggedAdd(Add):
+    """With a launch that notes the addresses it is given."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def launch(self, stream, *addresses):
+        self.log.append((stream, *addresses))
+
+    def record(self, tape, numbers):
+        tape.add(self.launch, *numbers)
+
+
+def test_both_replays_launch_with_the_same_addresses(monkeypatch):
+    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(Tape=ExtensionTape))
+    monkeypatch.setattr(_tape, "current_stream", lambda index: 7)
+    a, log = torch.randn(12), []
+
+    def pass_():
+        add, out, left, inner = LoggedAdd(log), alloc((4,), CPU), alloc((8,), CPU), alloc((8,), CPU)
+        add(a[4:8], a[8:], left[4:])
+        add(None, left[4:], inner[:4])
+        add(left[4:], inner[:4], out)
+        return [out, None], [left]
+
+    tape = Tape(pass_, [a, None])
+    bases = [1000, 0, 2000, 0, 3000, 4000]  # inputs, outputs, what is kept, workspace
+    tape._launch(bases)
+    from_python, log[:] = list(log), []
+    assert from_python == [(7, 1016, 1032, 3016), (7, 0, 3016, 4000), (7, 3016, 4000, 2000)]
+    tape.native = tape._compiled()
+    tape._launch(bases)
+    assert log == from_python
+
+
+def test_a_launch_that_the_extension_does_not_know_is_made_from_python(monkeypatch):
+    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(Tape=ExtensionTape))
+    run = types.SimpleNamespace(launch=None, launch_cooperative_grid=False, launch_pdl=True)
+    plan = Plan(None, (1,), ())
+    plan.compiled = types.SimpleNamespace(run=run, packed_metadata=(4, 1, 0))  # no word of scratch memory
+    monkeypatch.setattr(LoggedAdd, "record", lambda self, tape, numbers: plan.record(tape, numbers))
+    a = torch.randn(4)
+
+    def pass_():
+        out = alloc((4,), CPU)
+        LoggedAdd([])(a, a, out)
+        return [out], []
+
+    tape = Tape(pass_, [a])
+    with pytest.warns(RuntimeWarning, match="launched from Python.*Triton's launcher"):
+        assert tape._compiled() is None
+
+
+def test_the_parameters_of_a_triton_launch():
+    """Pointers by number, scalars as bytes of the type that Triton settled on; None and constants are no parameters."""
+    added = []
+    tape = types.SimpleNamespace(add_triton=lambda *args: added.append(args))
+    run = types.SimpleNamespace(
+        launch=None, launch_cooperative_grid=0, launch_pdl=True, global_scratch_size=0, profile_scratch_size=0
+    )
+    kinds = ["*bf16", "constexpr", "*fp32", "i32", "fp32", "i64", "constexpr"]
+    plan = Plan(None, (5, 2), ())
+    plan.compiled = types.SimpleNamespace(
+        run=run, packed_metadata=(4, 1, 1024), function=99, src=types.SimpleNamespace(signature=dict(enumerate(kinds)))
+    )
+    plan.tail = (-2, 1.0, 1 << 40, 64)
+    plan.record(tape, [3, 0, 8])
+    words = [(8, 3, True), (8, 8, True), (4, 0xFFFFFFFE, False), (4, 0x3F800000, False), (8, 1 << 40, False)]
+    assert added == [(99, (5, 2, 1), (128, 1024, False, True), words + [(8, 0, False)] * 2)]
+
+
+def extension():
+    native = _backends.native()
+    if isinstance(native, str):
+        pytest.skip(native)
+    return native
+
+
+def refused(native):
+    """A launch that its kernel's host code refuses."""
+    shape = 1, 1, 1, 64, 64, "bfloat16"
+    return NativePlan(lambda stream, address: native.spatial_conv(*[address] * 6, *shape, stream))
+
+
+def test_a_launch_that_fails_raises_from_the_extension():
+    native = extension()
+    tape = native.Tape(1, [(-1, 0), (0, 0)])
+    refused(native).record(tape, [1])
+    with pytest.raises(RuntimeError, match="expected partials or out_affine, got both"):
+        tape.run([16], 0, 0)
+    with pytest.raises(IndexError, match="other bases"):
+        tape.run([16, 32], 0, 0)
+    with pytest.raises(IndexError, match="does not have"):
+        refused(native).record(tape, [2])
+    with pytest.raises(RuntimeError, match="other than one kernel"):
+        NativePlan(lambda stream, address: None).record(tape, [1])
+
+
+# --- rows of blocks --------------------------------------------------------------------------------------------------
+
+
+def row(kinds="ABC", channels=16) -> BottleneckRow:
+    torch.manual_seed(0)
+    blocks = [Bottleneck(24, channels, kinds[0], stride=2)]
+    blocks += [Bottleneck(4 * channels, channels, kind) for kind in kinds[1:]]
+    return randomise(BottleneckRow(*blocks))
+
+
+def step(net, x):
+    """Output, gradients and running statistics after a step."""
+    x = x.detach().requires_grad_()
+    for p in net.parameters():
+        p.grad = None
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = net(x)
+    y.float().square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *(b.clone() for b in net.buffers())]
+
+
+@pytest.fixture
+def own_tapes(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    with p3d.use_backend("triton"):
+        if why := _backends.why_not("triton", torch.empty(1)):
+            pytest.skip(why)
+        yield
+
+
+def test_running_statistics_stay_where_a_launch_in_the_middle_fails(own_tapes):
+    net, x = row("A"), torch.randn(1, 24, 2, 5, 5)
+    net(x)
+    before = [b.clone() for b in net.buffers()]
+    (tape,) = _tape._tapes.values()
+
+    class Fails:
+        def __call__(self, *tensors):
+            raise RuntimeError("no launch")
+
+    tape.steps.insert(len(tape.steps) // 2, (Fails(), []))
+    with pytest.raises(RuntimeError, match="no launch"):
+        net(x)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before))
+    assert all(norm.num_batches_tracked == 1 for norm in batch_norms(net))
+
+
+class MovesRunning:
+    """Stands for the plan of `_cuda.running_stats`: records, means, variances and counts, flat in a replay."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __call__(self, *tensors):
+        if _tape._recording.recorder is not None:
+            _tape._recording.recorder.step(self, tensors)
+        for i, (channels, momentum) in enumerate(self.sizes):
+            record, mean, var, count = tensors[4 * i : 4 * i + 4]
+            record = record.flatten()[: 5 * channels].view(5, channels)
+            mean[:channels].lerp_(record[0], momentum)
+            var[:channels].lerp_(record[4], momentum)
+            count.flatten()[0] += 1
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen", "other momenta", "momentum None"])
+def test_running_statistics_that_a_launch_of_the_tape_moves(mode, own_tapes, monkeypatch):
+    nets = [row("BC"), row("BC")]
+    for net in nets:
+        set_mode(net, "frozen" if mode == "frozen" else "train")
+        batch_norms(net)[1].momentum = None if mode == "momentum None" else 0.7 if mode == "other momenta" else 0.1
+    x, versions = torch.randn(1, 24, 2, 5, 5), [b._version for b in nets[1].buffers()]
+    monkeypatch.setattr(_fused, "_settled", {})
+    want = [step(nets[0], x) for _ in range(3)]
+    plans = []
+
+    def plan_for(key, build):
+        plans.append(key)
+        return MovesRunning(key[1])
+
+    monkeypatch.setattr(_fused, "_settled", {})
+    monkeypatch.setattr(_fused, "cuda_allowed", lambda x: True)
+    monkeypatch.setattr(_cuda, "plan_for", plan_for)
+    got = [step(nets[1], x) for _ in range(3)]  # recorded, then replayed
+    for a, b in zip(want, got, strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+    assert len(plans) == (mode != "momentum None")
+    moved = [b._version > v for b, v in zip(nets[1].buffers(), versions)]
+    assert all(moved) if mode != "frozen" else moved.count(True) == 3  # of one norm
+
+
+gpu = pytest.mark.gpu
+CASES = [("ABC", 16), ("BC", 64), (("2d", "2d"), 64)]  # Triton alone, and with CUDA kernels
+
+
+def steps_of(kinds, channels, monkeypatch, native: bool):
+    """Three steps: the first records, the others replay; and a fourth under capture."""
+    monkeypatch.setattr(_tape, "_tapes", {})
+    net = row(kinds, channels).cuda()
+    clips = [torch.randn(2, 24, 4, 9, 10, generator=torch.Generator().manual_seed(i)).cuda() for i in range(4)]
+    seen = []
+    with monkeypatch.context() as context:
+        if not native:
+            context.setattr(Tape, "_compiled", lambda self: None)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            seen += [step(net, x) for x in clips[:3]]
+        torch.cuda.synchronize()
+        x = clips[3].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(net, x)
+        graph.replay()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert _tape._tapes and all((tape.native is not None) == native for tape in _tape._tapes.values())
+    return [*(t for results in seen for t in results), *captured]
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("kinds, channels", CASES)
+def test_the_extension_replays_bit_for_bit_as_python_does(kinds, channels, monkeypatch):
+    with_extension = steps_of(kinds, channels, monkeypatch, True)
+    from_python = steps_of(kinds, channels, monkeypatch, False)
+    for a, b in zip(with_extension, from_python, strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+def test_a_failure_in_the_middle_of_a_replay_by_the_extension(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    net, x = row("ABC", 64).cuda(), torch.randn(2, 24, 4, 9, 10).cuda()
+    twin = copy.deepcopy(net)
+    step(net, x), step(twin, x)
+    before = [b.clone() for b in net.buffers()]
+    tape = next(iter(_tape._tapes.values()))  # of the forward
+    whole, at = tape.native, len(tape.steps) // 2
+    tape.steps.insert(at, (refused(extension()), [(0, 0, x.dtype)]))
+    tape.native = tape._compiled()
+    with pytest.raises(RuntimeError, match="got both"):
+        step(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before))
+    del tape.steps[at]
+    tape.native = whole
+    for a, b in zip(step(net, x), step(twin, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+def test_a_replay_in_a_thread_that_has_launched_nothing(monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    net, x = row("AB", 64).cuda(), torch.randn(2, 24, 4, 9, 10).cuda()
+    twin = copy.deepcopy(net)
+    step(twin, x)
+    want, got = step(copy.deepcopy(net), x), []
+    thread = threading.Thread(target=lambda: got.extend(step(net, x)))
+    thread.start()
+    thread.join()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, reference
+from .._norm import Norm
 from ._tape import NativePlan, alloc, plan_for
 from ._triton import Operand
 from .max_pool import out_sizes
@@ -960,3 +961,33 @@ def temporal_infer(
 
     plan_for(("temporal_infer", x.shape, x.dtype, x.device, join), build)(x, o, w, record, y)
     return y
+
+
+def moves(norms: Sequence[Norm]) -> bool:
+    """Whether `running_stats` can move the running statistics of those norms that have any to move."""
+    live = [n for n in norms if n.updates]
+    return bool(live) and all(
+        n.momentum is not None and all(map(_is_running, (n.running_mean, n.running_var))) for n in live
+    )
+
+
+def _is_running(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.is_contiguous()
+
+
+def running_stats(norms: Sequence[Norm], records: Sequence[Tensor]) -> None:
+    """Move running statistics as BatchNorm3d does, towards the mean and unbiased variance of records [5, C].
+
+    One launch for all norms that `moves` says yes to; those that have nothing to move are passed over.
+    """
+    live = [(n, r) for n, r in zip(norms, records, strict=True) if n.updates]
+    sizes = [(r.size(1), n.momentum) for n, r in live]
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        return NativePlan(lambda stream, *addresses: native.running_stats(addresses, sizes, stream))
+
+    tensors = [t for n, r in live for t in (r, n.running_mean, n.running_var, n.num_batches_tracked)]
+    plan_for(("running_stats", tuple(sizes), records[0].device), build)(*tensors)

@@ -13,11 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from .. import _backends
 from .._checks import compute_dtype
 from .._norm import Norm, update_running
-from ._conv import is_packed, pack, pack_weight, weight_grad
+from . import _cuda
+from ._conv import cuda_allowed, is_packed, pack, pack_weight, weight_grad
 from ._tape import keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
@@ -58,7 +60,14 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
     return [t for n in norms for t in (n.weight, n.bias)] + list(running)
 
 
-_settled: dict[tuple, object] = {}  # what a checked call depends on -> the key of its tapes
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A call whose arguments were checked: the key of its tapes."""
+
+    moves: bool  # the forward's tape moves the running statistics, as its last launch
+
+
+_settled: dict[tuple, _Call] = {}  # by what a checked call depends on
 
 
 def dispatch(
@@ -94,7 +103,8 @@ def dispatch(
         if _backends.choose(op, x, lambda _: why_not(x)) == "aten":
             return plain(x)
         if key is not None:
-            settled = keep(_settled, key, object())
+            present = [n for n in norms if n is not None]
+            settled = keep(_settled, key, _Call(cuda_allowed(x) and _cuda.moves(present)))
     present = ([a for a in of if a is not None] for of in (weights, norms))
     return _run(SCHEDULES[op], x, *present, config, settled)
 
@@ -105,8 +115,8 @@ def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
     modes = [
         None
         if n is None
-        else (n.training, n.eps, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
-        + _of(n.num_batches_tracked)
+        else (n.training, n.eps, n.momentum, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
+        + (*_of(n.num_batches_tracked), n.updates and n.running_mean.is_contiguous() and n.running_var.is_contiguous())
         for n in norms
     ]
     precision = input_precision(dtype, x.device)
@@ -131,14 +141,23 @@ class _Function(torch.autograd.Function):
         def pass_():
             packed = [pack(w.detach(), x_in.dtype) for w in weights]
             y, records, raws = schedule.fwd(x_in, packed, norms, config)
+            if key.moves:
+                _cuda.running_stats(norms, records)
             return [y], [*records, *raws, *(p for p, w in zip(packed, weights) if not is_packed(w, x_in.dtype))]
 
         def rows():  # mean and unbiased variance of each record [5, C]
             channels = [w.size(0) for w in weights]
             return [(i, row * c, c) for i, c in enumerate(channels) for row in (0, 4)]
 
-        (y,), kept, layout = taped(("fwd", key), pass_, [x_in, *weights, *_stats(norms)])
-        if any(norm.updates for norm in norms):
+        inputs = [x_in, *weights, *_stats(norms)]
+        if key.moves:
+            live = [n for n in norms if n.updates]
+            running = [t for n in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
+            inputs += running
+        (y,), kept, layout = taped(("fwd", key), pass_, inputs)
+        if key.moves:
+            increment_version([t for t in running if t is not None])
+        elif any(norm.updates for norm in norms):
             batch = layout.cut(kept, rows)
             update_running(norms, batch[::2], batch[1::2])
         ctx.save_for_backward(x_in, y, kept, *weights)
@@ -189,7 +208,7 @@ def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Ten
 
 
 def _run(
-    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: object | None
+    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: _Call | None
 ) -> Tensor:
     """Run `schedule` on checked arguments and move the running statistics. key: that of its tapes, if they have one."""
     affine = [p for norm in norms for p in (norm.weight, norm.bias)]
@@ -206,7 +225,7 @@ def _run(
         return y
     if frozen and not grad:
         return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
-    key = key or object()  # of which there is no second
+    key = key or _Call(False)  # of which there is no second
     return _Function.apply(schedule, config, norms, key, x, *weights, *affine)
 
 

@@ -306,13 +306,14 @@ class Tape:
 
         # launches: (plan, of each tensor None or (base, byte offset, dtype)); bases: inputs, outputs, kept, workspace
         self.steps = [(plan, [located(slot) for slot in slots]) for plan, slots in recorder.steps_taken]
+        self.bases = recorder.inputs + len(outputs) + 2
         self.device = next(t.device for t in inputs if t is not None)
         self.native = None
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                self.native = self._compiled(recorder.inputs + len(outputs) + 2)
+                self.native = self._compiled()
 
-    def _compiled(self, bases: int):
+    def _compiled(self):
         """The steps as a tape of the extension, or None where it is missing or does not know how to launch one."""
         native = _backends.native()
         if isinstance(native, str):
@@ -322,7 +323,7 @@ class Tape:
         for _, slots in steps:
             for slot in slots:
                 numbers.setdefault(slot, len(numbers))
-        tape = native.Tape(bases, [(-1, 0) if slot is None else slot for slot in numbers])
+        tape = native.Tape(self.bases, [(-1, 0) if slot is None else slot for slot in numbers])
         try:
             for plan, slots in steps:
                 plan.record(tape, [numbers[slot] for slot in slots])
