@@ -10,6 +10,7 @@ from torch import nn
 
 from p3d_kernels import Norm
 from p3d_kernels._norm import check_norm, update_running
+from p3d_kernels.ops import _cuda
 
 X = torch.randn(2, 6, 3, 4, 5)
 
@@ -89,6 +90,33 @@ def test_update_running_records_no_gradient():
     module = nn.BatchNorm3d(6)
     update_running([Norm.of(module)], [torch.ones(6, requires_grad=True)], [torch.ones(6, requires_grad=True)])
     assert not module.running_mean.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_one_launch_moves_running_statistics_as_foreach_does():
+    """More norms than a launch takes, of odd sizes, frozen or without a counter among them."""
+    modules = [nn.BatchNorm3d(1 + 37 * i % 1100, momentum=(0.1, 0.0, 1.0, 0.7)[i % 4]).cuda() for i in range(150)]
+    modules[3].eval()
+    modules[70].num_batches_tracked = None
+    twins = copy.deepcopy(modules)
+    for _ in range(2):
+        records = [torch.randn(5, m.num_features, device="cuda") for m in modules]
+        norms = [Norm.of(m) for m in modules]
+        assert _cuda.moves(norms)
+        _cuda.running_stats(norms, records)
+        update_running([Norm.of(t) for t in twins], [r[0] for r in records], [r[4] for r in records])
+    for module, twin in zip(modules, twins):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_norms_that_one_launch_does_not_move():
+    modules = [nn.BatchNorm3d(6), nn.BatchNorm3d(6, momentum=None), nn.BatchNorm3d(6).half(), nn.BatchNorm3d(6).eval()]
+    assert [_cuda.moves([Norm.of(m)]) for m in modules] == [True, False, False, False]
+    assert not _cuda.moves([Norm.of(m) for m in modules]) and _cuda.moves([Norm.of(m) for m in modules[::3]])
+    strided = Norm(running_mean=torch.zeros(12)[::2], running_var=torch.ones(6))
+    assert not _cuda.moves([strided])
 
 
 C5, C6 = torch.ones(5), torch.ones(6)

@@ -652,7 +652,8 @@ def _wgrad_tile(co: int, columns: int, taps: int, dtype: torch.dtype, g: Operand
 
 def weight_grad(dw: Tensor, w: Tensor) -> Tensor:
     """dw [Co * Ci * taps] float32, as the kernels leave it, with the shape and dtype of w [Co, Ci, kT, kH, kW]."""
-    return dw.view(w.shape).to(w.dtype)
+    dw = dw.view(w.shape)
+    return dw if w.dtype == torch.float32 else dw.to(w.dtype)  # a call that changes nothing costs the host all the same
 
 
 # --- in CUDA --------------------------------------------------------------------------------------------------------

@@ -111,20 +111,19 @@ def dispatch(
 
 def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
     """All that the checks of a call and the launches of its passes depend on."""
-    layouts = [None if w is None else (*_of(w), w.stride(), w.data_ptr() & 15) for w in weights]
-    modes = [
-        None
-        if n is None
-        else (n.training, n.eps, n.momentum, *_of(n.weight), *_of(n.bias), *_of(n.running_mean), *_of(n.running_var))
-        + (*_of(n.num_batches_tracked), n.updates and n.running_mean.is_contiguous() and n.running_var.is_contiguous())
-        for n in norms
-    ]
+    tensors, modes = [x], []
+    for n in norms:
+        if n is not None:
+            mean, var = n.running_mean, n.running_var
+            dense = mean is not None and n.training and mean.is_contiguous() and var.is_contiguous()
+            tensors += n.weight, n.bias, mean, var, n.num_batches_tracked
+            modes += n.training, n.eps, n.momentum, dense
+        else:
+            modes.append(None)
+    layouts = [None if w is None else (w.shape, w.dtype, w.device, w.stride(), w.data_ptr() & 15) for w in weights]
+    kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     precision = input_precision(dtype, x.device)
-    return op, *_of(x), dtype, weight_dtype, config, precision, _backends.forced(), tuple(layouts), tuple(modes)
-
-
-def _of(t: Tensor | None) -> tuple:
-    return (None,) if t is None else (t.shape, t.dtype, t.device)
+    return op, dtype, weight_dtype, config, precision, _backends.forced(), (*kinds, *layouts), tuple(modes)
 
 
 class _Function(torch.autograd.Function):
@@ -192,7 +191,10 @@ class _Function(torch.autograd.Function):
         grads = iter(grads_layout.cut(grads, pieces))
         dws = [weight_grad(next(grads), w) if need else None for w, need in zip(weights, needs_w)]
         affine = [p for norm in norms for p in (norm.weight, norm.bias)]
-        return None, None, None, None, dx, *dws, *(None if p is None else g.to(p.dtype) for p, g in zip(affine, grads))
+        affine = [
+            None if p is None else g if p.dtype == torch.float32 else g.to(p.dtype) for p, g in zip(affine, grads)
+        ]
+        return None, None, None, None, dx, *dws, *affine
 
 
 def records_of(norms: list[Norm], x: Tensor) -> list[Tensor]:
