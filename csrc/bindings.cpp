@@ -107,9 +107,11 @@ thread_local p3d::Tape* recording = nullptr;
 
 using Addresses = std::vector<uintptr_t>;
 
-template <typename T>
-decltype(auto) bound(const T& argument, const uint64_t* addresses) {
-    if constexpr (std::is_same_v<T, uintptr_t>) {
+template <bool kStream, typename T>
+decltype(auto) bound(const T& argument, const uint64_t* addresses, CUstream_st* stream) {
+    if constexpr (kStream) {
+        return reinterpret_cast<uintptr_t>(stream);
+    } else if constexpr (std::is_same_v<T, uintptr_t>) {
         return uintptr_t(addresses[argument]);
     } else if constexpr (std::is_same_v<T, Addresses>) {
         Addresses found(argument.size());
@@ -120,8 +122,8 @@ decltype(auto) bound(const T& argument, const uint64_t* addresses) {
     }
 }
 
-// The module; what it defines that takes a stream is a launcher, which tapes can record. Every uintptr_t is an address,
-// alone or in a vector, but for the last argument, the stream.
+// The module; what it defines that takes a stream is a launcher, which tapes can record. The last uintptr_t is the
+// stream, the others, alone or in a vector, are addresses.
 class Module {
  public:
     explicit Module(py::module_& module) : module_(module) {}
@@ -132,18 +134,26 @@ class Module {
     }
 
  private:
+    template <typename... Arguments>
+    static constexpr size_t stream_of() {  // sizeof...(Arguments): there is none
+        constexpr bool words[] = {std::is_same_v<Arguments, uintptr_t>..., false};
+        size_t found = sizeof...(Arguments);
+        for (size_t i = 0; i < sizeof...(Arguments); ++i)
+            if (words[i]) found = i;
+        return found;
+    }
+
     template <typename Function, typename Result, typename... Arguments, typename... Extra>
     void define(const char* name, Function function, Result (Function::*)(Arguments...) const, const Extra&... extra) {
-        using Kept = std::tuple<std::decay_t<Arguments>...>;
-        if constexpr ((std::is_same_v<std::decay_t<Arguments>, uintptr_t> || ...)) {
-            constexpr size_t kStream = sizeof...(Arguments) - 1;
+        constexpr size_t kStream = stream_of<std::decay_t<Arguments>...>();
+        if constexpr (kStream < sizeof...(Arguments)) {
             static_assert(std::is_void_v<Result>, "a launcher returns nothing");
-            static_assert(std::is_same_v<std::tuple_element_t<kStream, Kept>, uintptr_t>, "the stream comes last");
             module_.def(
                 name,
                 [function](Arguments... arguments) {
                     if (!recording) return function(arguments...);
-                    record(function, Kept(arguments...), std::make_index_sequence<kStream>());
+                    std::tuple<std::decay_t<Arguments>...> kept(arguments...);
+                    record<kStream>(function, kept, std::index_sequence_for<Arguments...>());
                 },
                 extra...);
         } else {
@@ -151,11 +161,11 @@ class Module {
         }
     }
 
-    template <typename Function, typename Kept, size_t... I>
+    template <size_t kStream, typename Function, typename Kept, size_t... I>
     static void record(const Function& function, const Kept& kept, std::index_sequence<I...>) {
         (check_number(std::get<I>(kept)), ...);
         recording->add([function, kept](const uint64_t* addresses, CUstream_st* stream) {
-            function(bound(std::get<I>(kept), addresses)..., reinterpret_cast<uintptr_t>(stream));
+            function(bound<I == kStream>(std::get<I>(kept), addresses, stream)...);
         });
     }
 

@@ -438,7 +438,7 @@ def steps_of(kinds, channels, monkeypatch, native: bool):
         graph.replay()
     torch.cuda.synchronize()
     assert _tape._tapes and all((tape.native is not None) == native for tape in _tape._tapes.values())
-    return [*(t for results in seen for t in results), *captured]
+    return [t.clone() for results in (*seen, captured) for t in results]
 
 
 @gpu

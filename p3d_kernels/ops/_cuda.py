@@ -966,13 +966,14 @@ def temporal_infer(
 def moves(norms: Sequence[Norm]) -> bool:
     """Whether `running_stats` can move the running statistics of those norms that have any to move."""
     live = [n for n in norms if n.updates]
-    return bool(live) and all(
-        n.momentum is not None and all(map(_is_running, (n.running_mean, n.running_var))) for n in live
+    statistics = [t for n in live for t in (n.running_mean, n.running_var)]
+    counters = [n.num_batches_tracked for n in live if n.num_batches_tracked is not None]
+    return (
+        bool(live)
+        and all(n.momentum is not None for n in live)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics)
+        and all(t.dtype == torch.int64 for t in counters)
     )
-
-
-def _is_running(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.is_contiguous()
 
 
 def running_stats(norms: Sequence[Norm], records: Sequence[Tensor]) -> None:

@@ -327,7 +327,7 @@ class Tape:
         try:
             for plan, slots in steps:
                 plan.record(tape, [numbers[slot] for slot in slots])
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError, struct.error) as error:  # of another Triton
             _backends._warn_once(f"p3d_kernels: kernels are launched from Python, which takes longer ({error})")
             return None
         return tape
