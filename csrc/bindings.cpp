@@ -239,6 +239,23 @@ PYBIND11_MODULE(_C, module) {
     Module m(module);
 
     m.def(
+        "running_stats",
+        [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
+            // of each norm record, mean, var and count; (channels, momentum)
+            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
+            std::vector<p3d::RunningNorm> p(norms.size());
+            for (size_t i = 0; i < p.size(); ++i) {
+                p[i].record = pointer<const float>(addresses[4 * i]);
+                p[i].mean = pointer<float>(addresses[4 * i + 1]);
+                p[i].var = pointer<float>(addresses[4 * i + 2]);
+                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
+                std::tie(p[i].channels, p[i].momentum) = norms[i];
+            }
+            check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));
+        },
+        py::arg("addresses"), py::arg("norms"), py::arg("stream"));
+
+    m.def(
         "spatial_conv",
         [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t affine, uintptr_t out_affine, uintptr_t partials,
            int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
@@ -693,21 +710,4 @@ PYBIND11_MODULE(_C, module) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
-
-    m.def(
-        "running_stats",
-        [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
-            // of each norm record, mean, var and count; (channels, momentum)
-            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
-            std::vector<p3d::RunningNorm> p(norms.size());
-            for (size_t i = 0; i < p.size(); ++i) {
-                p[i].record = pointer<const float>(addresses[4 * i]);
-                p[i].mean = pointer<float>(addresses[4 * i + 1]);
-                p[i].var = pointer<float>(addresses[4 * i + 2]);
-                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
-                std::tie(p[i].channels, p[i].momentum) = norms[i];
-            }
-            check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));
-        },
-        py::arg("addresses"), py::arg("norms"), py::arg("stream"));
 }

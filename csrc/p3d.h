@@ -226,6 +226,21 @@ const char* gram_dgrad(const GramDgrad& p);
 const char* gram_dgrad_why_not(const ConvTrainShape& shape);
 int gram_dgrad_partials(const ConvTrainShape& shape);
 
+// The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
+// torch.nn.BatchNorm3d has it.
+struct RunningNorm {
+    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
+    float* mean;          // [C]
+    float* var;           // [C]
+    int64_t* count;       // one; or nullptr
+    int channels;         // C
+    float momentum;
+};
+
+constexpr int kRunningNorms = 64;  // that one launch moves
+
+const char* running_stats(const RunningNorm* norms, int count, CUstream_st* stream);
+
 // A stem: conv 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2.
 struct StemShape {
     int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W
@@ -463,20 +478,5 @@ const char* gram_tiles(const GramTiles& p);
 // The plan of this shape on the current device, with a tile as wished, or why there is none; and R of its partials.
 const char* conv_tiles_plan(ConvInferPlan& plan, const ConvTilesShape& shape, const ConvInferTile& wish);
 int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan);
-
-// The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
-// torch.nn.BatchNorm3d has it.
-struct RunningNorm {
-    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
-    float* mean;          // [C]
-    float* var;           // [C]
-    int64_t* count;       // one; or nullptr
-    int channels;         // C
-    float momentum;
-};
-
-constexpr int kRunningNorms = 64;  // that one launch moves
-
-const char* running_stats(const RunningNorm* norms, int count, CUstream_st* stream);
 
 }  // namespace p3d
