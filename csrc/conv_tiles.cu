@@ -496,12 +496,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     }
 
     int thread = threadIdx.x, rows = Shape::kRows / a.splits, begin = job.rank * rows;
-    for (int i = 0; i < 2; ++i) {
-        const Source& x = a.x[i];
-        int channels = x.chunks * kChunk;
-        prepare(base + a.constants + constants_before(a.x, i), planes_of(x.read, x.affine_b), channels, thread,
-                Shape::kConsumers, [&](int row, int channel) { return constant_of(x, row, channel, channels); });
-    }
+    prepare_source(base + a.constants, a.x[0], thread, Shape::kConsumers);
+    if (kGram) prepare_source(base + a.constants + constants_before(a.x, 1), a.x[1], thread, Shape::kConsumers);
     if (thread < Shape::kRows) {
         int4 row = row_of(a, job, thread);
         store_shared(base + a.rows + 16 * thread,

@@ -237,12 +237,7 @@ __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, 
 template <Form kForm, int kChunks>
 __device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& place, int thread) {
     constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
-    for (int i = 0; i < 2; ++i) {
-        const Source& x = a.x[i];
-        int channels = x.chunks * kChunk;
-        prepare(place.constants + constants_before(a.x, i), planes_of(x.read, x.affine_b), channels, thread, 256,
-                [&](int row, int channel) { return constant_of(x, row, channel, channels); });
-    }
+    for (int i = 0; i < 2; ++i) prepare_source(place.constants + constants_before(a.x, i), a.x[i], thread, 256);
     int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices * kChunk : 0;
     prepare(place.epilogue, 3, kColumns * kChunk, thread, 256,
             [&](int row, int channel) { return epilogue_constant(a, row, first + channel); });

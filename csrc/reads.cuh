@@ -45,21 +45,52 @@ __device__ __forceinline__ void pin(Fragments& x) {
 
 // ---- Constants, which lie in planes: a plane has two rows of them, (row 0 twice, row 1 twice) a pair of channels.
 
-// Row `row` of the constants of a read for a channel:
+// A row of constants: of[channel] * factor[channel] * scale, no `factor` being one, no `of` zero.
+struct ConstantRow {
+    const float *of = nullptr, *factor = nullptr;
+    float scale = 1;
+
+    __device__ __forceinline__ float2 operator()(int channel) const {
+        if (!of) return {};
+        float2 v = *reinterpret_cast<const float2*>(of + channel), by = {1, 1};
+        if (factor) by = *reinterpret_cast<const float2*>(factor + channel);
+        return {v.x * by.x * scale, v.y * by.y * scale};
+    }
+};
+
+// Row `row` of the constants of a read:
 //   bn_relu  mean, scale and bias of a
 //   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
 //   masked   scale of b
 //   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
-__device__ __forceinline__ float constant_of(const Source& x, int row, int channel, int channels) {
-    int at = row % 3 * channels + channel;
-    if (x.read == Read::masked) return row == 0 ? x.affine_b[channels + channel] : 0;
+__device__ __forceinline__ ConstantRow constant_row(const Source& x, int row, int channels) {
+    int at = row % 3 * channels;
+    if (x.read == Read::masked) return {row == 0 && x.affine_b ? x.affine_b + channels : nullptr};
     if (x.read == Read::bn_bwd || x.read == Read::bn_bwd_open) {
-        if (row < 3) return x.affine_b[at];
-        return row < 5 ? -x.affine_b[channels + channel] * x.sums[at] : 0;
+        if (row < 3) return {x.affine_b + at};
+        return row < 5 ? ConstantRow{x.sums + at, x.affine_b + channels, -1} : ConstantRow{};
     }
-    if (x.read == Read::bn_relu && row >= 3) return 0;
-    float v = row < 3 ? x.affine_a[at] : x.affine_b[at];
-    return x.read == Read::join_c && row % 3 ? 0.5f * v : v;
+    const float* affine = row < 3 ? x.affine_a : x.affine_b;
+    return {affine ? affine + at : nullptr, nullptr, x.read == Read::join_c && row % 3 ? 0.5f : 1};
+}
+
+__device__ __forceinline__ void prepare_source(uint32_t target, const Source& x, int thread, int threads) {
+    int channels = x.chunks * kChunk, planes = planes_of(x.read, x.affine_b);
+    if (planes == 0) return;
+    ConstantRow rows[6];
+#pragma unroll
+    for (int row = 0; row < 6; ++row) rows[row] = constant_row(x, row, channels);
+#pragma unroll 4
+    for (int pair = thread; pair < channels / 2; pair += threads) {
+        float2 v[6];
+#pragma unroll
+        for (int row = 0; row < 6; ++row) v[row] = rows[row](2 * pair);
+#pragma unroll
+        for (int p = 0; p < 3; ++p)
+            if (p < planes)
+                store_affine(target + 16 * (p * channels / 2 + pair),
+                             {v[2 * p].x, v[2 * p].y, v[2 * p + 1].x, v[2 * p + 1].y});
+    }
 }
 
 template <typename Value>
