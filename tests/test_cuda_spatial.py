@@ -44,6 +44,20 @@ STREAMED = [
     (3, 1, 40, 41, 256, 128),
     (12, 4, 20, 20, 128, 128),
 ]
+# The weight gradient's tiles: parts of rows, the last of them narrower or one column, rows that do not divide, more
+# turns than stages, frames of few pixels, stages of P3D-63.
+WGRAD = [
+    (1, 2, 3, 300, 64, 64),
+    (1, 1, 2, 173, 128, 64),
+    (2, 3, 41, 71, 64, 128),
+    (1, 1, 300, 1, 64, 64),
+    (64, 4, 1, 1, 64, 64),
+    (40, 4, 2, 3, 128, 64),
+    (32, 8, 40, 40, 64, 64),
+    (32, 4, 20, 20, 128, 128),
+    (31, 2, 19, 21, 64, 192),
+    (32, 1, 5, 5, 512, 512),
+]
 # What inference takes another kernel for: every tile size of it, one and two chunks, rows that do not divide, more
 # stores than one a tile, several turns, several blocks of couts.
 BOXES = [
@@ -291,7 +305,7 @@ def test_runs_of_training_are_equal(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED + WGRAD, ids=_names)
 def test_plain_wgrad(shape, dtype):
     n, t, h, w, ci, co = shape
     dz, a = _activation(n, co, t, h, w, dtype), _activation(n, ci, t, h, w, dtype)
@@ -302,7 +316,7 @@ def test_plain_wgrad(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", RESIDENT + STREAMED, ids=_names)
+@pytest.mark.parametrize("shape", RESIDENT + STREAMED + WGRAD, ids=_names)
 def test_wgrad_with_both_prologues(shape, dtype):
     n, t, h, w, ci, co = shape
     (g, z, affine, sums), a, a_affine = _gradient(shape, dtype), _activation(n, ci, t, h, w, dtype), _affine(ci)
@@ -312,7 +326,9 @@ def test_wgrad_with_both_prologues(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prologues", [(False, True), (True, False)], ids=str)
-@pytest.mark.parametrize("shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6]], ids=_names)
+@pytest.mark.parametrize(
+    "shape", [RESIDENT[3], RESIDENT[5], *STREAMED[1:3], STREAMED[6], *WGRAD[:3], WGRAD[5]], ids=_names
+)
 def test_wgrad_prologues_are_independent(shape, prologues):
     n, t, h, w, ci, co = shape
     (g, z, affine, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
