@@ -40,19 +40,16 @@ class Norm:
     def of(cls, module: nn.modules.batchnorm._BatchNorm) -> Norm:
         """The normalisation a BatchNorm module would do in its present mode."""
         own, buffers = module._parameters, module._buffers  # half the time of attribute access, on each block's path
-        running_mean = buffers["running_mean"]
-        norm = cls.__new__(cls)
-        norm.__dict__.update(  # in half the time that a frozen dataclass's own __init__ takes
-            weight=own["weight"],
-            bias=own["bias"],
-            running_mean=running_mean,
-            running_var=buffers["running_var"],
-            num_batches_tracked=buffers["num_batches_tracked"] if module.track_running_stats else None,
-            training=module.training or running_mean is None,
-            momentum=module.momentum,
-            eps=module.eps,
+        return cls(
+            own["weight"],
+            own["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"] if module.track_running_stats else None,
+            module.training or buffers["running_mean"] is None,
+            module.momentum,
+            module.eps,
         )
-        return norm
 
     @property
     def updates(self) -> bool:
