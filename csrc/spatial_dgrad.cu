@@ -1,15 +1,27 @@
-// The input gradient of the spatial convolution (spatial_kernel.cuh).
-#include "spatial_kernel.cuh"
+// The input gradient of the spatial convolution (spatial_train.cuh, or spatial_kernel.cuh where that is faster).
+#include "spatial_train.cuh"
 
 namespace p3d {
 
-int spatial_dgrad_partials(const ConvShape& shape) { return partial_rows(shape, Pass::gradient); }
+int spatial_dgrad_partials(const ConvShape& shape) { return train_partial_rows(shape, Pass::gradient); }
 
 const char* spatial_dgrad(const SpatialDgrad& p) {
     if (bool(p.z) != bool(p.affine) || bool(p.z) != bool(p.sums))
         return "spatial_dgrad: expected z, affine and sums, or none of them";
     if (bool(p.below) != bool(p.below_affine) || bool(p.below) != bool(p.partials))
         return "spatial_dgrad: expected below, below_affine and partials, or none of them";
+    TrainPlan plan;
+    bool taken;
+    if (const char* error = train_plan_here(plan, taken, p.shape, Pass::gradient)) return error;
+    if (taken) {
+        TrainArgs args{};
+        args.affine = p.affine;
+        args.sums = p.sums;
+        args.below_affine = p.below_affine;
+        args.partials = p.partials;
+        return launch_train<Pass::gradient>(args, {p.g, p.z, p.w, p.o, p.below, p.dx}, p.shape, p.dtype, plan,
+                                            p.stream);
+    }
     Args args{};
     args.x = static_cast<const char*>(p.g);
     args.z = static_cast<const char*>(p.z);

@@ -5,19 +5,11 @@
 
 namespace p3d {
 
-// Joins the statistics over the kN positions from `position` on to the moments of this thread's couts m = 0, 1.
+// Joins the statistics over n real ones of kN positions to the moments of this thread's couts m = 0, 1. Bit i of
+// real[k]: position 32 k + i is one of them; moved so that bits 8 j and 8 j + 1 are this thread's.
 template <int kN>
-__device__ __forceinline__ void add_statistics(Moments (&moments)[2], const float (&d)[kN / 2], const Raster& raster,
-                                               uint32_t position, int lane) {
-    constexpr int kWords = (kN + 31) / 32;
-    uint32_t real[kWords];  // bit i of word k: position 32 k + i is a pixel; moved so that bits 8 j, 8 j + 1 are ours
-    int n = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-        real[k] = __ballot_sync(~0u, 32 * k + lane < kN && raster.pixel(position + 32 * k + lane) >= 0);
-        n += __popc(real[k]);
-        real[k] >>= 2 * (lane % 4);
-    }
+__device__ __forceinline__ void add_statistics(Moments (&moments)[2], const float (&d)[kN / 2],
+                                               const uint32_t (&real)[(kN + 31) / 32], int n) {
     auto masked = [&](int j, int e, float value) { return real[j / 4] >> (8 * (j % 4) + e) & 1 ? value : 0.0f; };
     // Sums about a shift near the mean lose no digits: the mean so far, or for the first tile what a first round finds.
     float shift[2] = {moments[0].mean, moments[1].mean};
@@ -40,6 +32,33 @@ __device__ __forceinline__ void add_statistics(Moments (&moments)[2], const floa
             float m2 = squares - sum * offset;
             if (round == 1) moments[m].join(n, shift[m], m2 < 0 ? 0 : m2);  // not fmaxf, which would lose a NaN
         }
+    }
+}
+
+// The same over the pixels among the kN positions of the raster from `position` on.
+template <int kN>
+__device__ __forceinline__ void add_statistics(Moments (&moments)[2], const float (&d)[kN / 2], const Raster& raster,
+                                               uint32_t position, int lane) {
+    constexpr int kWords = (kN + 31) / 32;
+    uint32_t real[kWords];
+    int n = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+        real[k] = __ballot_sync(~0u, 32 * k + lane < kN && raster.pixel(position + 32 * k + lane) >= 0);
+        n += __popc(real[k]);
+        real[k] >>= 2 * (lane % 4);
+    }
+    add_statistics<kN>(moments, d, real, n);
+}
+
+// Stores row `part` of the statistics of this thread's couts `row` and row + 8, which lanes of a quad share.
+__device__ __forceinline__ void store_statistics(float* partials, const Moments (&moments)[2], int64_t part, int row,
+                                                 int channels) {
+    for (int m = 0; m < 2; ++m) {
+        float* out = partials + 3 * part * channels + row + 8 * m;
+        out[0] = moments[m].n;
+        out[channels] = moments[m].mean;
+        out[2 * channels] = moments[m].m2;
     }
 }
 

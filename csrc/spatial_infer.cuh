@@ -400,13 +400,4 @@ inline const char* prepare_boxes(BoxMaps& maps, BoxArgs& args, const SpatialConv
     return nullptr;
 }
 
-// y = epi(conv(x, w)) of p, which has neither affine nor partials, divided as `plan` says.
-inline const char* spatial_infer(const SpatialConv& p, const BoxPlan& plan) {
-    BoxMaps maps{};
-    BoxArgs args{};
-    if (const char* error = prepare_boxes(maps, args, p, plan)) return error;
-    return p.dtype == DType::bf16 ? launch_spatial<__nv_bfloat16>(plan, maps, args, p.stream)
-                                  : launch_spatial<__half>(plan, maps, args, p.stream);
-}
-
 }  // namespace p3d

@@ -142,12 +142,7 @@ __device__ __forceinline__ void consume(const Args& a, const Shared& shared, int
     if (kPass == Pass::gradient) {
         store_sums(a, sums, part, cout, staging, group);
     } else if (lane % 4 == 0) {
-        for (int m = 0; m < 2; ++m) {
-            float* out = a.partials + 3 * part * a.out_channels + row + 8 * m;
-            out[0] = moments[m].n;
-            out[a.out_channels] = moments[m].mean;
-            out[2 * a.out_channels] = moments[m].m2;
-        }
+        store_statistics(a.partials, moments, part, row, a.out_channels);
     }
 }
 

@@ -132,11 +132,12 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     return nullptr;
 }
 
-// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles. T, of
-// three taps, has clips, time and frame for frames, height and width.
-inline bool fits(BoxPlan& plan, const ConvShape& s, int taps, int n, bool resident) {
-    auto round_up = [](int64_t v, int64_t unit) { return (v + unit - 1) / unit * unit; };
-    auto parts = [](int64_t whole, int64_t most) { return (whole + most - 1) / most; };
+inline int64_t parts(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+inline int64_t round_up(int64_t v, int64_t unit) { return parts(v, unit) * unit; }
+
+// Divides a shape into tiles of at most N positions, if their rows are no longer. T, of three taps, has clips, time and
+// frame for frames, height and width.
+inline bool divide(BoxPlan& plan, const ConvShape& s, int taps, int n, bool resident) {
     int64_t chunks = s.in_channels / kChunk, pitch = s.width + 1, column_tiles = 1;
     if (taps != kTaps) {
         column_tiles = parts(s.width, n / std::min<int64_t>(s.height, 8));
@@ -159,13 +160,19 @@ inline bool fits(BoxPlan& plan, const ConvShape& s, int taps, int n, bool reside
     plan.box_bytes = int((plan.rows + 2) * pitch * 2 * kChunk);
     int64_t halo = std::max<int64_t>(n + 2 * pitch + 2, (plan.rows + 2) * pitch + 1);
     plan.buffer_bytes = int(round_up(halo * 2 * kChunk, 1024));
+    return true;
+}
+
+// Whether tiles of N positions fit in shared memory, with as few stores a tile as leave room for two halo tiles.
+inline bool fits(BoxPlan& plan, const ConvShape& s, int taps, int n, bool resident) {
+    if (!divide(plan, s, taps, n, resident)) return false;
     int stage = (resident ? 1 : 2) * kWeightBytes, staging = resident ? 1 : 2;
     plan.stages = resident ? plan.chunks * taps : 4;
     int fixed = plan.stages * stage + 16 * (1 + kMaxBoxes + (resident ? plan.stages : kMaxStages));
     for (plan.stored_rows = plan.rows; plan.stored_rows > 0; --plan.stored_rows) {
         if (plan.rows % plan.stored_rows) continue;
         // 8 rows of staging take what is not to be stored.
-        plan.staging_bytes = int(round_up(plan.stored_rows * pitch + 7, 8) + 8) * 2 * kChunk;
+        plan.staging_bytes = int(round_up(plan.stored_rows * plan.pitch + 7, 8) + 8) * 2 * kChunk;
         int room = kSharedLimit - fixed - staging * plan.staging_bytes;
         plan.buffers = std::min(resident ? kMaxBoxes : kMaxBuffers, room / plan.buffer_bytes);
         room -= plan.buffers * plan.buffer_bytes;
@@ -202,6 +209,71 @@ inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors
     for (int n : kBoxSizes[1]) consider(n, true);
     if (s.out_channels % (2 * kChunk) == 0)
         for (int n : kBoxSizes[0]) consider(n, false);
+    return found;
+}
+
+// How spatial_train.cuh divides a shape. Its blocks have 512 threads, like those of the gradient above. N of its
+// kernels, streamed and resident:
+constexpr int kTrainSizes[2][4] = {{168, 112, 64, 32}, {168, 152, 112, 64}};
+constexpr int kMaxSecond = 2;  // boxes of the second tensor
+
+struct TrainPlan : BoxPlan {
+    int second_buffers, second_bytes;  // boxes of the second tensor that the gradient's prologue reads
+    int stagings;
+};
+
+// What barriers take: four of each staging, three of a halo tile, two of a second box and of weights.
+inline int train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * (kMaxSecond + stages); }
+
+// Whether tiles of N positions fit in shared memory. What is left goes to a further box of the second tensor, a staging
+// for each warpgroup, halo tiles and stages of weights, in this order.
+inline bool fits(TrainPlan& plan, const ConvShape& s, Pass pass, int n, bool resident) {
+    if (!divide(plan, s, kTaps, n, resident)) return false;
+    int stage = (resident ? 1 : 2) * kWeightBytes, most = resident ? plan.chunks * kTaps : kMaxStages;
+    plan.stages = resident ? most : 4;
+    plan.stored_rows = plan.rows;
+    plan.staging_bytes = n * 2 * kChunk;
+    plan.stagings = resident ? 1 : 2;
+    plan.buffers = 2;
+    plan.second_buffers = pass == Pass::gradient ? 1 : 0;
+    plan.second_bytes = int(round_up(plan.box_bytes, 1024));
+    int room = kSharedLimit - train_barrier_bytes(most) - plan.stages * stage - plan.stagings * plan.staging_bytes -
+               plan.buffers * plan.buffer_bytes - plan.second_buffers * plan.second_bytes;
+    if (room < 0) return false;
+    auto add = [&](int& count, int limit, int bytes) {
+        for (; count < limit && room >= bytes; ++count) room -= bytes;
+    };
+    if (pass == Pass::gradient) add(plan.second_buffers, kMaxSecond, plan.second_bytes);
+    add(plan.stagings, 2, plan.staging_bytes);
+    add(plan.buffers, kMaxBuffers, plan.buffer_bytes);
+    add(plan.stages, most, stage);
+    plan.shared = kSharedLimit - room;
+    return true;
+}
+
+// The rows of a tile that finish first; false if spatial_train.cuh has no kernel for the shape. Products, and all that
+// goes through shared memory at 128 bytes a cycle, overlap: operands as above; a halo tile, which is copied, finished
+// in place and, with a second tensor, read once more; streamed weights; what is staged.
+inline bool train_plan(TrainPlan& best, const ConvShape& s, Pass pass, int processors) {
+    bool found = false, gradient = pass == Pass::gradient;
+    auto consider = [&](int n, bool resident) {
+        TrainPlan plan{};
+        if (!fits(plan, s, pass, n, resident)) return;
+        int team = resident ? 1 : 2;  // as in box_plan
+        plan.cout_blocks = int(s.out_channels / kChunk) / team;
+        int most = std::max(1, processors / plan.cout_blocks / team) * team;
+        plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
+        if (!resident && 4 * plan.blocks * plan.cout_blocks < 3 * processors) return;
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = int64_t(team) * plan.chunks * kTaps * 4;
+        int64_t product = steps * (n / 2), halo = int64_t(plan.rows + 2) * plan.pitch * (gradient ? 5 : 3);
+        int64_t weights = resident ? 0 : kTaps * 2 * kWeightBytes / 128;
+        int64_t memory = steps * (16 + n / 4) + plan.chunks * (halo + weights) + team * n * (gradient ? 4 : 2);
+        plan.cost = turns * (std::max(product, memory) + (resident ? 0 : 1000)) + 500;
+        if (!found || plan.cost < best.cost) best = plan, found = true;
+    };
+    for (int n : kTrainSizes[1]) consider(n, true);
+    if (s.out_channels % (2 * kChunk) == 0)
+        for (int n : kTrainSizes[0]) consider(n, false);
     return found;
 }
 

@@ -1,0 +1,551 @@
+// The spatial convolution and its input gradient in training: the product, the tiles and the two ways of working of
+// spatial_infer.cuh, with a prologue and an epilogue.
+//
+// The copy engine brings the halo of a tile as it lies in memory, for the gradient's prologue two tensors. Finishing
+// warps apply the read once an element and in place, into the first of the two. What lies outside the frame is zero
+// after the read, so they write those zeros; the copy engine's would go through the affine. Then the warpgroups
+// multiply.
+//
+// The sums leave through staging, a row of 128 bytes a position, swizzled. What the gradient adds (o) and what its sums
+// for the layer below are made with come there first, as boxes too: a thread finds in place what belongs to its
+// accumulators, 2 couts and every fourth pair of positions, and leaves dx where it found it. Of a statistic or a sum a
+// thread has 2 couts, over all tiles of its warpgroup; four neighbouring lanes share them.
+#pragma once
+
+#include "spatial_infer.cuh"
+
+namespace p3d {
+
+constexpr int kTrainThreads = 512;
+constexpr int kFinishers = 5;  // warps 3 to 7; warp 0 brings halos, 1 weights, 2 o and below
+constexpr int kTrainProducerRegisters = 72, kTrainConsumerRegisters = 184;
+static_assert(2 * (kTrainProducerRegisters + kTrainConsumerRegisters) <= 65536 / 128, "registers of the block");
+static_assert(3 + kFinishers == 8, "warps of two warpgroups");
+
+struct TrainMaps {
+    CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64; of the gradient: g
+    CUtensorMap z;      // gradient: like x
+    CUtensorMap y;      // [F, H, W, Co], in boxes of 1 x R x (W + 1) x 64
+    CUtensorMap o;      // gradient: like y
+    CUtensorMap below;  // gradient: like y
+    CUtensorMap w;      // [Co, 9, Ci], of the gradient [Ci, 9, Co], in boxes of 64 x 1 x 64
+};
+
+struct TrainArgs : BoxArgs {
+    const float* affine;        // [3, Ci] or nullptr; of the gradient: that of z
+    const float* sums;          // gradient: [2, Ci] with affine
+    bool add;                   // gradient: there is an o
+    const float* below_affine;  // gradient: [3, Co] with below
+    float* partials;            // [R, 3, Co], of the gradient [R, 2, Co]; or nullptr
+    int in_channels, height;
+    FastDivide by_pitch;
+    int second_buffers, second_bytes;  // boxes of z
+    int stagings;
+};
+
+// Where everything lies in shared memory, and the barriers: of staging o loaded and read, below loaded, and free again;
+// of a halo tile copied, finished and emptied; of a box of z copied and emptied; of weights filled and emptied.
+struct TrainShared {
+    uint32_t weights, halo, second, staging, barriers;
+
+    __device__ __forceinline__ TrainShared(const void* base, const TrainArgs& a)
+        : weights(shared_address(base)),
+          halo(weights + a.weight_bytes),
+          second(halo + a.buffers * a.buffer_bytes),
+          staging(second + a.second_buffers * a.second_bytes),
+          barriers(staging + a.stagings * a.staged) {}
+    __device__ __forceinline__ uint32_t o_full(int i) const { return barriers + 32 * i; }
+    __device__ __forceinline__ uint32_t o_read(int i) const { return o_full(i) + 8; }
+    __device__ __forceinline__ uint32_t below_full(int i) const { return o_full(i) + 16; }
+    __device__ __forceinline__ uint32_t staging_free(int i) const { return o_full(i) + 24; }
+    __device__ __forceinline__ uint32_t copied(int buffer) const { return barriers + 64 + 24 * buffer; }
+    __device__ __forceinline__ uint32_t finished(int buffer) const { return copied(buffer) + 8; }
+    __device__ __forceinline__ uint32_t emptied(int buffer) const { return copied(buffer) + 16; }
+    __device__ __forceinline__ uint32_t second_full(int i) const { return copied(kMaxBuffers) + 16 * i; }
+    __device__ __forceinline__ uint32_t second_empty(int i) const { return second_full(i) + 8; }
+    __device__ __forceinline__ uint32_t weights_full(int i) const { return second_full(kMaxSecond) + 16 * i; }
+    __device__ __forceinline__ uint32_t weights_empty(int i) const { return weights_full(i) + 8; }
+};
+
+// The first of the 64 couts of a warpgroup.
+template <bool kResident>
+__device__ __forceinline__ int first_cout(int group) {
+    return (kResident ? int(blockIdx.y) : 2 * int(blockIdx.y) + group) * kChunk;
+}
+
+// ---- Producers: one thread each.
+
+template <bool kResident, Pass kPass>
+__device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
+    bool two = kPass == Pass::gradient && a.affine;
+    Slot slot, second;
+    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
+        BoxTile at(a, tile);
+        for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
+            auto bring = [&](uint32_t target, const CUtensorMap& map, uint32_t full) {
+                barrier_expect(full, a.box_bytes);
+                copy_box(target, map, full, channel, -1, at.row - 1, at.frame);
+            };
+            if (two) {
+                barrier_wait(shared.second_empty(second.index), second.parity ^ 1);
+                bring(shared.second + second.index * a.second_bytes, maps.z, shared.second_full(second.index));
+                second.advance(a.second_buffers);
+            }
+            barrier_wait(shared.emptied(slot.index), slot.parity ^ 1);
+            bring(shared.halo + slot.index * a.buffer_bytes, maps.x, shared.copied(slot.index));
+        }
+    }
+}
+
+template <Pass kPass>
+__device__ __forceinline__ void bring_weights(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
+    for (int item = 0; item < a.stages; ++item) {
+        barrier_expect(shared.weights_full(item), kWeightBytes);
+        copy_weights<kPass>(shared.weights + item * kWeightBytes, maps.w, shared.weights_full(item),
+                            item / kTaps * kChunk, item % kTaps, first_cout<true>(0));
+    }
+}
+
+// Fetches this block's half of every stage of weights, for both blocks of the cluster.
+template <Pass kPass>
+__device__ __forceinline__ void stream_weights(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
+    int rank = blockIdx.x % 2, cout = first_cout<false>(rank);
+    Slot stage;
+    for (int tile = blockIdx.x; in_turn<false>(a, tile); tile += gridDim.x)
+        for (int channel = 0; channel < a.in_channels; channel += kChunk)
+            for (int tap = 0; tap < kTaps; ++tap, stage.advance(a.stages)) {
+                uint32_t full = shared.weights_full(stage.index);
+                uint32_t target = shared.weights + (2 * stage.index + rank) * kWeightBytes;
+                barrier_wait(shared.weights_empty(stage.index), stage.parity ^ 1);
+                barrier_expect(full, 2 * kWeightBytes);  // the other half comes by itself
+                if (kPass == Pass::gradient)
+                    copy_box_to_both(target, maps.w, full, cout, kTaps - 1 - tap, channel);
+                else
+                    copy_box_to_both(target, maps.w, full, channel, tap, cout);
+            }
+}
+
+// What staging begins with: o, and when that has been read, below.
+template <bool kResident>
+__device__ __forceinline__ void bring_operands(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
+    if (!a.add && !a.below_affine) return;
+    uint32_t turns = 0;  // bit i: parity of the turns of staging i
+    int owner = 0;
+    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x, owner ^= 1) {
+        BoxTile at(a, tile);
+        int begin = kResident && a.stagings == 2 ? owner : 0, end = kResident ? begin + 1 : 2;
+        auto bring = [&](int i, const CUtensorMap& map, uint32_t full) {
+            barrier_expect(full, a.rows * a.pitch * 2 * kChunk);
+            copy_box(shared.staging + i * a.staged, map, full, first_cout<kResident>(i), 0, at.row, at.frame);
+        };
+        for (int i = begin; i < end; ++i) {
+            barrier_wait(shared.staging_free(i), (turns >> i & 1) ^ 1);
+            if (a.add)
+                bring(i, maps.o, shared.o_full(i));
+            else
+                bring(i, maps.below, shared.below_full(i));
+        }
+        for (int i = begin; i < end; ++i) {
+            if (a.add && a.below_affine) {
+                barrier_wait(shared.o_read(i), turns >> i & 1);
+                bring(i, maps.below, shared.below_full(i));
+            }
+            turns ^= 1 << i;
+        }
+    }
+}
+
+// ---- Finishers.
+
+// BN-ReLU of four neighbouring channels.
+struct Activation4 {
+    float mean[4], scale[4], bias[4];
+
+    __device__ __forceinline__ void load(const float* affine, const float*, int channel, int channels) {
+        Gradient4::load_row(mean, affine + channel);
+        Gradient4::load_row(scale, affine + channels + channel);
+        Gradient4::load_row(bias, affine + 2 * channels + channel);
+    }
+    template <typename T>
+    __device__ __forceinline__ uint2 apply(uint2 v, uint2) const {
+        float2 a = unpack<T>(v.x), b = unpack<T>(v.y);
+        auto u = [&](float value, int i) { return normalise(value, mean[i], scale[i], bias[i]); };
+        return {pack_relu<T>(u(a.x, 0), u(a.y, 1)), pack_relu<T>(u(b.x, 2), u(b.y, 3))};
+    }
+};
+
+struct BackwardOf4 : Gradient4 {
+    template <typename T>
+    __device__ __forceinline__ uint2 apply(uint2 g, uint2 z) const {
+        return bn_bwd<T>(g, z);
+    }
+};
+
+// Warp `warp` of the finishers takes every kFinishers-th group of 8 positions. A lane has four channels and every other
+// position.
+template <typename T, bool kResident, Pass kPass>
+__device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShared& shared, int warp) {
+    constexpr bool kTwo = kPass == Pass::gradient;
+    constexpr int kGroup = 8, kMine = kGroup / 2;
+    int lane = threadIdx.x % 32, line = lane / 16;
+    uint32_t piece = line * 128 + ((lane % 16 / 2 ^ line) << 4) + lane % 2 * 8;  // of position `line` of a group
+    auto place = [&](int k) { return (piece ^ k * 32) + k * 256; };              // of position line + 2 k
+    int positions = (a.rows + 2) * a.pitch;
+    Slot slot, second;
+    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
+        BoxTile at(a, tile);
+        int begin = at.row == 0 ? a.pitch : 0, end = min(a.rows + 2, a.height - at.row + 1) * a.pitch;
+        for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
+            std::conditional_t<kTwo, BackwardOf4, Activation4> read;
+            read.load(a.affine, a.sums, channel + 4 * (lane % 16), a.in_channels);
+            uint32_t x = shared.halo + slot.index * a.buffer_bytes, z = shared.second + second.index * a.second_bytes;
+            barrier_wait(shared.copied(slot.index), slot.parity);
+            if (kTwo) barrier_wait(shared.second_full(second.index), second.parity);
+#pragma unroll 1
+            for (int first = kGroup * warp; first < positions; first += kGroup * kFinishers) {
+                uint2 v[kMine], w[kMine];
+#pragma unroll
+                for (int k = 0; k < kMine; ++k) {
+                    load_shared(v[k], x + 128 * first + place(k));
+                    w[k] = {};
+                    if (kTwo) load_shared(w[k], z + 128 * first + place(k));
+                }
+#pragma unroll
+                for (int k = 0; k < kMine; ++k) {
+                    int position = first + line + 2 * k, row = a.by_pitch(position);
+                    bool real = position >= begin && position < end && position != row * a.pitch;
+                    uint2 value = read.template apply<T>(v[k], w[k]);
+                    store_shared(x + 128 * first + place(k), real ? value : uint2{});
+                }
+            }
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.finished(slot.index));
+            if (kTwo) {
+                if (lane == 0) barrier_arrive(shared.second_empty(second.index));
+                second.advance(a.second_buffers);
+            }
+        }
+    }
+}
+
+// ---- Consumers.
+
+// sum g and sum g (below - mean) of this thread's two couts.
+struct TrainSums {
+    float mean[2], scale[2], bias[2];
+    float g[2] = {}, gz[2] = {};
+};
+
+template <typename T, int kN, bool kResident, Pass kPass>
+__device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared,
+                                              int group) {
+    constexpr bool kFlip = kPass == Pass::gradient;
+    constexpr int kWords = (kN + 31) / 32;
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    int cout = first_cout<kResident>(group), mine = cout + 16 * warp + lane / 4;  // this thread's: mine and mine + 8
+    auto turn = [](int g) { return 3 + g; };  // named barrier: warpgroup g may multiply
+    bool shares = kResident && a.stagings == 1, below = kFlip && a.below_affine, add = kFlip && a.add;
+    int out = shares ? 0 : group;  // its staging
+    uint32_t staged = shared.staging + out * a.staged;
+    uint32_t turns = 0;                  // of it so far
+    auto give = [&](uint32_t barrier) {  // of this warp's part of it
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barrier);
+    };
+    int piece = 2 * warp + lane / 8 % 2;  // 8 couts
+    uint32_t turned = staged + lane % 8 * 128 + ((piece ^ (lane % 8)) << 4);
+
+    uint32_t columns[kWords];  // bit i of word k: position 32 k + i of a tile is in a column of the frame
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+        int position = 32 * k + lane, row = a.by_pitch(position);
+        columns[k] = __ballot_sync(~0u, position - row * a.pitch < a.pitch - 1);
+    }
+    TrainSums sums;
+    if (below)
+        for (int m = 0; m < 2; ++m) {
+            sums.mean[m] = a.below_affine[mine + 8 * m];
+            sums.scale[m] = a.below_affine[a.out_channels + mine + 8 * m];
+            sums.bias[m] = a.below_affine[2 * a.out_channels + mine + 8 * m];
+        }
+    Moments moments[2];
+    Slot slot, stage;
+    if (kResident && group == 1) named_arrive(turn(0), 256);
+    for (int tile = blockIdx.x, owner = 0; in_turn<kResident>(a, tile); tile += gridDim.x, owner ^= 1) {
+        if (kResident && owner != group) {
+            for (int chunk = 0; chunk < a.chunks; ++chunk) slot.advance(a.buffers);
+            turns += shares;
+            continue;
+        }
+        float d[kN / 2];
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) d[i] = 0;
+        wgmma_pin(d);
+        if (kResident) named_sync(turn(group), 256);
+        int last = -1, last_stage = -1;
+        auto free_stage = [&] {
+            if (!kResident && lane < 2 && last_stage >= 0) barrier_arrive_at(shared.weights_empty(last_stage), lane);
+        };
+        for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
+            barrier_wait(shared.copied(slot.index), slot.parity);
+            if (a.affine) barrier_wait(shared.finished(slot.index), slot.parity);
+            uint32_t x = shared.halo + slot.index * a.buffer_bytes;
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+                int item = kResident ? chunk * kTaps + tap : stage.index;
+                barrier_wait(shared.weights_full(item), stage.parity);
+                uint32_t w = shared.weights + (kResident ? item : 2 * item + group) * kWeightBytes;
+                uint32_t moved = x + 128 * (tap / 3 * a.pitch + tap % 3);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < kChunk / 16; ++k)  // 32 bytes of every row of weights, or 16 of the gradient's rows
+                    wgmma<T, kFlip>(d, swizzled_descriptor(w + k * (kFlip ? 16 * 128 : 32), 8 * 128),
+                                    swizzled_descriptor(moved + 32 * k, 8 * 128));
+                wgmma_commit();
+                if (!kResident || (tap == 0 && last >= 0)) wgmma_wait<1>();  // the tap before this one has been read
+                if (tap == 0 && last >= 0 && lane == 0) barrier_arrive(shared.emptied(last));
+                if (kResident) continue;
+                free_stage();
+                last_stage = stage.index;
+                stage.advance(a.stages);
+            }
+            last = slot.index;
+        }
+        if (kResident) named_arrive(turn(1 - group), 256);
+        wgmma_wait<0>();
+        wgmma_pin(d);
+        free_stage();
+        if (lane == 0) barrier_arrive(shared.emptied(last));
+
+        BoxTile at(a, tile);
+        int rows = tile < a.tiles ? min(a.rows, a.height - at.row) : 0;
+        uint32_t real[kWords];  // as add_statistics takes it
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) {
+            int count = min(max(rows * a.pitch - 32 * k, 0), 32);
+            real[k] = (columns[k] & uint32_t((uint64_t(1) << count) - 1)) >> (2 * (lane % 4));
+        }
+        if constexpr (kPass == Pass::forward) {
+            if (a.partials) {
+#pragma unroll
+                for (int i = 0; i < kN / 2; i += 2) {
+                    float2 rounded = unpack<T>(pack<T>(d[i], d[i + 1]));
+                    d[i] = rounded.x, d[i + 1] = rounded.y;
+                }
+                wgmma_pin(d);
+                add_statistics<kN>(moments, d, real, rows * (a.pitch - 1));
+            }
+        }
+        // Before below or o is waited for, too: no turn of the other warpgroup's may be taken for this one.
+        barrier_wait(shared.staging_free(out), (turns & 1) ^ 1);
+        if (add) {
+            barrier_wait(shared.o_full(out), turns & 1);
+#pragma unroll
+            for (int j = 0; j < kN / 8; ++j) {
+                uint32_t pair[2];
+                load_transposed(turned + 1024 * j, pair[0], pair[1]);
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    float2 o = unpack<T>(pair[m]);
+                    d[4 * j + 2 * m] += o.x, d[4 * j + 2 * m + 1] += o.y;
+                }
+            }
+            give(shared.o_read(out));
+        }
+        if (below) barrier_wait(shared.below_full(out), turns & 1);
+        ++turns;
+        float g[2] = {}, gz[2] = {};  // of this tile
+#pragma unroll
+        for (int j = 0; j < kN / 8; ++j) {
+            uint32_t v[2] = {pack<T>(d[4 * j], d[4 * j + 1]), pack<T>(d[4 * j + 2], d[4 * j + 3])};
+            if (below) {  // from where only this warp will write
+                uint32_t pair[2];
+                load_transposed(turned + 1024 * j, pair[0], pair[1]);
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    float2 y = unpack<T>(v[m]), z = unpack<T>(pair[m]);
+                    auto sum = [&](float y, float z, int e) {
+                        bool counts = real[j / 4] >> (8 * (j % 4) + e) & 1;
+                        float centred = counts ? z - sums.mean[m] : 0.0f;
+                        bool closed = fmaf(centred, sums.scale[m], sums.bias[m]) <= 0 || !counts;
+                        float open = closed ? 0.0f : y;
+                        g[m] += open;
+                        gz[m] = fmaf(open, centred, gz[m]);
+                    };
+                    sum(y.x, z.x, 0), sum(y.y, z.y, 1);
+                }
+            }
+            store_transposed(turned + 1024 * j, v[0], v[1]);
+        }
+        for (int m = 0; m < 2; ++m) sums.g[m] += g[m], sums.gz[m] += gz[m];
+        fence_proxy_async();
+        named_sync(1 + group, 128);
+        if (thread == 0) store_box(maps.y, staged, cout, 0, at.row, at.frame);
+        give(shared.staging_free(out));
+    }
+    if (!a.partials) return;
+    int64_t part = kResident ? 2 * blockIdx.x + group : blockIdx.x;
+    if constexpr (kPass == Pass::forward) {
+        if (lane % 4 == 0) store_statistics(a.partials, moments, part, mine, a.out_channels);
+    } else {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            float first = quad_sum(sums.g[m]), second = quad_sum(sums.gz[m]);
+            float* to = a.partials + 2 * part * a.out_channels + mine + 8 * m;
+            if (lane % 4 == 0) to[0] = first, to[a.out_channels] = second;
+        }
+    }
+}
+
+template <typename T, int kN, bool kResident, Pass kPass>
+__device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainArgs& a) {
+    extern __shared__ __align__(1024) char memory[];
+    TrainShared shared(memory, a);
+    if (threadIdx.x == 0) {
+        prefetch_map(maps.x), prefetch_map(maps.y), prefetch_map(maps.w);
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(shared.o_full(i), 1), barrier_init(shared.o_read(i), 4);
+            barrier_init(shared.below_full(i), 1), barrier_init(shared.staging_free(i), 4);
+        }
+        for (int i = 0; i < a.buffers; ++i) {  // emptied by the warps that read it
+            barrier_init(shared.copied(i), 1);
+            barrier_init(shared.finished(i), kFinishers);
+            barrier_init(shared.emptied(i), kResident ? 4 : 8);
+        }
+        for (int i = 0; i < a.second_buffers; ++i)
+            barrier_init(shared.second_full(i), 1), barrier_init(shared.second_empty(i), kFinishers);
+        for (int i = 0; i < a.stages; ++i)
+            barrier_init(shared.weights_full(i), 1), barrier_init(shared.weights_empty(i), 16);  // of both blocks
+        barrier_init_fence();
+    }
+    for (int i = 0; i < a.buffers; ++i)
+        for (int byte = a.box_bytes + 16 * int(threadIdx.x); byte < a.buffer_bytes; byte += 16 * kTrainThreads)
+            store_shared(shared.halo + i * a.buffer_bytes + byte, uint4{});
+    fence_proxy_async();
+    __syncthreads();
+    if (!kResident) cluster_sync();
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
+    if (warp < 8) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTrainProducerRegisters));
+        dependency_wait();
+        if (warp >= 3) {
+            if (a.affine) finish_halos<T, kResident, kPass>(a, shared, warp - 3);
+        } else if (threadIdx.x == 0) {
+            bring_halos<kResident, kPass>(maps, a, shared);
+        } else if (threadIdx.x == 32) {
+            if constexpr (kResident)
+                bring_weights<kPass>(maps, a, shared);
+            else
+                stream_weights<kPass>(maps, a, shared);
+        } else if (threadIdx.x == 64 && kPass == Pass::gradient) {
+            bring_operands<kResident>(maps, a, shared);
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTrainConsumerRegisters));
+        dependency_wait();
+        consume_tiles<T, kN, kResident, kPass>(maps, a, shared, warp / 4 - 2);
+    }
+    if (!kResident) cluster_sync();  // nobody leaves while the other block may still free a stage here
+}
+
+template <typename T, int kN, Pass kPass>
+__global__ void __launch_bounds__(kTrainThreads, 1)
+    spatial_train_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
+    train_block<T, kN, true, kPass>(maps, a);
+}
+
+template <typename T, int kN, Pass kPass>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kTrainThreads, 1)
+    spatial_train_streamed_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
+    train_block<T, kN, false, kPass>(maps, a);
+}
+
+// ---- Host.
+
+// The plan of these kernels here, and whether they take the shape in place of spatial_kernel.cuh's. That one's account
+// leaves out what its threads do: with the prologue it takes half as long again, of two tensors as long again.
+inline const char* train_plan_here(TrainPlan& plan, bool& taken, const ConvShape& shape, Pass pass) {
+    SpatialPlan other;
+    if (const char* error = plan_here(other, shape, pass)) return error;
+    taken = train_plan(plan, shape, pass, other.processors) &&
+            2 * plan.cost <= (pass == Pass::gradient ? 4 : 3) * other.cost;
+    return nullptr;
+}
+
+inline int train_partial_rows(const ConvShape& shape, Pass pass) {
+    TrainPlan plan;
+    bool taken;
+    if (train_plan_here(plan, taken, shape, pass)) return 0;
+    return taken ? plan.blocks * (plan.resident ? 2 : 1) : partial_rows(shape, pass);
+}
+
+template <typename T, Pass kPass>
+const char* launch_train(const TrainPlan& plan, const TrainMaps& maps, const TrainArgs& args, cudaStream_t stream) {
+#define P3D_CASE(N, RESIDENT, KERNEL)                                                                                 \
+    if (plan.positions == N && plan.resident == RESIDENT) {                                                           \
+        cudaError_t error = launch_dependent(KERNEL<T, N, kPass>, dim3(plan.blocks, plan.cout_blocks), kTrainThreads, \
+                                             plan.shared, stream, maps, args);                                        \
+        return error == cudaSuccess ? nullptr : cudaGetErrorString(error);                                            \
+    }
+    P3D_CASE(168, true, spatial_train_kernel);
+    P3D_CASE(152, true, spatial_train_kernel);
+    P3D_CASE(112, true, spatial_train_kernel);
+    P3D_CASE(64, true, spatial_train_kernel);
+    P3D_CASE(168, false, spatial_train_streamed_kernel);
+    P3D_CASE(112, false, spatial_train_streamed_kernel);
+    P3D_CASE(64, false, spatial_train_streamed_kernel);
+    P3D_CASE(32, false, spatial_train_streamed_kernel);
+#undef P3D_CASE
+    return "spatial_conv: no kernel for the planned tile";
+}
+
+struct TrainTensors {  // what an operation lacks is nullptr
+    const void *x, *z, *w, *o, *below;
+    void* y;
+};
+
+// Completes `args`, which has the pointers to float32, and launches the kernel of this plan.
+template <Pass kPass>
+const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape& s, DType dtype, const TrainPlan& plan,
+                         cudaStream_t stream) {
+    TrainMaps maps{};
+    const char* failed = nullptr;
+    auto encode = [&](CUtensorMap& map, const void* base, int64_t channels, int rows) {
+        if (base && !failed) failed = frame_map(map, base, dtype, s, channels, rows, plan.pitch);
+    };
+    encode(maps.x, t.x, s.in_channels, plan.rows + 2);
+    encode(maps.z, t.z, s.in_channels, plan.rows + 2);
+    encode(maps.y, t.y, s.out_channels, plan.rows);
+    encode(maps.o, t.o, s.out_channels, plan.rows);
+    encode(maps.below, t.below, s.out_channels, plan.rows);
+    if (failed) return failed;
+    uint64_t ends[] = {uint64_t(s.in_channels), uint64_t(s.out_channels)};
+    constexpr bool kFlip = kPass == Pass::gradient;
+    if (const char* error = weight_map(maps.w, t.w, dtype, ends[kFlip], ends[!kFlip])) return error;
+    args.add = t.o != nullptr;
+    args.out_channels = int(s.out_channels);
+    args.in_channels = int(s.in_channels);
+    args.height = int(s.height);
+    args.pitch = plan.pitch;
+    args.before = 1;
+    args.by_pitch = FastDivide(plan.pitch);
+    args.rows = args.stored_rows = plan.rows;
+    args.column_tiles = plan.column_tiles;
+    args.frame_tiles = plan.frame_tiles;
+    args.tiles = plan.tiles;
+    args.chunks = plan.chunks;
+    args.buffers = plan.buffers;
+    args.box_bytes = plan.box_bytes;
+    args.buffer_bytes = plan.buffer_bytes;
+    args.second_buffers = plan.second_buffers;
+    args.second_bytes = plan.second_bytes;
+    args.staged = plan.staging_bytes;
+    args.stagings = plan.stagings;
+    args.weight_bytes = plan.stages * (plan.resident ? 1 : 2) * kWeightBytes;
+    args.stages = plan.stages;
+    return dtype == DType::bf16 ? launch_train<__nv_bfloat16, kPass>(plan, maps, args, stream)
+                                : launch_train<__half, kPass>(plan, maps, args, stream);
+}
+
+}  // namespace p3d
