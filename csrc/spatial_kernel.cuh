@@ -13,6 +13,9 @@
 //             turns: one multiplies while the other stores
 //   streamed  (else) weights pass through a ring; each warpgroup owns 64 of 128 couts and both multiply the same
 //             positions
+//
+// Where tiles of whole rows serve as well, spatial_infer.cuh and spatial_train.cuh are faster; this kernel takes the
+// rest: wide rows, frames of which many make a tile, few tiles.
 #pragma once
 
 #include "spatial_epilogue.cuh"
