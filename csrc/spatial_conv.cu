@@ -31,7 +31,7 @@ const char* spatial_conv(const SpatialConv& p) {
         if (const char* error = box_plan_here(plan, faster, p.shape)) return error;
         if (faster) return spatial_infer(p, plan);
     } else if (!p.out_affine) {
-        TrainPlan plan;
+        SpatialTrainPlan plan;
         bool taken;
         if (const char* error = train_plan_here(plan, taken, p.shape, Pass::forward)) return error;
         if (taken) {

@@ -10,7 +10,7 @@ const char* spatial_dgrad(const SpatialDgrad& p) {
         return "spatial_dgrad: expected z, affine and sums, or none of them";
     if (bool(p.below) != bool(p.below_affine) || bool(p.below) != bool(p.partials))
         return "spatial_dgrad: expected below, below_affine and partials, or none of them";
-    TrainPlan plan;
+    SpatialTrainPlan plan;
     bool taken;
     if (const char* error = train_plan_here(plan, taken, p.shape, Pass::gradient)) return error;
     if (taken) {

@@ -214,20 +214,20 @@ inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors
 
 // How spatial_train.cuh divides a shape. Its blocks have 512 threads, like those of the gradient above. N of its
 // kernels, streamed and resident:
-constexpr int kTrainSizes[2][4] = {{168, 112, 64, 32}, {168, 152, 112, 64}};
+constexpr int kSpatialTrainSizes[2][4] = {{168, 112, 64, 32}, {168, 152, 112, 64}};
 constexpr int kMaxSecond = 2;  // boxes of the second tensor
 
-struct TrainPlan : BoxPlan {
+struct SpatialTrainPlan : BoxPlan {
     int second_buffers, second_bytes;  // boxes of the second tensor that the gradient's prologue reads
     int stagings;
 };
 
 // What barriers take: four of each staging, three of a halo tile, two of a second box and of weights.
-inline int train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * (kMaxSecond + stages); }
+inline int spatial_train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * (kMaxSecond + stages); }
 
 // Whether tiles of N positions fit in shared memory. What is left goes to a further box of the second tensor, a staging
 // for each warpgroup, halo tiles and stages of weights, in this order.
-inline bool fits(TrainPlan& plan, const ConvShape& s, Pass pass, int n, bool resident) {
+inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, Pass pass, int n, bool resident) {
     if (!divide(plan, s, kTaps, n, resident)) return false;
     int stage = (resident ? 1 : 2) * kWeightBytes, most = resident ? plan.chunks * kTaps : kMaxStages;
     plan.stages = resident ? most : 4;
@@ -237,8 +237,9 @@ inline bool fits(TrainPlan& plan, const ConvShape& s, Pass pass, int n, bool res
     plan.buffers = 2;
     plan.second_buffers = pass == Pass::gradient ? 1 : 0;
     plan.second_bytes = int(round_up(plan.box_bytes, 1024));
-    int room = kSharedLimit - train_barrier_bytes(most) - plan.stages * stage - plan.stagings * plan.staging_bytes -
-               plan.buffers * plan.buffer_bytes - plan.second_buffers * plan.second_bytes;
+    int room = kSharedLimit - spatial_train_barrier_bytes(most) - plan.stages * stage -
+               plan.stagings * plan.staging_bytes - plan.buffers * plan.buffer_bytes -
+               plan.second_buffers * plan.second_bytes;
     if (room < 0) return false;
     auto add = [&](int& count, int limit, int bytes) {
         for (; count < limit && room >= bytes; ++count) room -= bytes;
@@ -254,10 +255,10 @@ inline bool fits(TrainPlan& plan, const ConvShape& s, Pass pass, int n, bool res
 // The rows of a tile that finish first; false if spatial_train.cuh has no kernel for the shape. Products, and all that
 // goes through shared memory at 128 bytes a cycle, overlap: operands as above; a halo tile, which is copied, finished
 // in place and, with a second tensor, read once more; streamed weights; what is staged.
-inline bool train_plan(TrainPlan& best, const ConvShape& s, Pass pass, int processors) {
+inline bool spatial_train_plan(SpatialTrainPlan& best, const ConvShape& s, Pass pass, int processors) {
     bool found = false, gradient = pass == Pass::gradient;
     auto consider = [&](int n, bool resident) {
-        TrainPlan plan{};
+        SpatialTrainPlan plan{};
         if (!fits(plan, s, pass, n, resident)) return;
         int team = resident ? 1 : 2;  // as in box_plan
         plan.cout_blocks = int(s.out_channels / kChunk) / team;
@@ -271,9 +272,9 @@ inline bool train_plan(TrainPlan& best, const ConvShape& s, Pass pass, int proce
         plan.cost = turns * (std::max(product, memory) + (resident ? 0 : 1000)) + 500;
         if (!found || plan.cost < best.cost) best = plan, found = true;
     };
-    for (int n : kTrainSizes[1]) consider(n, true);
+    for (int n : kSpatialTrainSizes[1]) consider(n, true);
     if (s.out_channels % (2 * kChunk) == 0)
-        for (int n : kTrainSizes[0]) consider(n, false);
+        for (int n : kSpatialTrainSizes[0]) consider(n, false);
     return found;
 }
 

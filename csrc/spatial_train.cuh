@@ -404,6 +404,8 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
     TrainShared shared(memory, a);
     if (threadIdx.x == 0) {
         prefetch_map(maps.x), prefetch_map(maps.y), prefetch_map(maps.w);
+        if (kPass == Pass::gradient && a.affine) prefetch_map(maps.z);
+        if (kPass == Pass::gradient && a.below_affine) prefetch_map(maps.below);
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared.o_full(i), 1), barrier_init(shared.o_read(i), 4);
             barrier_init(shared.below_full(i), 1), barrier_init(shared.staging_free(i), 4);
@@ -465,23 +467,24 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kTrainThreads, 1)
 
 // The plan of these kernels here, and whether they take the shape in place of spatial_kernel.cuh's. That one's account
 // leaves out what its threads do: with the prologue it takes half as long again, of two tensors as long again.
-inline const char* train_plan_here(TrainPlan& plan, bool& taken, const ConvShape& shape, Pass pass) {
+inline const char* train_plan_here(SpatialTrainPlan& plan, bool& taken, const ConvShape& shape, Pass pass) {
     SpatialPlan other;
     if (const char* error = plan_here(other, shape, pass)) return error;
-    taken = train_plan(plan, shape, pass, other.processors) &&
+    taken = spatial_train_plan(plan, shape, pass, other.processors) &&
             2 * plan.cost <= (pass == Pass::gradient ? 4 : 3) * other.cost;
     return nullptr;
 }
 
 inline int train_partial_rows(const ConvShape& shape, Pass pass) {
-    TrainPlan plan;
+    SpatialTrainPlan plan;
     bool taken;
     if (train_plan_here(plan, taken, shape, pass)) return 0;
     return taken ? plan.blocks * (plan.resident ? 2 : 1) : partial_rows(shape, pass);
 }
 
 template <typename T, Pass kPass>
-const char* launch_train(const TrainPlan& plan, const TrainMaps& maps, const TrainArgs& args, cudaStream_t stream) {
+const char* launch_train(const SpatialTrainPlan& plan, const TrainMaps& maps, const TrainArgs& args,
+                         cudaStream_t stream) {
 #define P3D_CASE(N, RESIDENT, KERNEL)                                                                                 \
     if (plan.positions == N && plan.resident == RESIDENT) {                                                           \
         cudaError_t error = launch_dependent(KERNEL<T, N, kPass>, dim3(plan.blocks, plan.cout_blocks), kTrainThreads, \
@@ -507,8 +510,8 @@ struct TrainTensors {  // what an operation lacks is nullptr
 
 // Completes `args`, which has the pointers to float32, and launches the kernel of this plan.
 template <Pass kPass>
-const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape& s, DType dtype, const TrainPlan& plan,
-                         cudaStream_t stream) {
+const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape& s, DType dtype,
+                         const SpatialTrainPlan& plan, cudaStream_t stream) {
     TrainMaps maps{};
     const char* failed = nullptr;
     auto encode = [&](CUtensorMap& map, const void* base, int64_t channels, int rows) {
