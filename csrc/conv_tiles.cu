@@ -483,6 +483,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
         barrier_init_fence();
         if (a.splits > 1) barrier_expect(received, Shape::kRows * Shape::kColumns * 4);
     }
+    if (threadIdx.x == 32) {
+        prefetch_map(maps.a[0]), prefetch_map(maps.w[0]);
+        if (two_tensors(a.x[0].read)) prefetch_map(maps.b[0]);
+    }
     __syncthreads();
     if (a.splits > 1) cluster_sync();  // the other blocks' barriers are there
     dependency_wait();
