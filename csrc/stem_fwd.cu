@@ -53,32 +53,6 @@ struct FwdItem {
     }
 };
 
-// The weights of a thread's registers, as stem_tile.cuh lays them out, from [64][Ci][7][7]. `zeros`: in shared memory.
-// A register of no weight loads its zero, for ptxas 13.0 sets one that it knows to be zero after the first product that
-// reads it.
-template <typename T, typename Tile, typename W>
-__device__ __forceinline__ void load_weights(uint32_t (&w)[Tile::kSteps][4], const W* source, int channels,
-                                             uint32_t zeros) {
-    constexpr int kPairs = Tile::kCi / 2 * 7;  // steps of two channels
-    int thread = threadIdx.x % 128, lane = thread % 32, quad = lane % 4;
-#pragma unroll
-    for (int step = 0; step < Tile::kSteps; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int cout = thread / 32 * 16 + i % 2 * 8 + lane / 4, half = i / 2;
-            int channel = step < kPairs ? step / 7 * 2 + half : Tile::kCi - 1;
-            int kh = step < kPairs ? step % 7 : (step - kPairs) * 2 + half;
-            if (kh == 7) {
-                w[step][i] = load_shared(zeros).x;
-                continue;
-            }
-            bool real = channel < channels;
-            const W* row = source + ((cout * channels + channel) * 7 + kh) * 7;
-            float first = real && quad > 0 ? float(row[2 * quad - 1]) : 0.0f;
-            w[step][i] = pack<T>(first, real ? float(row[2 * quad]) : 0.0f);
-        }
-}
-
 // Sums of a thread over positions of a strip, of couts m = 0, 1, about a shift that is near their mean.
 struct Sums {
     float shift[2], sum[2] = {}, squares[2] = {};

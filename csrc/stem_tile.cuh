@@ -14,7 +14,8 @@
 //
 // In shared memory the chunks of a row lie one after another, 8 of them (a core matrix) in 128 bytes, with 16 bytes
 // between. A stage has four image rows, [row][frame][channel][chunk]: two of each of two frames, by which consecutive
-// rows of outputs differ, or four of one frame, by which pairs of rows differ.
+// rows of outputs differ, or four of one frame, by which pairs of rows differ. A ring of stages may end with its first
+// rows once more, so that the rows of a window lie one after another wherever it begins.
 //
 // One warpgroup produces: each of its warps reads one row of every stage, 8 pixels a lane, which it fetches one or two
 // stages ahead; a lane makes 4 chunks from its own pixels and those of its neighbours. The other warpgroup multiplies.
@@ -47,6 +48,7 @@ struct StemTile {
     static constexpr int kZeros = kCi % 2 * kPlane;
     static constexpr int kRoom = 113 * 1024 - kStaging - kZeros - kAffine - 8 * 16;  // two blocks share 228 KB
     static constexpr int kStages = std::min(8, kRoom / kStage);
+    static constexpr int kRepeated = 0;  // rows of the ring that lie past its end once more
     static constexpr int kShared = kStages * kStage + kStaging + kZeros + kAffine + kStages * 16;
     static constexpr int kUsed = (7 + kRows - 1) / kRows + (kFrames == 1);  // stages that outputs under way read
     static constexpr int kSteps = kCi / 2 * 7 + kCi % 2 * 4;
@@ -62,7 +64,7 @@ struct StemShared {
     __device__ __forceinline__ explicit StemShared(const void* base)
         : staging(shared_address(base)),
           ring(staging + Tile::kStaging),
-          zeros(ring + Tile::kStages * Tile::kStage),
+          zeros(ring + Tile::kStages * Tile::kStage + Tile::kRepeated * Tile::kRow),
           affine(zeros + Tile::kZeros),
           barriers(affine + Tile::kAffine) {}
     __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
@@ -182,11 +184,16 @@ struct StageWriter {
 #pragma unroll
         for (int j = 0; j < 4; ++j) u[2 + j] = own[j];
         u[6] = __shfl_sync(~0u, own[0], here + 1);
-        if (lane < Tile::kN / 4)
+        auto put = [&](uint32_t row) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                store_shared(target + ring.index * Tile::kStage + channel * Tile::kPlane + 16 * j,
-                             uint4{u[j], u[j + 1], u[j + 2], u[j + 3]});
+                store_shared(row + channel * Tile::kPlane + 16 * j, uint4{u[j], u[j + 1], u[j + 2], u[j + 3]});
+        };
+        if (lane < Tile::kN / 4) {
+            put(target + ring.index * Tile::kStage);
+            if (Tile::kRepeated > 0 && 4 * ring.index + warp < Tile::kRepeated)
+                put(target + (Tile::kStages + ring.index) * Tile::kStage);
+        }
         __syncwarp();  // a channel at a time: fewer registers
     }
     __device__ __forceinline__ void close() {
@@ -280,6 +287,31 @@ __device__ __forceinline__ void produce(const Args& a, const StemShared<Tile>& s
 }
 
 // ---- Consumers.
+
+// The weights of a thread's registers, from [64][Ci][7][7]. `zeros`: in shared memory. A register of no weight
+// loads its zero, for ptxas 13.0 sets one that it knows to be zero after the first product that reads it.
+template <typename T, typename Tile, typename W>
+__device__ __forceinline__ void load_weights(uint32_t (&w)[Tile::kSteps][4], const W* source, int channels,
+                                             uint32_t zeros) {
+    constexpr int kPairs = Tile::kCi / 2 * 7;  // steps of two channels
+    int thread = threadIdx.x % 128, lane = thread % 32, quad = lane % 4;
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int cout = thread / 32 * 16 + i % 2 * 8 + lane / 4, half = i / 2;
+            int channel = step < kPairs ? step / 7 * 2 + half : Tile::kCi - 1;
+            int kh = step < kPairs ? step % 7 : (step - kPairs) * 2 + half;
+            if (kh == 7) {
+                w[step][i] = load_shared(zeros).x;
+                continue;
+            }
+            bool real = channel < channels;
+            const W* row = source + ((cout * channels + channel) * 7 + kh) * 7;
+            float first = real && quad > 0 ? float(row[2 * quad - 1]) : 0.0f;
+            w[step][i] = pack<T>(first, real ? float(row[2 * quad]) : 0.0f);
+        }
+}
 
 // d = a row of outputs, the first or the second that begins in `stage`: of its first or second frame, or, if it has but
 // one, two image rows further down.
