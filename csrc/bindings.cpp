@@ -390,28 +390,29 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "stem_wgrad",
-        [](uintptr_t x, uintptr_t g, uintptr_t tap, uintptr_t z, uintptr_t record, uintptr_t sums, uintptr_t partials,
+        [](uintptr_t x, uintptr_t g, uintptr_t tap, uintptr_t w, uintptr_t record, uintptr_t sums, uintptr_t partials,
            int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded,
-           const std::array<int64_t, 5>& strides, const std::string& x_type, const std::string& dtype_name,
-           uintptr_t stream) {
+           const std::array<int64_t, 5>& strides, const std::string& x_type, const std::string& w_type,
+           const std::string& dtype_name, uintptr_t stream) {
             p3d::StemWgrad p{};
             p.shape = {clips, channels, frames, height, width, padded};
             std::copy(strides.begin(), strides.end(), p.strides);
             p.x_type = pixel_type(x_type);
+            p.w_type = pixel_type(w_type);
             p.dtype = dtype(dtype_name);
             p.x = pointer<const void>(x);
             p.g = pointer<const void>(g);
             p.tap = pointer<const void>(tap);
-            p.z = pointer<const void>(z);
+            p.w = pointer<const void>(w);
             p.record = pointer<const float>(record);
             p.sums = pointer<const float>(sums);
             p.partials = pointer<float>(partials);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::stem_wgrad(p));
         },
-        py::arg("x"), py::arg("g"), py::arg("tap"), py::arg("z"), py::arg("record"), py::arg("sums"),
+        py::arg("x"), py::arg("g"), py::arg("tap"), py::arg("w"), py::arg("record"), py::arg("sums"),
         py::arg("partials"), py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"),
-        py::arg("width"), py::arg("padded"), py::arg("strides"), py::arg("x_type"), py::arg("dtype"),
+        py::arg("width"), py::arg("padded"), py::arg("strides"), py::arg("x_type"), py::arg("w_type"), py::arg("dtype"),
         py::arg("stream"));
 
     auto stem_reason = [&](const char* name, const char* (*why_not)(const p3d::StemShape&)) {

@@ -278,25 +278,26 @@ const char* stem_fwd(const StemFwd& p);
 const char* stem_fwd_why_not(const StemShape& shape);
 int stem_fwd_partials(const StemShape& shape);
 
-// The weight gradient of the stem's convolution, x as above, but for the scale: with z the raw output of the
-// convolution, mean its own a channel, and r[p,co] the sum of g over the windows of the pool that took position p,
+// The weight gradient of the stem's convolution, x and w as above, but for the scale: with z its raw output, rounded,
+// which is computed again, mean its own a channel, and r[p,co] the sum of g over the windows of the pool that took
+// position p,
 //
 //     dw[co,c,kh,kw] / scale[co] = sum over positions p of (r[p,co] - c0 - (z[p,co] - mean) * c1) * x[window of p]
 //
-// the bracket rounded to the dtype, x converted to it. Each of R rows of `partials` is the sum over a part of the
-// positions; an element that is no tap of the window is not meant to be read.
+// the bracket rounded to the dtype, as sums of two g and more in r are. Each of R rows of `partials` is the sum over a
+// part of the positions; an element that is no tap of the window is not meant to be read.
 struct StemWgrad {
     StemShape shape;
-    int64_t strides[5];   // of x, in elements: N, Ci, T, H, W
-    PixelType x_type;     // not uint8
-    DType dtype;          // of g and z; sums are float32
-    const void* x;        // [N, Ci, T, H, W] by its strides
-    const void* g;        // [N, Tp, Hp, Wp, 64]  16-byte aligned, as are the next five
-    const void* tap;      // uint8, like g: (kt, kh, kw) of a window's largest element as (3 kt + kh) 3 + kw; 255: none
-    const void* z;        // [N, T, Ho, Wo, 64]
-    const float* record;  // [1, 64] or more rows, the first of them mean
-    const float* sums;    // [2, 64] rows c0, c1
-    float* partials;      // [R, 8, Ci, 8, 64], kh, c, 1 + kw and co, R = stem_wgrad_partials(shape)
+    int64_t strides[5];        // of x, in elements: N, Ci, T, H, W
+    PixelType x_type, w_type;  // not uint8
+    DType dtype;               // of g; sums are float32
+    const void* x;             // [N, Ci, T, H, W] by its strides
+    const void* g;             // [N, Tp, Hp, Wp, 64]  16-byte aligned, as is tap
+    const void* tap;           // uint8, like g: (kt, kh, kw) of a window's largest as (3 kt + kh) 3 + kw; 255: none
+    const void* w;             // [64, Ci, 7, 7]
+    const float* record;       // [1, 64] or more rows, the first of them mean
+    const float* sums;         // [2, 64] rows c0, c1
+    float* partials;           // [R, 8, Ci, 8, 64], kh, c, 1 + kw and co, R = stem_wgrad_partials(shape)
     CUstream_st* stream;
 };
 

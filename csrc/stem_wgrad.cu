@@ -1,489 +1,440 @@
-// The weight gradient of the stem's convolution in one pass over the clip, the pooled gradient and the raw output.
+// The weight gradient of the stem's convolution in one pass over the clip and the pooled gradient. The raw output z,
+// which dz needs, is not read but computed again: its product takes as long as its bytes would and needs no memory.
 //
-// D[cout, k] += dz[position, cout] X[position, k]: couts are the rows of the matrix unit, positions its steps. Chunk w
-// of an image row is 16 bytes: pixels 2 w - 4 .. 2 w + 3 of one channel, in the compute dtype. Pixel 2 w - 4 is no tap;
-// the others are the window of output column w. So k counts (row of the window, channel, pixel of the chunk), and the
-// chunks of a row, one after another, are an N-major operand whose next 8 columns are the next channel or row.
+// stem_tile.cuh says how the clip is read and multiplied; a stage has four rows of one frame. A tile is two rows of
+// outputs, 2 r of stages r, r + 1 and 2 r + 1 of stages r, r + 1 and the first row of r + 2. A block takes consecutive
+// tiles, cut into items where a frame or a tile of columns ends. Its four warpgroups are a pipeline:
 //
-// A tile is two rows of up to 80 outputs of one frame. A stage has its dz, [row][position][64] in rows of 128 bytes,
-// swizzled, and its 9 image rows, [row][channel][chunk]: output row r multiplies image rows 2 r .. 2 r + 6. A block
-// takes consecutive tiles, downwards in a frame, so a tile copies 5 of its image rows from the stage before.
+//     produce     the clip, from memory to chunks in shared memory
+//     route       r, the gradient as the pool sends it to positions, packed, [row][position][64]
+//     form        z = W X as stem_fwd.cu has it, bit for bit; then dz / scale = r - c0 - (z - mean) c1 in place of r
+//     accumulate  D[cout, k] += dz[position, cout] X[position, k]
 //
-// One warpgroup multiplies. Ten warps form dz: a thread has a cell of 2 x 2 positions and 8 couts. The pool's windows,
-// 3 x 3 and two apart, cover such a cell by two in each direction, A and B = A + 1. Its even positions (counted from
-// the pool's padding: the first ones, or if padded the last) are tap 2 of A and tap 0 of B, the odd are tap 1 of B, or
-// if padded of A. Two warps read the clip: a lane has a pair of pixels and makes its chunk from those of its
-// neighbours.
+// In the last product couts are the rows of the matrix unit, positions its steps. The chunk of an output is 16 bytes:
+// its window in one row and channel, and a pixel before it that is no tap. So k counts (row of the window, channel,
+// pixel of the chunk), and the chunks of a row are an N-major operand whose next 8 columns are the next channel or row:
+// the first product's operand, read across. Rows of dz have 128 bytes, swizzled.
+//
+// A thread of `route` has 4 couts of some cells of 2 x 2 positions, side by side. The pool's windows, 3 x 3 and two
+// apart, cover such a cell by two in each direction, A and B = A + 1. Its even positions (counted from the pool's
+// padding: the first ones, or if padded the last) are tap 2 of A and tap 0 of B, the odd are tap 1 of B, or if padded
+// of A. Windows B of a tile are windows A of the tile below.
 #include <algorithm>
 
 #include "p3d.h"
-#include "stem_infer.cuh"
-#include "tile.cuh"
+#include "stem_tile.cuh"
 
 namespace p3d {
 namespace {
 
-constexpr int kCouts = 64;
-constexpr int kColumns = 80;           // of a tile, at most
-constexpr int kCells = kColumns / 2;   // of 2 x 2 positions
-constexpr int kRows = 9;               // of the image that a tile needs
-constexpr int kFresh = 4;              // of which the tile above has not
-constexpr int kPlane = kColumns * 16;  // chunks of one row of one channel
-constexpr int kGradientRow = kColumns * kCouts * 2, kGradient = 2 * kGradientRow;
-constexpr int kChunks = 29, kSegments = 3;  // that a warp makes of 32 pairs; runs of these in a row
-constexpr int kGradientWarps = 10, kClipWarps = 2;
-constexpr int kAhead = 2, kLeadRows = kAhead * kFresh;  // tiles and image rows that memory is asked for in advance
-constexpr int kThreads = 128 + 32 * (kGradientWarps + kClipWarps);
-constexpr int kProducerRegisters = 120, kConsumerRegisters = 152;
-static_assert(kCells * 8 == 32 * kGradientWarps, "a thread has one cell and 8 couts");
-static_assert(kChunks * kSegments >= kColumns, "segments cover a row");
-static_assert(kGradientRow % 1024 == 0, "the swizzle repeats every 1024 bytes");
-static_assert(128 * kConsumerRegisters + (kThreads - 128) * kProducerRegisters <= 65536, "registers");
+constexpr int kWgradThreads = 4 * 128;
 
-struct StemWgradArgs {
-    const char* x;
+template <int kChannels, int kColumns>
+struct WgradTile : StemTile<kChannels, kColumns, 1, 0, 0> {
+    using Base = StemTile<kChannels, kColumns, 1, 0, 0>;
+    static constexpr int kGradientRow = kColumns * kCouts * 2, kGradient = 2 * kGradientRow;
+    static constexpr int kTiles = kChannels < 4 ? 4 : 3;  // of r and dz
+    static constexpr int kStaging = kTiles * kGradient;
+    static constexpr int kRepeated = 5;  // output row 2 r + 1 of the last stage
+    static constexpr int kRoom = kSharedLimit - kStaging - kRepeated * Base::kRow - Base::kZeros - 8 * 16 - kTiles * 24;
+    static constexpr int kStages = std::min(8, kRoom / Base::kStage);
+    static constexpr int kShared = kSharedLimit - kRoom + kStages * Base::kStage;
+    static constexpr int kClipRegisters = kChannels < 4 ? 104 : 80, kRouteRegisters = kChannels < 4 ? 120 : 112;
+    static constexpr int kFormRegisters = 168, kSumRegisters = kChannels < 4 ? 120 : 152;
+    static_assert(128 * (kClipRegisters + kRouteRegisters + kFormRegisters + kSumRegisters) <= 65536, "registers");
+    static_assert(kStages >= 6, "an item ends in three stages that are still in use when the next one begins");
+    static_assert(kColumns % 16 == 0, "positions of a step");
+    static_assert(kGradientRow % 1024 == 0, "the swizzle repeats every 1024 bytes");
+};
+
+// Barriers of a tile of the gradient: its r is there, its dz is there, it is free.
+template <typename Tile>
+struct WgradShared : StemShared<Tile> {
+    using StemShared<Tile>::StemShared;
+    __device__ __forceinline__ uint32_t gradient(int i) const { return this->staging + i * Tile::kGradient; }
+    __device__ __forceinline__ uint32_t routed(int i) const { return this->barriers + Tile::kStages * 16 + 24 * i; }
+    __device__ __forceinline__ uint32_t formed(int i) const { return routed(i) + 8; }
+    __device__ __forceinline__ uint32_t emptied(int i) const { return routed(i) + 16; }
+};
+
+struct WgradItem;
+
+struct StemWgradArgs : ClipArgs {
+    using Item = WgradItem;
     const char* g;
     const uint8_t* tap;
-    const char* z;
+    const void* w;
     const float* record;
     const float* sums;
     float* partials;
-    int64_t clip_stride, channel_stride, frame_stride, row_stride, pixel_stride;  // of x in bytes
-    PixelType x_type;
-    bool planes, padded;  // pairs of pixels are read as one
-    int frames, height, width, out_height, out_width, pooled_frames, pooled_height, pooled_width;
-    int tile;                                   // columns
-    int row_tiles, column_tiles, tiles, turns;  // turns: tiles of a block
+    PixelType w_type;
+    bool padded;
+    int out_height, out_width, pooled_frames, pooled_height, pooled_width;
+    int tile;                                          // columns
+    int row_tiles, column_tiles, tiles, turns, items;  // turns: tiles of a block; items: of all blocks, some empty
 };
 
-// What lies in shared memory, in bytes.
-template <int kCi>
-struct StemWgradShared {
-    static constexpr int kImage = kRows * kCi * kPlane;
-    static constexpr int kStages = kCi < 4 ? 4 : 3;
-    static constexpr int kConstants = 3 * kCouts * 4;  // rows mean, c0, c1
-    static constexpr int kSize = kStages * (kGradient + kImage) + kConstants + kStages * 16;
-    static_assert(kSize <= kSharedLimit, "a block's shared memory");
-    static_assert(kStages >= 3, "a copied stage may still be read while the one after next is written");
-    uint32_t gradient, image, constants, barriers;
+struct WgradItem {
+    int image;  // clip * frames + frame
+    int row, pairs, rows;
+    int column, columns;
 
-    __device__ __forceinline__ explicit StemWgradShared(const void* base)
-        : gradient(shared_address(base)),
-          image(gradient + kStages * kGradient),
-          constants(image + kStages * kImage),
-          barriers(constants + kConstants) {}
-    __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
-    __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
-};
-
-struct WgradTile {
-    int64_t image;  // clip * frames + frame
-    int clip, frame, column, row;
-
-    __device__ __forceinline__ WgradTile(const StemWgradArgs& a, int index) {
-        int rest = index / a.row_tiles;
-        row = 2 * (index % a.row_tiles);
-        column = rest % a.column_tiles * a.tile;
-        image = rest / a.column_tiles;
-        clip = int(image) / a.frames;
-        frame = int(image) % a.frames;
+    // Of block b, item i is number i * blocks + b: what it has of the i-th strip of a frame that it reaches.
+    __device__ __forceinline__ WgradItem(const StemWgradArgs& a, int index) {
+        int turn = index / gridDim.x, start = index % gridDim.x * a.turns;
+        int before = start % a.row_tiles, strip = start / a.row_tiles + turn;
+        int first = max(0, turn * a.row_tiles - before);
+        pairs = min(min(a.turns, a.tiles - start), (turn + 1) * a.row_tiles - before) - first;
+        row = 2 * (before + first - turn * a.row_tiles);
+        rows = min(2 * pairs, a.out_height - row);
+        column = strip % a.column_tiles * a.tile;
+        columns = min(a.tile, a.out_width - column);
+        image = strip / a.column_tiles;
     }
-    __device__ __forceinline__ void advance(const StemWgradArgs& a) {
-        if ((row += 2) < a.out_height) return;
-        row = 0;
-        if ((column += a.tile) < a.out_width) return;
-        column = 0;
-        ++image;
-        if (++frame == a.frames) frame = 0, ++clip;
+    __device__ __forceinline__ bool empty() const { return pairs <= 0; }
+    __device__ __forceinline__ int stages() const { return empty() ? 0 : pairs + 2; }
+    __device__ __forceinline__ Cursor cursor(const StemWgradArgs& a, int warp, int group) const {
+        return {a, image / a.frames, image % a.frames, 2 * row - 3 + warp, 2 * column + 8 * group};
     }
 };
 
-struct Turns {  // the tiles of this block
-    int first, count;
+// ---- What the pool sends back.
 
-    __device__ __forceinline__ explicit Turns(const StemWgradArgs& a)
-        : first(blockIdx.x * a.turns), count(min(a.turns, a.tiles - first)) {}
+// Of one row of windows: g of 4 couts and their taps, of a thread's windows.
+template <int kCount>
+struct Windows {
+    uint2 g[kCount];
+    uint32_t tap[kCount];
 };
 
-// ---- The clip.
+// Where the windows of a thread lie. `first`: the column of the first, perhaps outside, as rows may be.
+struct WindowPlace {
+    const char* g;
+    const uint8_t* tap;
+    int first;
+    bool real;  // the pool has this frame
 
-// Pairs of pixels of one image row on their way, a pair a lane, channel and segment.
-template <typename T, typename In, int kCi, bool kPlanes>
-struct PixelRow {
-    uint32_t v[kCi][kSegments][sizeof(In) / 2];
-
-    // `frame`: the first pixel of channel 0; `row` may be outside the image. `column`: of the first output. Has the row
-    // that the tile kAhead further down will read on its way.
-    __device__ __forceinline__ void load(const StemWgradArgs& a, const char* frame, int row, int column) {
-        int pair = column + thread_here() % 32 - 2;
-        const char* source = frame + row * a.row_stride;
-        bool inside = unsigned(row) < unsigned(a.height);
-#pragma unroll
-        for (int c = 0; c < kCi; ++c, source += a.channel_stride)
-#pragma unroll
-            for (int s = 0; s < kSegments; ++s) {
-                uint32_t (&out)[sizeof(In) / 2] = v[c][s];
-                int pixel = 2 * (pair + kChunks * s);
-                const char* first = source + pixel * (kPlanes ? int64_t(sizeof(In)) : a.pixel_stride);
-                bool one = inside && unsigned(pixel) < unsigned(a.width);
-                if (kPlanes && one && row + kLeadRows < a.height && pixel * int(sizeof(In)) % 128 == 0)
-                    prefetch(first + kLeadRows * a.row_stride);
-                if constexpr (kPlanes && sizeof(In) == 4) {
-                    uint2 u{};
-                    if (one) load_once(u, first);
-                    out[0] = u.x, out[1] = u.y;
-                } else if constexpr (kPlanes) {
-                    out[0] = one ? __ldg(reinterpret_cast<const uint32_t*>(first)) : 0;
-                } else {
-                    bool other = inside && unsigned(pixel + 1) < unsigned(a.width);
-                    const char* second = first + a.pixel_stride;
-                    if constexpr (sizeof(In) == 4) {
-                        out[0] = one ? __ldg(reinterpret_cast<const uint32_t*>(first)) : 0;
-                        out[1] = other ? __ldg(reinterpret_cast<const uint32_t*>(second)) : 0;
-                    } else {
-                        uint32_t low = one ? __ldg(reinterpret_cast<const uint16_t*>(first)) : 0;
-                        uint32_t high = other ? __ldg(reinterpret_cast<const uint16_t*>(second)) : 0;
-                        out[0] = low | high << 16;
-                    }
-                }
-            }
+    __device__ __forceinline__ WindowPlace(const StemWgradArgs& a, const WgradItem& item, int first, int cout)
+        : first(first) {
+        int frame = item.image % a.frames / 2;
+        real = frame < a.pooled_frames;
+        int64_t row = (int64_t(item.image / a.frames) * a.pooled_frames + frame) * a.pooled_height;
+        int64_t at = (row * a.pooled_width + first) * kCouts + cout;
+        g = a.g + 2 * at;
+        tap = a.tap + at;
     }
-
-    // Writes the row's chunks; lanes 2 to 30 of a segment have one each.
-    __device__ __forceinline__ void store(uint32_t target) const {
-        int lane = threadIdx.x % 32;
+    template <int kCount>
+    __device__ __forceinline__ void load(Windows<kCount>& out, const StemWgradArgs& a, int row) const {
+        int64_t at = int64_t(row) * a.pooled_width * kCouts;
+        const char* g_row = g + 2 * at;
+        const uint8_t* tap_row = tap + at;
+        bool inside = real && unsigned(row) < unsigned(a.pooled_height);
 #pragma unroll
-        for (int c = 0; c < kCi; ++c) {
-#pragma unroll
-            for (int s = 0; s < kSegments; ++s) {
-                uint32_t own;
-                if constexpr (sizeof(In) == 4) {
-                    own = pack<T>(__uint_as_float(v[c][s][0]), __uint_as_float(v[c][s][1]));
-                } else if constexpr (std::is_same_v<T, In>) {
-                    own = v[c][s][0];
-                } else {
-                    float2 both = unpack<In>(v[c][s][0]);
-                    own = pack<T>(both.x, both.y);
-                }
-                uint4 chunk{__shfl_up_sync(~0u, own, 2), __shfl_up_sync(~0u, own, 1), own,
-                            __shfl_down_sync(~0u, own, 1)};
-                int index = kChunks * s + lane - 2;
-                if (lane >= 2 && lane < 31 && index < kColumns) store_shared(target + c * kPlane + 16 * index, chunk);
-            }
-            __syncwarp();  // a channel at a time: fewer registers
-        }
-    }
-};
-
-template <typename T, typename In, int kCi, bool kPlanes>
-__device__ __forceinline__ void produce_clip(const StemWgradArgs& a, const StemWgradShared<kCi>& shared) {
-    using Shared = StemWgradShared<kCi>;
-    int thread = threadIdx.x % (32 * kClipWarps), lane = thread % 32, warp = thread / 32;
-    constexpr int kRow = kCi * kPlane, kKept = (kRows - kFresh) * kRow;
-    Turns turns(a);
-    WgradTile tile(a, turns.first);
-    StageRing<Shared::kStages> ring;
-    uint32_t before = 0;
-    // Of the fresh rows, those that registers hold while their stage is still in use.
-    constexpr int kEarly = kPlanes ? kCi < 4 ? 2 : 1 : 0, kLate = kRows - kEarly * kClipWarps;
-    constexpr int kBatch = kCi < 4 ? kCi : 2;  // channels
-#pragma unroll 1
-    for (int i = 0; i < turns.count; ++i, tile.advance(a)) {
-        const char* frame = a.x + tile.clip * a.clip_stride + tile.frame * a.frame_stride;
-        int row = 2 * tile.row - 3;
-        PixelRow<T, In, kCi, kPlanes> fresh[kEarly + !kEarly];
-#pragma unroll
-        for (int j = 0; j < kEarly; ++j) fresh[j].load(a, frame, row + kLate + j * kClipWarps + warp, tile.column);
-        barrier_wait(shared.empty(ring.index), ring.parity ^ 1);
-        uint32_t target = shared.image + ring.index * Shared::kImage;
-        named_sync(1, 32 * kClipWarps);  // the stage before is whole
-        bool follows = i > 0 && tile.row > 0;
-        if (follows)
-#pragma unroll 4
-            for (int at = 16 * thread; at < kKept; at += 16 * 32 * kClipWarps)
-                store_shared(target + at, load_shared(before + kFresh * kRow + at));
-#pragma unroll
-        for (int j = 0; j < kEarly; ++j) fresh[j].store(target + (kLate + j * kClipWarps + warp) * kRow);
-#pragma unroll 1
-        for (int j = (follows ? kRows - kFresh : 0) + warp; j < kLate; j += kClipWarps) {
-#pragma unroll 1
-            for (int c = 0; c < kCi; c += kBatch) {
-                PixelRow<T, In, kBatch, kPlanes> part;
-                part.load(a, frame + c * a.channel_stride, row + j, tile.column);
-                part.store(target + j * kRow + c * kPlane);
+        for (int i = 0; i < kCount; ++i) {
+            out.g[i] = uint2{}, out.tap[i] = ~0u;
+            if (inside && unsigned(first + i) < unsigned(a.pooled_width)) {
+                out.g[i] = __ldg(reinterpret_cast<const uint2*>(g_row + i * 2 * kCouts));
+                out.tap[i] = __ldg(reinterpret_cast<const uint32_t*>(tap_row + i * kCouts));
             }
         }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.full(ring.index));
-        before = target;
-        ring.advance();
-    }
-}
-
-template <typename T, typename In, int kCi>
-__device__ __forceinline__ void produce_clip(const StemWgradArgs& a, const StemWgradShared<kCi>& shared) {
-    if (a.planes)
-        produce_clip<T, In, kCi, true>(a, shared);
-    else
-        produce_clip<T, In, kCi, false>(a, shared);
-}
-
-// ---- The gradient.
-
-// Where z at a cell's first position lies, and its windows (A, A), in elements, as if all were there.
-template <bool kPadded>
-struct CellPlace {
-    int64_t position, window;
-    int column, pooled_row, pooled_column;
-
-    __device__ __forceinline__ CellPlace(const StemWgradArgs& a, const WgradTile& tile, int cell)
-        : column(tile.column + 2 * cell), pooled_row(tile.row / 2 - !kPadded), pooled_column(column / 2 - !kPadded) {
-        position = ((tile.image * a.out_height + tile.row) * a.out_width + column) * kCouts;
-        int64_t pooled_image = int64_t(tile.clip) * a.pooled_frames + tile.frame / 2;
-        window = ((pooled_image * a.pooled_height + pooled_row) * a.pooled_width + pooled_column) * kCouts;
     }
 };
 
-// What a thread reads for a cell: z at its positions; g and the tap of windows A and B of rows, of columns.
-template <bool kPadded>
-struct Cell {
-    uint4 z[2][2], g[2][2];
-    uint2 tap[2][2];
-    bool rows, columns[2];  // that exist: the second row; the columns
-    uint32_t code;          // four times the first tap of the frame
-
-    __device__ __forceinline__ void load(const StemWgradArgs& a, const WgradTile& tile) {
-        int thread = thread_here() - 128, octet = thread % 8;
-        CellPlace<kPadded> place(a, tile, thread / 8);
-        int last = min(tile.column + a.tile, a.out_width);
-        rows = tile.row + 1 < a.out_height;
-        columns[0] = place.column < last, columns[1] = place.column + 1 < last;
-        const char* source = a.z + 2 * (place.position + 8 * octet);
-#pragma unroll
-        for (int r = 0; r < 2; ++r, source += int64_t(a.out_width) * (2 * kCouts))
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                z[r][c] = uint4{};
-                if ((r == 0 || rows) && columns[c]) load_once(z[r][c], source + c * (2 * kCouts));
-            }
-        code = tile.frame % 2 * 0x09090909;
-        int64_t window = place.window + 8 * octet;
-        bool real = tile.frame / 2 < a.pooled_frames && columns[0];
-#pragma unroll
-        for (int r = 0; r < 2; ++r, window += int64_t(a.pooled_width) * kCouts)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                bool covers = real && unsigned(place.pooled_row + r) < unsigned(a.pooled_height);
-                g[r][c] = uint4{}, tap[r][c] = uint2{~0u, ~0u};
-                if (covers && unsigned(place.pooled_column + c) < unsigned(a.pooled_width)) {
-                    g[r][c] = __ldg(reinterpret_cast<const uint4*>(a.g + 2 * (window + c * kCouts)));
-                    tap[r][c] = __ldg(reinterpret_cast<const uint2*>(a.tap + window + c * kCouts));
-                }
-            }
-    }
-};
-
-// Has the memory of a tile on its way: of the 8 threads of a cell, one each line of z and of its window (B, B).
-template <bool kPadded>
-__device__ __forceinline__ void prefetch_cell(const StemWgradArgs& a, const WgradTile& tile) {
-    int thread = thread_here() - 128, part = thread % 8;
-    CellPlace<kPadded> place(a, tile, thread / 8);
-    if (part < 4) {
-        bool real = place.column + part % 2 < a.out_width && tile.row + part / 2 < a.out_height;
-        int64_t offset = (int64_t(part / 2) * a.out_width + part % 2) * kCouts;
-        if (real) prefetch(a.z + 2 * (place.position + offset));
-    } else if (part < 6) {
-        bool real = place.pooled_row + 1 < a.pooled_height && place.pooled_column + 1 < a.pooled_width;
-        int64_t window = place.window + int64_t(a.pooled_width + 1) * kCouts;
-        if (real && tile.frame / 2 < a.pooled_frames)
-            prefetch(part == 4 ? a.g + 2 * window : reinterpret_cast<const char*>(a.tap) + window);
-    }
+template <typename T>
+__device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+    Pair sum = __hadd2(reinterpret_cast<Pair&>(a), reinterpret_cast<Pair&>(b));
+    return reinterpret_cast<uint32_t&>(sum);
 }
 
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+// Two halves from the top bits of two bytes of v, 0 and 1 or 2 and 3: all ones or zero.
+template <int kPair>
+__device__ __forceinline__ uint32_t spread(uint32_t v) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(v), "n"(kPair ? 0xbbaa : 0x9988));
+    return out;
 }
 
-// Two neighbouring couts of a cell, of pair `q` of its 8: dz / scale at its four positions, packed.
-template <typename T, bool kPadded>
-__device__ __forceinline__ void cell_gradient(const Cell<kPadded>& cell, int q, const float (&mean)[2],
-                                              const float (&c0)[2], const float (&c1)[2], uint32_t (&out)[2][2]) {
+// r at the four positions of a cell, 4 couts of each, from windows (A, B) of rows and i, i + 1 of columns. `code`: four
+// times the first tap of the frame.
+template <typename T, bool kPadded, int kCount>
+__device__ __forceinline__ void cell_gradient(uint2 (&out)[2][2], const Windows<kCount>& above,
+                                              const Windows<kCount>& below, int i, uint32_t code) {
     constexpr int kEven = kPadded, kOdd = !kPadded;  // which of two positions is even; the odd one's window as well
-    float v[2][2][2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int a = 0; a < 2; ++a)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            float2 z = unpack<T>(word(cell.z[r][c], q));
-            v[0][r][c] = fmaf(mean[0] - z.x, c1[0], -c0[0]);
-            v[1][r][c] = fmaf(mean[1] - z.y, c1[1], -c0[1]);
-        }
-#pragma unroll
-    for (int a = 0; a < 2; ++a)  // window A or B of rows
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {  // of columns
-            float2 g = unpack<T>(word(cell.g[a][b], q));
-            uint32_t tap = q < 2 ? cell.tap[a][b].x : cell.tap[a][b].y;
-            auto add = [&](int row, int column, uint32_t kh, uint32_t kw) {
-                uint32_t other = tap ^ (cell.code + (3 * kh + kw) * 0x01010101);
-                uint32_t mask = 0xffu << q % 2 * 16;
-                if ((other & mask) == 0) v[0][row][column] += g.x;
-                if ((other & mask << 8) == 0) v[1][row][column] += g.y;
+        for (int b = 0; b < 2; ++b) {
+            uint2 g = a ? below.g[i + b] : above.g[i + b];
+            uint32_t tap = a ? below.tap[i + b] : above.tap[i + b];
+            auto add = [&](uint2& r, int kh, int kw, bool first) {
+                // Bytes below 128, of which 128 - byte has its top bit where the byte is zero.
+                uint32_t same = 0x80808080 - ((tap & 0x7f7f7f7f) ^ (code + (3 * kh + kw) * 0x01010101));
+                uint32_t x = g.x & spread<0>(same), y = g.y & spread<1>(same);
+                r.x = first ? x : add_pairs<T>(r.x, x);
+                r.y = first ? y : add_pairs<T>(r.y, y);
             };
-            add(kEven, kEven, 2 - 2 * a, 2 - 2 * b);
-            if (a == kOdd) add(kOdd, kEven, 1, 2 - 2 * b);
-            if (b == kOdd) add(kEven, kOdd, 2 - 2 * a, 1);
-            if (a == kOdd && b == kOdd) add(kOdd, kOdd, 1, 1);
+            add(out[kEven][kEven], 2 - 2 * a, 2 - 2 * b, a == 0 && b == 0);
+            if (a == kOdd) add(out[kOdd][kEven], 1, 2 - 2 * b, b == 0);
+            if (b == kOdd) add(out[kEven][kOdd], 2 - 2 * a, 1, a == 0);
+            if (a == kOdd && b == kOdd) add(out[kOdd][kOdd], 1, 1, true);
         }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) out[r][c] = pack<T>(v[0][r][c], v[1][r][c]);
 }
 
-// The cell's dz to shared memory; zero where there is no position.
-template <typename T, bool kPadded>
-__device__ __forceinline__ void store_cell(Cell<kPadded>& cell, uint32_t target, uint32_t constants) {
-    int thread = thread_here() - 128, index = thread / 8, octet = thread % 8;
+// Positions beside the output get some r or other, which `form` does not use.
+template <typename T, bool kPadded, typename Tile>
+__device__ __forceinline__ void route(const StemWgradArgs& a, const WgradShared<Tile>& shared) {
+    constexpr int kCells = Tile::kN / 16;  // of a thread; its warpgroup has 8 times 16 threads
+    int thread = threadIdx.x % 128, quad = thread % 16, cell = thread / 16 * kCells;
+    StageRing<Tile::kTiles> ring;
+#pragma unroll 1
+    for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+        WgradItem item(a, index);
+        if (item.empty()) continue;
+        WindowPlace place(a, item, item.column / 2 - !kPadded + cell, 4 * quad);
+        int row = item.row / 2 - !kPadded;
+        uint32_t code = item.image % a.frames % 2 * 0x09090909;
+        Windows<kCells + 1> below{}, next;
+        place.load(next, a, row);
+#pragma unroll 1
+        for (int turn = 0; turn <= item.pairs; ++turn) {  // the first only fetches
+            Windows<kCells + 1> above = below;
+            below = next;
+            if (turn < item.pairs) place.load(next, a, ++row);
+            if (turn == 0) continue;
+            barrier_wait(shared.emptied(ring.index), ring.parity ^ 1);
+            uint32_t target = shared.gradient(ring.index) + quad % 2 * 8;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // four couts
-        uint4 rows[3];
-#pragma unroll
-        for (int i = 0; i < 3; ++i) rows[i] = load_shared(constants + i * 4 * kCouts + 32 * octet + 16 * half);
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-            float v[3][2];
-#pragma unroll
-            for (int i = 0; i < 3; ++i)
-                v[i][0] = __uint_as_float(word(rows[i], 2 * q)), v[i][1] = __uint_as_float(word(rows[i], 2 * q + 1));
-            uint32_t out[2][2];
-            cell_gradient<T, kPadded>(cell, 2 * half + q, v[0], v[1], v[2], out);
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
+            for (int i = 0; i < kCells; ++i) {
+                uint2 r[2][2];
+                cell_gradient<T, kPadded>(r, above, below, i, code);
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    uint4& z = cell.z[r][c];
-                    (half ? q ? z.w : z.z : q ? z.y : z.x) = (r == 0 || cell.rows) && cell.columns[c] ? out[r][c] : 0;
+                    int position = 2 * (cell + i) + c;
+                    uint32_t at = target + position * 128 + ((quad / 2 ^ position % 8) << 4);
+                    store_shared(at, r[0][c]);
+                    store_shared(at + Tile::kGradientRow, r[1][c]);
                 }
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        int position = 2 * index + c;
-        uint32_t at = target + position * 128 + ((octet ^ position % 8) << 4);
-        store_shared(at, cell.z[0][c]);
-        store_shared(at + kGradientRow, cell.z[1][c]);
-    }
-}
-
-template <typename T, int kCi, bool kPadded>
-__device__ __forceinline__ void produce_gradient(const StemWgradArgs& a, const StemWgradShared<kCi>& shared) {
-    Turns turns(a);
-    WgradTile tile(a, turns.first), far = tile;
-    for (int i = 0; i < kAhead; ++i) {
-        if (i < turns.count) prefetch_cell<kPadded>(a, far);
-        far.advance(a);
-    }
-    StageRing<StemWgradShared<kCi>::kStages> ring;
-#pragma unroll 1
-    for (int i = 0; i < turns.count; ++i) {
-        Cell<kPadded> cell;
-        cell.load(a, tile);
-        tile.advance(a);
-        if (i + kAhead < turns.count) prefetch_cell<kPadded>(a, far);
-        far.advance(a);
-        barrier_wait(shared.empty(ring.index), ring.parity ^ 1);
-        store_cell<T, kPadded>(cell, shared.gradient + ring.index * kGradient, shared.constants);
-        fence_proxy_async();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared.full(ring.index));
-        ring.advance();
-    }
-}
-
-// ---- The product.
-
-template <typename T, int kCi>
-__device__ __forceinline__ void consume(const StemWgradArgs& a, const StemWgradShared<kCi>& shared) {
-    using Shared = StemWgradShared<kCi>;
-    constexpr int kParts = kCi == 4 ? 2 : 1;  // ptxas takes no product as wide as 224 in a block of 512 threads
-    constexpr int kN = 56 * kCi / kParts;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float d[kParts][kN / 2];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int i = 0; i < kN / 2; ++i) d[part][i] = 0;
-        wgmma_pin(d[part]);
-    }
-    int steps = (a.tile + 15) / 16;
-    Turns turns(a);
-    StageRing<Shared::kStages> ring;
-#pragma unroll 1
-    for (int i = 0; i < turns.count; ++i, ring.advance()) {
-        barrier_wait(shared.full(ring.index), ring.parity);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            uint64_t dz = swizzled_descriptor(shared.gradient + ring.index * kGradient + row * kGradientRow, 8 * 128);
-            uint64_t x =
-                plain_descriptor(shared.image + ring.index * Shared::kImage + 2 * row * kCi * kPlane, 128, kPlane);
-#pragma unroll 1
-            for (int step = 0; step < steps; ++step, dz += 16 * 128 >> 4, x += 16 * 16 >> 4) {
-                wgmma_fence();
-#pragma unroll
-                for (int part = 0; part < kParts; ++part)
-                    wgmma_outer<T>(d[part], dz, x + part * (kN / 8 * kPlane >> 4));
-                wgmma_commit();
             }
+            __syncwarp();
+            if (thread_here() % 32 == 0) barrier_arrive(shared.routed(ring.index));
+            ring.advance();
         }
-        wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(shared.empty(ring.index));
     }
-    // d[4 j + 2 m + e] is cout 16 warp + 8 m + lane / 4, k = 8 j + 2 (lane % 4) + e.
-    float* out = a.partials + int64_t(blockIdx.x) * (64 * kCi * kCouts) + 16 * warp + lane / 4 + lane % 4 * 2 * kCouts;
+}
+
+// ---- dz / scale.
+
+struct GradientTerms {  // of a thread's couts
+    float mean[2], c0[2], c1[2];
+};
+
+// A row of r becomes one of dz, two 8x8 matrices of couts 16 warp + {0, 8} at two times 8 positions at once; zero from
+// `columns` on.
+template <typename T, int kN, bool kAll>
+__device__ __forceinline__ void form_row(const float (&z)[kN / 2], uint32_t turned, const GradientTerms& terms,
+                                         int columns) {
+    int quad = threadIdx.x % 4;
+    uint32_t next[4];
+    load_transposed(turned, next);
+#pragma unroll
+    for (int j = 0; j < kN / 8; j += 2) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = next[i];
+        if (j + 2 < kN / 8) load_transposed(turned + 1024 * (j + 2), next);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int m = i % 2, at = 4 * (j + i / 2) + 2 * m, column = 8 * (j + i / 2) + 2 * quad;
+            float2 r = unpack<T>(v[i]), rounded = unpack<T>(pack<T>(z[at], z[at + 1]));
+            float first = fmaf(terms.mean[m] - rounded.x, terms.c1[m], r.x - terms.c0[m]);
+            float second = fmaf(terms.mean[m] - rounded.y, terms.c1[m], r.y - terms.c0[m]);
+            v[i] = pack<T>(kAll || column < columns ? first : 0.0f, kAll || column + 1 < columns ? second : 0.0f);
+        }
+        store_transposed(turned + 1024 * j, v[0], v[1]);
+        store_transposed(turned + 1024 * (j + 1), v[2], v[3]);
+    }
+}
+
+template <typename T, typename Tile>
+__device__ __forceinline__ void form(const StemWgradArgs& a, const WgradShared<Tile>& shared) {
+    constexpr int kN = Tile::kN;
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    uint32_t w[Tile::kSteps][4];
+    if (a.w_type == PixelType::fp32)
+        load_weights<T, Tile>(w, static_cast<const float*>(a.w), a.channels, shared.zeros);
+    else if (a.w_type == PixelType::bf16)
+        load_weights<T, Tile>(w, static_cast<const __nv_bfloat16*>(a.w), a.channels, shared.zeros);
+    else
+        load_weights<T, Tile>(w, static_cast<const __half*>(a.w), a.channels, shared.zeros);
+    GradientTerms terms;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        int cout = 16 * warp + 8 * m + lane / 4;
+        terms.mean[m] = a.record[cout], terms.c0[m] = a.sums[cout], terms.c1[m] = a.sums[kCouts + cout];
+    }
+
+    float d0[kN / 2], d1[kN / 2];  // the two rows of a tile on their way
+    StageRing<Tile::kStages> filled;
+    StageRing<Tile::kTiles> ring;
+    auto await = [&](int count) {
+        for (int i = 0; i < count; ++i, filled.advance()) barrier_wait(shared.full(filled.index), filled.parity);
+    };
+    // Matrices of couts 16 warp + {0, 8} at 8 positions, then at the next 8; pieces are permuted by the position.
+    uint32_t turned = (lane / 16 * 8 + lane % 8) * 128 + (((2 * warp + lane / 8 % 2) ^ lane % 8) << 4);
+#pragma unroll 1
+    for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+        WgradItem item(a, index);
+        if (item.empty()) continue;
+        int left = item.rows;  // from the first of the tile that is in d0 and d1
+        auto put = [&](float (&d)[kN / 2], int which) {
+            uint32_t at = shared.gradient(ring.index) + which * Tile::kGradientRow + turned;
+            if (item.columns == kN)
+                form_row<T, kN, true>(d, at, terms, kN);
+            else
+                form_row<T, kN, false>(d, at, terms, item.columns);
+        };
+        auto finish = [&] {
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.formed(ring.index));
+            ring.advance();
+        };
+        int first = filled.index;  // stage of the tile that is multiplied
+        await(3);
+        multiply<T>(d0, w, shared, first, 0);
+        multiply<T>(d1, w, shared, first, 1);
+        while (true) {
+            wgmma_wait<1>();
+            wgmma_pin(d0);
+            barrier_wait(shared.routed(ring.index), ring.parity);
+            put(d0, 0);
+            wgmma_wait<0>();  // as ptxas asks for once in every turn
+            wgmma_pin(d1);
+            if (left <= 2) break;
+            if (++first == Tile::kStages) first = 0;
+            multiply<T>(d0, w, shared, first, 0);
+            put(d1, 1);
+            finish();
+            await(1);
+            multiply<T>(d1, w, shared, first, 1);
+            left -= 2;
+        }
+        if (left > 1) put(d1, 1);
+        finish();
+    }
+}
+
+// ---- The sum.
+
+template <typename T, typename Tile>
+__device__ __forceinline__ void accumulate(const StemWgradArgs& a, const WgradShared<Tile>& shared) {
+    constexpr int kCi = Tile::kCi;
+    constexpr int kParts = kCi == 4 ? 2 : 1;  // ptxas takes no product as wide as 224 in a block of 512 threads
+    constexpr int kWidth = 56 * kCi / kParts;
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    float d[kParts][kWidth / 2];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < kWidth / 2; ++i) d[part][i] = 0;
+        wgmma_pin(d[part]);
+    }
+    StageRing<Tile::kStages> filled;
+    StageRing<Tile::kTiles> ring;
+    int done = 0, freed = 0, owed = 0;  // of the rings: what is oldest in use; stages that the tile under way will free
+    auto await = [&](int count) {
+        for (int i = 0; i < count; ++i, filled.advance()) barrier_wait(shared.full(filled.index), filled.parity);
+    };
+    auto release = [&] {
+        if (owed == 0) return;
+        if (lane == 0) barrier_arrive(shared.emptied(freed));
+        if (++freed == Tile::kTiles) freed = 0;
+        for (; owed > 0; --owed) {
+            if (lane == 0) barrier_arrive(shared.empty(done));
+            if (++done == Tile::kStages) done = 0;
+        }
+    };
+#pragma unroll 1
+    for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
+        WgradItem item(a, index);
+        if (item.empty()) continue;
+        int steps = (item.columns + 15) / 16, first = filled.index;
+        await(2);
+#pragma unroll 1
+        for (int left = item.rows; left > 0; left -= 2, ring.advance()) {
+            await(1);
+            barrier_wait(shared.formed(ring.index), ring.parity);
+            uint64_t dz = swizzled_descriptor(shared.gradient(ring.index), 8 * 128);
+            uint64_t x = plain_descriptor(shared.ring + first * Tile::kStage, Tile::kChunks8, Tile::kPlane);
+#pragma unroll 1
+            for (int row = min(left, 2); row > 0; --row) {
+                uint64_t dz_step = dz, x_step = x;
+#pragma unroll 1
+                for (int step = 0; step < steps; ++step) {
+                    wgmma_fence();
+#pragma unroll
+                    for (int part = 0; part < kParts; ++part)
+                        wgmma_outer<T>(d[part], dz_step, x_step + part * (kWidth / 8 * Tile::kPlane >> 4));
+                    wgmma_commit();
+                    wgmma_wait<1>();  // the step before, with the first step the tile before
+                    release();
+                    dz_step += 16 * 128 >> 4, x_step += 2 * Tile::kChunks8 >> 4;
+                }
+                dz += Tile::kGradientRow >> 4, x += 2 * Tile::kRow >> 4;
+            }
+            owed = left <= 2 ? 3 : 1;
+            if (++first == Tile::kStages) first = 0;
+        }
+    }
+    wgmma_wait<0>();
+    // d[4 j + 2 m + e] is cout 16 warp + 8 m + lane / 4, k = 8 j + 2 (lane % 4) + e. A lone channel has one of zeros.
+    float* out = a.partials + int64_t(blockIdx.x) * (64 * a.channels * kCouts) + 16 * warp + lane / 4;
+    out += lane % 4 * 2 * kCouts;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
         wgmma_pin(d[part]);
 #pragma unroll
-        for (int i = 0; i < kN / 2; ++i) out[(kN * part + i / 4 * 8 + i % 2) * kCouts + i / 2 % 2 * 8] = d[part][i];
+        for (int i = 0; i < kWidth / 2; ++i) {
+            int chunk = kWidth / 8 * part + i / 4, kh = chunk / kCi, c = chunk % kCi;
+            int k = (kh * a.channels + c) * 8 + i % 2;
+            if (kCi > 2 || c < a.channels) out[k * kCouts + i / 2 % 2 * 8] = d[part][i];
+        }
     }
 }
 
-template <typename T, int kCi>
-__global__ void __launch_bounds__(kThreads, 1) stem_wgrad_kernel(const __grid_constant__ StemWgradArgs a) {
-    using Shared = StemWgradShared<kCi>;
+template <typename T, int kCi, int kN>
+__global__ void __launch_bounds__(kWgradThreads, 1) stem_wgrad_kernel(const __grid_constant__ StemWgradArgs a) {
+    using Tile = WgradTile<kCi, kN>;
     extern __shared__ __align__(1024) char memory[];
-    Shared shared(memory);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Shared::kStages; ++i)
-            barrier_init(shared.full(i), kGradientWarps + kClipWarps), barrier_init(shared.empty(i), 4);
-        barrier_init_fence();
-    }
-    dependency_wait();
-    if (threadIdx.x < 3 * kCouts) {
-        float value = threadIdx.x < kCouts ? a.record[threadIdx.x] : a.sums[threadIdx.x - kCouts];
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared.constants + 4 * threadIdx.x), "f"(value) : "memory");
-    }
+    WgradShared<Tile> shared(memory);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < Tile::kTiles; ++i)
+            barrier_init(shared.routed(i), 4), barrier_init(shared.formed(i), 4), barrier_init(shared.emptied(i), 4);
+    shared.prepare();
     __syncthreads();
-    int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    if (group == 0) {
-        take_registers<kConsumerRegisters>();
-        consume<T>(a, shared);
-        return;
-    }
-    give_registers<kProducerRegisters>();
-    if (warp >= 4 + kGradientWarps) {
+    dependency_wait();
+    int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (group == 0) {  // stem_tile.cuh counts its warps from 0
+        give_registers<Tile::kClipRegisters>();
         if (a.x_type == PixelType::bf16)
-            produce_clip<T, __nv_bfloat16>(a, shared);
+            produce<T, __nv_bfloat16>(a, shared);
         else if (a.x_type == PixelType::fp16)
-            produce_clip<T, __half>(a, shared);
+            produce<T, __half>(a, shared);
         else
-            produce_clip<T, float>(a, shared);
-    } else if (a.padded) {
-        produce_gradient<T, kCi, true>(a, shared);
+            produce<T, float>(a, shared);
+    } else if (group == 1) {
+        give_registers<Tile::kRouteRegisters>();
+        if (a.padded)
+            route<T, true>(a, shared);
+        else
+            route<T, false>(a, shared);
+    } else if (group == 2) {
+        take_registers<Tile::kFormRegisters>();
+        form<T>(a, shared);
     } else {
-        produce_gradient<T, kCi, false>(a, shared);
+        take_registers<Tile::kSumRegisters>();
+        accumulate<T>(a, shared);
     }
 }
 
@@ -491,39 +442,56 @@ __global__ void __launch_bounds__(kThreads, 1) stem_wgrad_kernel(const __grid_co
 
 struct StemWgradPlan {
     StemSizes sizes;
-    int tile, row_tiles, column_tiles, tiles, turns, blocks;
+    int columns;  // N
+    int tile, row_tiles, column_tiles, tiles, turns, blocks, items;
 };
 
-// Tiles of equal width; blocks take equal numbers of them.
+// The tile that covers a row in the least time; blocks take equal numbers of them.
 const char* wgrad_plan(StemWgradPlan& plan, const StemShape& s) {
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     if (const char* reason = stem_sizes(plan.sizes, "stem_wgrad", s)) return reason;
-    int64_t width = plan.sizes.out_width, columns = (width + kColumns - 1) / kColumns;
-    int64_t tile = ((width + columns - 1) / columns + 1) / 2 * 2, rows = (plan.sizes.out_height + 1) / 2;
-    columns = (width + tile - 1) / tile;
-    if (double(s.clips) * double(s.frames) * double(rows) * double(columns) > 2147000000.0)
+    int64_t width = plan.sizes.out_width, rows = (plan.sizes.out_height + 1) / 2, best = -1;
+    for (int n : {64, 80}) {
+        if (n > 64 && s.channels > 3) continue;
+        int64_t columns = (width + n - 1) / n, cost = columns * (n + 8);
+        if (best >= 0 && cost >= best) continue;
+        best = cost;
+        plan.columns = n, plan.tile = int(std::min<int64_t>(width, n)), plan.column_tiles = int(columns);
+    }
+    if (double(s.clips) * double(s.frames) * double(rows) * plan.column_tiles > 2147000000.0)
         return "stem_wgrad: expected fewer than 2^31 tiles";
-    int64_t tiles = s.clips * s.frames * rows * columns, blocks = std::min<int64_t>(tiles, processors);
+    int64_t tiles = s.clips * s.frames * rows * plan.column_tiles, blocks = std::min<int64_t>(tiles, processors);
     int64_t turns = (tiles + blocks - 1) / blocks;
-    plan.tile = int(tile), plan.row_tiles = int(rows), plan.column_tiles = int(columns), plan.tiles = int(tiles);
-    plan.turns = int(turns), plan.blocks = int((tiles + turns - 1) / turns);
+    blocks = (tiles + turns - 1) / turns;
+    plan.row_tiles = int(rows), plan.tiles = int(tiles), plan.turns = int(turns), plan.blocks = int(blocks);
+    int64_t items = (turns + rows - 2) / rows + 1;  // strips that a block can reach
+    if (double(items) * double(blocks) > 2147000000.0) return "stem_wgrad: expected fewer than 2^31 strips";
+    plan.items = int(items * blocks);
     return nullptr;
+}
+
+template <typename T, int kCi, int kN>
+const char* launch(const StemWgradPlan& plan, const StemWgradArgs& args, cudaStream_t stream) {
+    constexpr int kShared = WgradTile<kCi, kN>::kShared;
+    cudaError_t error =
+        launch_dependent(stem_wgrad_kernel<T, kCi, kN>, dim3(plan.blocks), kWgradThreads, kShared, stream, args);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename T, int kCi>
 const char* launch(const StemWgradPlan& plan, const StemWgradArgs& args, cudaStream_t stream) {
-    constexpr int kSize = StemWgradShared<kCi>::kSize;
-    cudaError_t error = launch_dependent(stem_wgrad_kernel<T, kCi>, dim3(plan.blocks), kThreads, kSize, stream, args);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if constexpr (kCi < 4)
+        if (plan.columns == 80) return launch<T, kCi, 80>(plan, args, stream);
+    return launch<T, kCi, 64>(plan, args, stream);
 }
 
 template <typename T>
-const char* launch(int channels, const StemWgradPlan& plan, const StemWgradArgs& args, cudaStream_t stream) {
-    if (channels < 3) return channels == 1 ? launch<T, 1>(plan, args, stream) : launch<T, 2>(plan, args, stream);
-    return channels == 3 ? launch<T, 3>(plan, args, stream) : launch<T, 4>(plan, args, stream);
+const char* launch(const StemWgradPlan& plan, const StemWgradArgs& args, cudaStream_t stream) {
+    if (args.channels < 3) return launch<T, 2>(plan, args, stream);
+    return args.channels == 3 ? launch<T, 3>(plan, args, stream) : launch<T, 4>(plan, args, stream);
 }
 
 }  // namespace
@@ -539,33 +507,20 @@ int stem_wgrad_partials(const StemShape& shape) {
 }
 
 const char* stem_wgrad(const StemWgrad& p) {
-    if (p.x_type == PixelType::uint8) return "stem_wgrad: expected float32, float16 or bfloat16 pixels, got uint8";
+    if (p.x_type == PixelType::uint8 || p.w_type == PixelType::uint8)
+        return "stem_wgrad: expected float32, float16 or bfloat16 pixels and weights, got uint8";
     StemWgradPlan plan;
     if (const char* error = wgrad_plan(plan, p.shape)) return error;
-    const StemShape& s = p.shape;
-    int size = p.x_type == PixelType::fp32 ? 4 : 2;
-    auto stride = [&](int axis, int64_t count) { return count == 1 ? 0 : p.strides[axis] * size; };
     StemWgradArgs args{};
-    args.x = static_cast<const char*>(p.x);
+    clip_args(args, p.x, p.shape, p.strides, p.x_type);
     args.g = static_cast<const char*>(p.g);
     args.tap = static_cast<const uint8_t*>(p.tap);
-    args.z = static_cast<const char*>(p.z);
+    args.w = p.w;
+    args.w_type = p.w_type;
     args.record = p.record;
     args.sums = p.sums;
     args.partials = p.partials;
-    args.clip_stride = stride(0, s.clips);
-    args.channel_stride = stride(1, s.channels);
-    args.frame_stride = stride(2, s.frames);
-    args.row_stride = stride(3, s.height);
-    args.pixel_stride = p.strides[4] * size;
-    args.x_type = p.x_type;
-    int64_t steps = args.clip_stride | args.channel_stride | args.frame_stride | args.row_stride;
-    args.planes =
-        args.pixel_stride == size && s.width % 2 == 0 && (reinterpret_cast<uintptr_t>(p.x) | steps) % (2 * size) == 0;
-    args.padded = s.padded;
-    args.frames = int(s.frames);
-    args.height = int(s.height);
-    args.width = int(s.width);
+    args.padded = p.shape.padded;
     args.out_height = int(plan.sizes.out_height);
     args.out_width = int(plan.sizes.out_width);
     args.pooled_frames = int(plan.sizes.pooled_frames);
@@ -576,8 +531,8 @@ const char* stem_wgrad(const StemWgrad& p) {
     args.column_tiles = plan.column_tiles;
     args.tiles = plan.tiles;
     args.turns = plan.turns;
-    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(int(s.channels), plan, args, p.stream)
-                                  : launch<__half>(int(s.channels), plan, args, p.stream);
+    args.items = plan.items;
+    return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(plan, args, p.stream) : launch<__half>(plan, args, p.stream);
 }
 
 }  // namespace p3d
