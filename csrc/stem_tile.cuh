@@ -1,4 +1,5 @@
-// How the kernels that convolve a clip by the stem's weights read and multiply it (stem_infer.cu, stem_fwd.cu).
+// How the kernels that convolve a clip by the stem's weights read and multiply it: stem_infer.cu, stem_fwd.cu and
+// stem_wgrad.cu.
 //
 // D[cout, column] += W[cout, k] X[k, column], one row of one frame at a time. Couts are the rows of the matrix unit,
 // the N columns of a tile its columns. Chunk w of an image row is 16 bytes: pixels 2 w - 4 .. 2 w + 3 of one channel,

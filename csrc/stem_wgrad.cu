@@ -1,5 +1,5 @@
 // The weight gradient of the stem's convolution in one pass over the clip and the pooled gradient. The raw output z,
-// which dz needs, is not read but computed again: its product takes as long as its bytes would and needs no memory.
+// which dz needs, is computed again, so that nobody has to keep it (docs/derivations.md weighs the ways).
 //
 // stem_tile.cuh says how the clip is read and multiplied; a stage has four rows of one frame. A tile is two rows of
 // outputs, 2 r of stages r, r + 1 and 2 r + 1 of stages r, r + 1 and the first row of r + 2. A block takes consecutive
@@ -7,7 +7,7 @@
 //
 //     produce     the clip, from memory to chunks in shared memory
 //     route       r, the gradient as the pool sends it to positions, packed, [row][position][64]
-//     form        z = W X as stem_fwd.cu has it, bit for bit; then dz / scale = r - c0 - (z - mean) c1 in place of r
+//     form        z = W X, bit for bit as in the forward; then dz / scale = r - c0 - (z - mean) c1 in place of r
 //     accumulate  D[cout, k] += dz[position, cout] X[position, k]
 //
 // In the last product couts are the rows of the matrix unit, positions its steps. The chunk of an output is 16 bytes:
