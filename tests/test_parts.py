@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from p3d_kernels import Norm, _backends, use_backend
-from p3d_kernels.ops._triton import FOLD, bn_bwd_finalise, bn_finalise, sum_splits, tl, to_tf32, triton
+from p3d_kernels.ops._conv import is_packed, pack, pack_weight, packed_in
+from p3d_kernels.ops._triton import FOLD, Splits, bn_bwd_finalise, bn_finalise, sum_splits, tl, to_tf32, triton
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,43 @@ def test_sums(device, rows, channels, training):
 )
 def test_sum_of_splits(device, splits, co, taps, ci):
     part = torch.randn(splits, co, taps, ci, device=device)
-    got = sum_splits(part.flatten(1), taps, ci)
+    (got,) = sum_splits([Splits(part.flatten(1), taps, ci)])
     torch.testing.assert_close(got.view(co, ci, taps).double(), part.double().sum(0).mT, rtol=1e-6, atol=2e-6)
+
+
+def test_sums_of_several_gradients(device):
+    """More than one launch takes, of different forms, some of them absent."""
+    forms = [(3, 5, 9, 33), (70, 4, 1, 20), None, (2, 16, 3, 16), (1, 7, 9, 5), None, (33, 3, 1, 7)]
+    parts = [None if form is None else torch.randn(form, device=device) for form in forms]
+    got = sum_splits([None if p is None else Splits(p.flatten(1), *p.shape[2:]) for p in parts])
+    for part, total in zip(parts, got, strict=True):
+        assert (part is None) == (total is None)
+        if part is not None:
+            (alone,) = sum_splits([Splits(part.flatten(1), *part.shape[2:])])
+            assert torch.equal(total, alone)
+            want = part.double().sum(0).mT.flatten()
+            torch.testing.assert_close(total.double(), want, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_packed_weights(device, dtype):
+    """Many at once, some alike; other layouts and strides, what lies well already, odd sizes, an unaligned slice."""
+    shapes = [(24, 16, 1, 1, 1), (16, 20, 1, 3, 3), (40, 33, 3, 1, 1), (7, 5, 3, 3, 3)] + [(4, 8, 1, 3, 3)] * 17
+    weights = [torch.randn(shape, device=device) for shape in (*shapes, shapes[1])]
+    weights += [
+        torch.randn(40, 66, 3, 1, 1, device=device)[:, ::2],
+        torch.randn(16, 20, 1, 3, 3, device=device).transpose(3, 4),
+        torch.randn(5, 9, 3, 3, 3, device=device)[..., :2],
+        torch.randn(70, 33, 1, 3, 3, device=device).contiguous(memory_format=torch.channels_last_3d),
+        pack_weight(torch.randn(8, 24, 1, 3, 3, device=device), dtype),
+        torch.randn(3, 4, 1, 3, 3, device=device, dtype=torch.float16),
+        torch.randn(1 + 12 * 9, device=device)[1:].view(3, 4, 1, 3, 3),
+    ]
+    packed, buffer = pack(weights, dtype)
+    for got in (packed, packed_in(buffer, weights, dtype)):
+        for ours, w in zip(got, weights, strict=True):
+            assert torch.equal(ours, w.to(dtype)) and is_packed(ours, dtype)
+    assert pack([packed[0]], dtype)[1] is None
 
 
 @triton.jit

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from . import _cuda
 from ._tape import Plan, alloc, cdiv, once_a_pass, plan_for
 from ._triton import (
     Operand,
+    Splits,
     affine,
     begin,
     block,
@@ -36,7 +39,6 @@ from ._triton import (
     input_precision,
     read_operand,
     relu,
-    sum_splits,
     tl,
     to_tf32,
     triton,
@@ -309,30 +311,97 @@ def conv_wgrad_kernel(
         tl.store(out + CO * COLUMNS + co, total, mask=co_mask)
 
 
-_STRIDES = ["stride_co", "stride_ci", "stride_t", "stride_h", "stride_w"]
-
-
-@triton.jit(do_not_specialize=["N", *_STRIDES], do_not_specialize_on_alignment=["w"])
-def pack_kernel(
-    packed,  # [CO, KT, KH, KW, CI]
+@triton.jit
+def pack_tile(
+    out,  # [CO, KT, KH, KW, CI]
     w,  # [CO, CI, KT, KH, KW] of any strides
-    N,
-    stride_co,
-    stride_ci,
-    stride_t,
-    stride_h,
-    stride_w,
+    program,
+    N: tl.constexpr,
     CI: tl.constexpr,
     KT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    S_CO: tl.constexpr,
+    S_CI: tl.constexpr,
+    S_T: tl.constexpr,
+    S_H: tl.constexpr,
+    S_W: tl.constexpr,
+    STEP: tl.constexpr,  # from each tap to the next, or -1: not even
+    ROWS: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ci, tap, co = n % CI, n // CI % (KT * KH * KW), n // (CI * KT * KH * KW)
-    at = co.to(tl.int64) * stride_co + ci * stride_ci
-    at += tap // (KH * KW) * stride_t + tap // KW % KH * stride_h + tap % KW * stride_w
-    tl.store(packed + n, tl.load(w + at, mask=n < N).to(packed.dtype.element_ty), mask=n < N)
+    TAPS: tl.constexpr = KT * KH * KW
+    BLOCK_T: tl.constexpr = triton.next_power_of_2(TAPS)
+    row = program * ROWS + tl.arange(0, ROWS)  # (co, ci)
+    tap = tl.arange(0, BLOCK_T)
+    if STEP < 0:
+        at = tap // (KH * KW) * S_T + tap // KW % KH * S_H + tap % KW * S_W
+    else:  # seen as such, the taps of a channel are read together
+        at = tap * STEP
+    co = row // CI
+    ci = row % CI
+    at = co.to(tl.int64)[:, None] * S_CO + ci[:, None] * S_CI + at[None, :]
+    mask = (row < N // TAPS)[:, None] & (tap < TAPS)[None, :]
+    v = tl.load(w + at, mask=mask, other=0.0).to(out.dtype.element_ty)
+    at = co[None, :] * (TAPS * CI) + tap[:, None] * CI + ci[None, :]
+    tl.store(out + at, tl.trans(v), mask=tl.trans(mask))
+
+
+_WEIGHTS = [f"w{i}" for i in range(16)]  # that one launch packs
+
+
+@triton.jit(do_not_specialize_on_alignment=_WEIGHTS)
+def pack_kernel(
+    packed,  # all weights, each as `pack_tile` leaves it
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    w5,
+    w6,
+    w7,
+    w8,
+    w9,
+    w10,
+    w11,
+    w12,
+    w13,
+    w14,
+    w15,
+    BEGIN: tl.constexpr,  # of weights that are alike, the first program, and the end of the last
+    FIRST: tl.constexpr,  # the first weight, and the end of the last
+    AT: tl.constexpr,  # offset of the first in packed
+    ROOM: tl.constexpr,  # of the next from it
+    N: tl.constexpr,  # this and all below: see `pack_tile`
+    CI: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    S_CO: tl.constexpr,
+    S_CI: tl.constexpr,
+    S_T: tl.constexpr,
+    S_H: tl.constexpr,
+    S_W: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    weights = (w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15)
+    begin(PDL)
+    for i in tl.static_range(len(N)):
+        if (program >= BEGIN[i]) & (program < BEGIN[i + 1]):
+            COUNT: tl.constexpr = FIRST[i + 1] - FIRST[i]
+            OF_ONE: tl.constexpr = (BEGIN[i + 1] - BEGIN[i]) // COUNT
+            which = (program - BEGIN[i]) // OF_ONE
+            w = weights[FIRST[i]]
+            for k in tl.static_range(1, COUNT):
+                w = tl.where(which == k, weights[FIRST[i] + k], w)
+            out = packed + AT[i] + which.to(tl.int64) * ROOM[i]
+            pack_tile(
+                out, w, (program - BEGIN[i]) % OF_ONE, N[i], CI[i], KT[i], KH[i], KW[i],
+                S_CO[i], S_CI[i], S_T[i], S_H[i], S_W[i], STEP[i], ROWS[i],
+            )  # fmt: skip
 
 
 @triton.jit
@@ -412,21 +481,78 @@ def pack_weight(w: Tensor, dtype: torch.dtype) -> Tensor:
     return packed.copy_(w.detach())
 
 
-def pack(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """`pack_weight` by a kernel of ours, so that a tape can hold it."""
-    if is_packed(w, dtype):
-        return w
-    packed = alloc(tuple(w.shape), w.device, dtype)
-    key = "pack", w.shape, w.stride(), w.dtype, dtype, w.device
-    plan_for(key, lambda: _pack_plan(w))(packed, w)
-    return packed
+def pack(weights: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
+    """`pack_weight` of each, by kernels of ours so that a tape can hold it, and the buffer of those it had to copy.
+
+    Few launches for all: one takes longer than most weights do.
+    """
+    loose = _by_shape(weights, dtype)
+    if not loose:
+        return [w.detach() for w in weights], None
+    buffer = alloc((sum(map(_room, loose)),), loose[0].device, dtype)
+    at = 0
+    for first in range(0, len(loose), len(_WEIGHTS)):
+        some = loose[first : first + len(_WEIGHTS)]
+        key = "pack", dtype, buffer.device, tuple(map(_form, some))
+        absent = [None] * (len(_WEIGHTS) - len(some))
+        plan_for(key, functools.partial(_pack_plan, some))(buffer[at:], *some, *absent)
+        at += sum(map(_room, some))
+    return packed_in(buffer, weights, dtype), buffer
 
 
-def _pack_plan(w: Tensor) -> Plan:
-    co, ci, *taps = w.shape
-    so, si, *st = w.stride()
-    n = w.numel()
-    return Plan(pack_kernel, (cdiv(n, 1024),), (n, so, si, *st), CI=ci, KT=taps[0], KH=taps[1], KW=taps[2], BLOCK=1024)
+def packed_in(buffer: Tensor | None, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as `pack` gave them, with its buffer."""
+    views, at = {}, 0
+    for w in _by_shape(weights, dtype):
+        packed = buffer[at : at + w.numel()].view(w.size(0), *w.shape[2:], w.size(1))
+        views[id(w)] = packed.permute(0, 4, 1, 2, 3)
+        at += _room(w)
+    return [views.get(id(w), w).detach() for w in weights]
+
+
+def _by_shape(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Those that do not lie as the kernels read them, in the order of `pack`'s buffer: those of one shape together."""
+    return sorted((w for w in weights if not is_packed(w, dtype)), key=lambda w: repr(_form(w)))
+
+
+def _form(w: Tensor) -> tuple:
+    return tuple(w.shape), w.stride(), w.dtype
+
+
+def _room(w: Tensor) -> int:
+    """Elements that w takes in `pack`'s buffer: each begins at 512 bytes or a multiple."""
+    return cdiv(w.numel(), 256) * 256
+
+
+def _pack_plan(weights: list[Tensor]) -> Plan:
+    begin, first, forms, at = [0], [0], [], 0
+    for _, alike in itertools.groupby(weights, _form):
+        w, *others = alike
+        form = _pack_form(w)
+        count = 1 + len(others)
+        forms.append((at, _room(w), *form))
+        at += count * _room(w)
+        first.append(first[-1] + count)
+        begin.append(begin[-1] + count * cdiv(w.numel() // (form[2] * form[3] * form[4]), form[-1]))
+    constants = dict(zip(_FORM, zip(*forms)))
+    constants |= {"BEGIN": tuple(begin), "FIRST": tuple(first), **dependent_launch(weights[0].device)}
+    return Plan(pack_kernel, (begin[-1],), (), **constants, num_warps=8)
+
+
+_FORM = ("AT", "ROOM", "N", "CI", "KT", "KH", "KW", "S_CO", "S_CI", "S_T", "S_H", "S_W", "STEP", "ROWS")
+
+
+def _pack_form(w: Tensor) -> tuple:
+    """The constants of `pack_tile`."""
+    n, (_, ci, *taps), strides = w.numel(), w.shape, w.stride()
+    if w.is_contiguous(memory_format=torch.channels_last_3d):  # nothing to turn: one row
+        ci, taps, strides = n, (1, 1, 1), (n, 1, 1, 1, 1)
+    step, span = 1, None
+    for k, stride in reversed(list(zip(taps, strides[2:]))):
+        if k > 1:
+            step = stride if span is None else step if stride == span else -1
+            span = stride * k
+    return n, ci, *taps, *strides, step, 4096 // block(math.prod(taps), 1, 4096)
 
 
 @functools.cache
@@ -580,8 +706,8 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
 
 def conv_wgrad(
     g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(dw [Co * Ci * taps] float32, sums of g over positions [Co] float32 or None). Split over positions, fixed order.
+) -> Splits:
+    """dw [Co * taps * Ci], with totals followed by the sums of g over positions [Co]; split over positions.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
     centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
@@ -590,11 +716,7 @@ def conv_wgrad(
     in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
     part = (_cuda.conv_wgrad if in_cuda else _conv_wgrad)(g, x, *geometry, totals, centre)
     kt, kh, kw = geometry.taps
-    dw = sum_splits(part, kt * kh * kw, x.channels)
-    if not totals:
-        return dw, None
-    size = dw.numel() - g.channels
-    return dw[:size], dw[size:]
+    return Splits(part, kt * kh * kw, x.channels)
 
 
 def _conv_wgrad(
@@ -726,11 +848,11 @@ def spatial_dgrad(
     return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))
 
 
-def spatial_wgrad(dz: Operand, x: Operand) -> Tensor:
-    """The weight gradient [Co * Ci * 9] of `spatial_fwd`: the CUDA kernel where it has one, else `conv_wgrad`."""
+def spatial_wgrad(dz: Operand, x: Operand) -> Splits:
+    """The weight gradient of `spatial_fwd` in splits: the CUDA kernel where it has one, else `conv_wgrad`."""
     plain = dz.read in ("raw", "bn_bwd") and x.read in ("raw", "bn_relu")
     if plain and cuda_allowed(dz.a):
         if _cuda.wgrad_why_not(tuple(x.a.shape), x.a.dtype, x.channels, dz.channels) is None:
             part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a)
-            return sum_splits(part, 9, x.channels)
-    return conv_wgrad(dz, x, spatial())[0]
+            return Splits(part, 9, x.channels)
+    return conv_wgrad(dz, x, spatial())

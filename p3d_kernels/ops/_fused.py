@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import _backends
 from .._checks import compute_dtype
 from .._norm import Norm, update_running
-from ._conv import is_packed, pack, pack_weight, weight_grad
+from ._conv import pack, pack_weight, packed_in, weight_grad
 from ._tape import keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
@@ -129,9 +129,9 @@ class _Function(torch.autograd.Function):
         x_in = ndhwc(x)
 
         def pass_():
-            packed = [pack(w.detach(), x_in.dtype) for w in weights]
+            packed, buffer = pack([w.detach() for w in weights], x_in.dtype)
             y, records, raws = schedule.fwd(x_in, packed, norms, config)
-            return [y], [*records, *raws, *(p for p, w in zip(packed, weights) if not is_packed(w, x_in.dtype))]
+            return [y], [*records, *raws, *([] if buffer is None else [buffer])]
 
         def rows():  # mean and unbiased variance of each record [5, C]
             channels = [w.size(0) for w in weights]
@@ -158,8 +158,7 @@ class _Function(torch.autograd.Function):
             views = layout.views(kept)
             records, rest = views[:count], views[count:]
             raws = rest[: len(schedule.raw_shapes(x, weights, norms, config))]
-            made = iter(rest[len(raws) :])
-            packed = [w.detach() if is_packed(w, x.dtype) else next(made) for w in weights]
+            packed = packed_in((rest[len(raws) :] or [None])[0], weights, x.dtype)
             dx, dws, sums = schedule.bwd(dy, x, y, packed, norms, records, raws, config, needs_x, needs_w)
             return [dx], [*(dw for dw, need in zip(dws, needs_w) if need), *sums]
 

@@ -46,62 +46,90 @@ from ._triton import (
     empty_ndhwc,
     input_precision,
     read_operand,
+    relu,
+    sum_of_splits,
     tl,
     to_tf32,
     triton,
+    write_record,
 )
 from .pseudo3d import join_bwd, join_parts
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["P", "step"])
-def centre_kernel(
-    a_ptr,  # operand: [P, C]
-    b_ptr,
-    record_a,
-    record_b,
-    centre,  # [C] float32
-    P,
-    step,  # positions from one of the sample to the next
-    C: tl.constexpr,
-    READ: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, SAMPLE) * step
-    mask = (p < P)[:, None] & (c < C)[None, :]
-    offsets = p.to(tl.int64)[:, None] * C + c[None, :]
-    begin(PDL)
-    a = read_operand(a_ptr, b_ptr, record_a, record_b, None, offsets, mask, c, c < C, C, READ).to(tl.float32)
-    n = tl.minimum(P, SAMPLE).to(tl.float32)
-    mean = tl.sum(a, 0) / n
-    d = tl.where(mask, a - mean[None, :], 0.0)
-    var = tl.sum(d * d, 0) / n
-    exponent = ((var.to(tl.int32, bitcast=True) >> 23) - 127) >> 1
-    unit = ((exponent + 127) << 23).to(tl.float32, bitcast=True)  # at most the deviation, and above half of it
-    value = (tl.floor(mean / unit + 0.5) * unit).to(a_ptr.dtype.element_ty).to(tl.float32)
-    if PRECISION == "tf32":
-        value = to_tf32(value)
-    tl.store(centre + c, value, mask=c < C)
+@triton.jit
+def store_parts(v, out, offsets, mask, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """v as a sum of PARTS tensors of SIZE elements of the dtype of out: each takes what rounding left of v so far."""
+    for i in tl.static_range(PARTS):
+        rounded = v.to(out.dtype.element_ty)
+        if PARTS > 1 and out.dtype.element_ty == tl.float32:
+            rounded = to_tf32(v)
+        tl.store(out + i * SIZE + offsets, rounded, mask=mask)
+        v -= rounded.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["P", "CI_END"])
-def gram_kernel(
-    s_ptr,  # [CI, CI] float32: (a - centre)^T (a - centre)
-    total,  # [CI]: sum of a - centre
+@triton.jit(do_not_specialize=["P", "splits"])
+def gram_sum_kernel(
+    part,  # [splits, CI * CI + CI]: (a - centre)^T (a - centre), sum of a - centre; to be summed
     centre,  # [CI] or None: zero
-    w_ptr,  # [CO, CI]
-    wc_ptr,  # [CO, CI] float32: W C
-    mean_ptr,  # [CI] float32: mean of a
-    part,  # [column tiles, 3, CO] float64: partial statistics of W a; or None
+    cov_ptr,  # [PARTS, CI, CI]: C
+    mean_ptr,  # [CI] float64: mean of a
+    mean_a,  # [CI] float32: the same
+    arrived,  # [TILES] int32, set to zero for gram_kernel; or None
     P,
-    CI_END,  # CI, where the loops end: of a loop whose length it knows, ptxas 12.8 may leave out the products
+    splits,
+    CI: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # covers CI
+):
+    N: tl.constexpr = CI * CI + CI
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tl.arange(0, BLOCK_K)
+    at = tl.arange(0, BLOCK_R * BLOCK_K)
+    row = tl.program_id(0) * BLOCK_R + at // BLOCK_K
+    column = at % BLOCK_K
+    begin(PDL)
+    if arrived is not None:
+        if tl.program_id(0) == 0:
+            tile = tl.arange(0, triton.next_power_of_2(TILES))
+            tl.store(arrived + tile, tl.zeros_like(tile), mask=tile < TILES)
+    total = sum_of_splits(part + CI * CI, j, j < CI, splits, N, BLOCK_S, BLOCK_K)
+    s = sum_of_splits(part, row * CI + column, (row < CI) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    s = tl.reshape(s, (BLOCK_R, BLOCK_K))
+    total_i = tl.sum(tl.where(i[:, None] == j[None, :], total[None, :], 0.0), 1)
+    s -= (total_i / P)[:, None] * total[None, :]
+    mask = (i < CI)[:, None] & (j < CI)[None, :]
+    store_parts(s, cov_ptr, i[:, None] * CI + j[None, :], mask, CI * CI, PARTS)
+    if tl.program_id(0) == 0:
+        mean = total.to(tl.float64) / P
+        if centre is not None:
+            mean += tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
+        tl.store(mean_ptr + j, mean, mask=j < CI)
+        tl.store(mean_a + j, mean.to(tl.float32), mask=j < CI)
+
+
+@triton.jit(do_not_specialize=["CI_END", "P"], do_not_specialize_on_alignment=["weight", "bias"])
+def gram_kernel(
+    w_ptr,  # [CO, CI]
+    cov_ptr,  # of gram_sum_kernel: [PARTS, CI, CI]; it is symmetric
+    mean_ptr,  # [CI] float64
+    wc_ptr,  # [CO, CI] float32: W C
+    record,  # [5, CO] of the norm of W a, or None
+    weight,  # [CO] or None
+    bias,  # [CO] or None
+    shares,  # [columns, 2, CO] float64: mean and sum of squares of W a, to be summed; or None: one column
+    arrived,  # [row tiles] int32, zero before
+    CI_END,  # CI, where the loop ends: of a loop whose length it knows, ptxas 12.8 may leave out the products
+    P,
+    eps,
     CI: tl.constexpr,
     CO: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,  # of the convolution by W
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,53 +145,51 @@ def gram_kernel(
     j_mask = j < CI
     mask = co_mask[:, None] & j_mask[None, :]
     begin(PDL)
-    total_j = tl.load(total + j, mask=j_mask, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, CI_END, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < CI
         w = tl.load(w_ptr + co[:, None] * CI + k[None, :], mask=co_mask[:, None] & k_mask[None, :], other=0.0)
-        c = tl.load(s_ptr + k[:, None] * CI + j[None, :], mask=k_mask[:, None] & j_mask[None, :], other=0.0)
-        c -= (tl.load(total + k, mask=k_mask, other=0.0) / P)[:, None] * total_j[None, :]
-        if w_ptr.dtype.element_ty == tl.float32:
-            if PRECISION == "tf32":
-                w = to_tf32(w)
-            acc = dot(w, c, acc, "ieee")
-        else:
-            for _ in tl.static_range(2):
-                if w_ptr.dtype.element_ty == tl.bfloat16:
-                    rounded = c.to(tl.bfloat16)
-                    acc = dot(w, rounded, acc, "ieee")
-                else:
-                    rounded = to_tf32(c)
-                    acc = dot(w.to(tl.float32), rounded, acc, "tf32")
-                c -= rounded.to(tl.float32)
+        if PRECISION == "tf32":
+            w = to_tf32(w)
+        for part in tl.static_range(PARTS):
+            offsets = part * CI * CI + j[None, :] * CI + k[:, None]
+            cov = tl.load(cov_ptr + offsets, mask=k_mask[:, None] & j_mask[None, :], other=0.0)
+            if w_ptr.dtype.element_ty == tl.float16:  # in TF32, to which the parts are rounded already
+                acc = tl.dot(w.to(tl.float32), cov, acc, input_precision="tf32")
+            else:
+                acc = tl.dot(w, cov, acc, input_precision="ieee")
     tl.store(wc_ptr + co[:, None] * CI + j[None, :], acc, mask=mask)
-    if tile == 0:
-        mean = total_j / P
-        if centre is not None:
-            mean += tl.load(centre + j, mask=j_mask, other=0.0)
-        tl.store(mean_ptr + j, mean, mask=j_mask)
-    if part is not None:
+    if record is not None:
         w = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
         if PRECISION == "tf32":
             w = to_tf32(w)
-        n = tl.where(column == 0, P, 0).to(tl.float64)  # the other tiles add to the squares alone
-        mean = tl.zeros((BLOCK_M,), tl.float64)
-        if column == 0:
-            for start in range(0, CI_END, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                w_mask = co_mask[:, None] & (k < CI)[None, :]
-                v = tl.load(w_ptr + co[:, None] * CI + k[None, :], mask=w_mask, other=0.0).to(tl.float32)
-                if PRECISION == "tf32":
-                    v = to_tf32(v)
-                mean_k = tl.load(total + k, mask=k < CI, other=0.0).to(tl.float64) / P
-                mean_k += tl.load(centre + k, mask=k < CI, other=0.0).to(tl.float64)
-                mean += tl.sum(v.to(tl.float64) * mean_k[None, :], 1)
-        row = part + column * 3 * CO + co
-        tl.store(row, tl.zeros_like(mean) + n, mask=co_mask)
-        tl.store(row + CO, mean, mask=co_mask)
-        tl.store(row + 2 * CO, tl.sum(acc * w, 1).to(tl.float64), mask=co_mask)
+        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
+        mean = tl.sum(w.to(tl.float64) * mean_j[None, :], 1)
+        m2 = tl.sum(acc * w, 1).to(tl.float64)
+        if COLUMNS == 1:
+            write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+        else:
+            row = shares + column * (2 * CO) + co
+            tl.store(row, mean, mask=co_mask)
+            tl.store(row + CO, m2, mask=co_mask)
+            tl.debug_barrier()  # the share is written by all threads, and one of them tells so
+            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == COLUMNS - 1:
+                mean = tl.zeros((BLOCK_M,), tl.float64)
+                m2 = tl.zeros((BLOCK_M,), tl.float64)
+                for i in tl.static_range(COLUMNS):  # in the order of the columns, whoever came last
+                    row = shares + i * (2 * CO) + co
+                    mean += tl.load(row, mask=co_mask, other=0.0, cache_modifier=".cg")
+                    m2 += tl.load(row + CO, mask=co_mask, other=0.0, cache_modifier=".cg")
+                write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+
+
+@triton.jit
+def write_moments(record, mean, m2, P, weight, bias, eps, c, c_mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The record of P values of which m2 is the sum of squares about the mean, but for rounding."""
+    m2 = relu(m2)
+    count = tl.zeros_like(m2) + P
+    write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), weight, bias, eps, c, c_mask, C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
@@ -251,19 +277,9 @@ def gram_dgrad_kernel(
     join_bwd(acc, da_ptr, a_ptr, b_ptr, record_a, record_b, part_a, part_b, offsets, mask, tile, ci, ci_mask, CI, READ)
 
 
-@triton.jit
-def store_parts(v, out, offsets, mask, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    """v as a sum of PARTS tensors of SIZE elements of the dtype of out: each takes what rounding left of v so far."""
-    for i in tl.static_range(PARTS):
-        rounded = v.to(out.dtype.element_ty)
-        tl.store(out + i * SIZE + offsets, rounded, mask=mask)
-        v -= rounded.to(tl.float32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def gram_operands_kernel(
-    m_ptr,  # [CO, CI] float32: g^T a
-    sum_g,  # [CO]
+    part,  # [splits, CO * CI + CO]: M = g^T a, sum g; to be summed
     wc_ptr,  # of gram_kernel: [CO, CI]; None when BN is frozen
     mean_a,  # [CI]
     w_ptr,  # [CO, CI]
@@ -273,53 +289,49 @@ def gram_operands_kernel(
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
     wg_ptr,  # [programs, CI]: W^T (s sum_g / P) in parts, with qw
     P,
+    splits,
     CI: tl.constexpr,
     CO: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # covers CI
 ):
+    N: tl.constexpr = CO * CI + CO
     co = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     co_mask = co < CO
+    k = tl.arange(0, BLOCK_K)
+    offsets = co[:, None] * CI + k[None, :]
+    mask = co_mask[:, None] & (k < CI)[None, :]
+    at = tl.arange(0, BLOCK_R * BLOCK_K)
+    row = tl.program_id(0) * BLOCK_R + at // BLOCK_K
+    column = at % BLOCK_K
+    begin(PDL)
     scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
     invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
-    g = tl.load(sum_g + co, mask=co_mask, other=0.0)
-    dot_mw = tl.zeros((BLOCK_R,), tl.float32)
-    most = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, CI, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        offsets = co[:, None] * CI + k[None, :]
-        mask = co_mask[:, None] & (k < CI)[None, :]
-        w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + offsets, mask=mask, other=0.0)
-        if wc_ptr is None:
-            tl.store(dw_ptr + offsets, scale[:, None] * m, mask=mask)
-        else:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
-            m -= g[:, None] * tl.load(mean_a + k, mask=k < CI, other=0.0)[None, :]
-        dot_mw += tl.sum(m * w, 1)
-        most = tl.maximum(most, tl.max(tl.abs(w), 1))
-        if qw_ptr is not None:
-            tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(w * (scale * g / P)[:, None], 0), mask=k < CI)
+    w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = sum_of_splits(part + CO * CI, co, co_mask, splits, N, BLOCK_S, BLOCK_R)
+    m = sum_of_splits(part, row * CI + column, (row < CO) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    m = tl.reshape(m, (BLOCK_R, BLOCK_K))
+    if wc_ptr is not None:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
+        m -= g[:, None] * tl.load(mean_a + k, mask=k < CI, other=0.0)[None, :]
+    dot_mw = tl.sum(m * w, 1)
     if wc_ptr is None:
         dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
     dweight = invstd * dot_mw
     sq = scale * (dweight * invstd / P)
     tl.store(sums + co, sq, mask=co_mask)
-    tl.store(sums + CO + co, most, mask=co_mask)
+    tl.store(sums + CO + co, tl.max(tl.abs(w), 1), mask=co_mask)
     tl.store(sums + 2 * CO + co, dweight, mask=co_mask)
     tl.store(sums + 3 * CO + co, g, mask=co_mask)
+    dw = scale[:, None] * m
     if wc_ptr is not None:
-        for start in range(0, CI, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            offsets = co[:, None] * CI + k[None, :]
-            mask = co_mask[:, None] & (k < CI)[None, :]
-            m = tl.load(m_ptr + offsets, mask=mask, other=0.0)
-            m -= g[:, None] * tl.load(mean_a + k, mask=k < CI, other=0.0)[None, :]
-            wc = tl.load(wc_ptr + offsets, mask=mask, other=0.0)
-            tl.store(dw_ptr + offsets, scale[:, None] * m - sq[:, None] * wc, mask=mask)
-            if qw_ptr is not None:
-                w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
+        dw -= sq[:, None] * tl.load(wc_ptr + offsets, mask=mask, other=0.0)
+    tl.store(dw_ptr + offsets, dw, mask=mask)
+    if qw_ptr is not None:
+        tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(w * (scale * g / P)[:, None], 0), mask=k < CI)
+        store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
 
 @triton.jit(do_not_specialize=["CO_END"])
@@ -339,6 +351,7 @@ def gram_q_kernel(
     PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
     WG_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -349,6 +362,7 @@ def gram_q_kernel(
     j = (tl.program_id(0) % COLUMNS) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_mask = i < CI
     j_mask = j < CI
+    begin(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     scale = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, CO_END, BLOCK_K):
@@ -384,56 +398,76 @@ def gram_q_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gram(x: Operand, w: Tensor, stride: int = 1, stats: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(kept, part) of the convolution z = W a of the operand a, W [Co, Ci] packed; a at every stride-th row and column.
+def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+    """(kept, record) of z = W a, W [Co, Ci] packed, of the operand a at every stride-th row and column.
 
-    kept: W C and the mean of a, [Co * Ci + Ci] float32. part: partial statistics [R, 3, Co] of z, if wanted; a is then
-    an activation, `bn_relu` or a join.
+    kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training, if given; a then
+    has a centre.
     """
     ci, co, device = x.channels, w.size(0), x.a.device
-    key = x.a.shape, x.a.dtype, device, x.read, stride, stats, w.shape, _precision(x.a)
-    centring, products = plan_for(("gram", *key), lambda: _gram_plans(x, w, stride, stats))
-    centre = part = None
-    if stats:
-        centre, part = alloc((ci,), device), alloc((products.columns, 3, co), device, torch.float64)
-        centring(*x.args()[:4], centre)
-    s, total = conv_wgrad(x, x, pointwise(stride), totals=True, centre=centre)
+    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre).part
+    affine = (None, None) if norm is None else (norm.weight, norm.bias)
+    how = norm and norm.eps, [None if t is None else t.dtype for t in affine]
+    key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, str(how), _precision(x.a)
+    sums, products = plan_for(("gram", *key), lambda: _gram_plans(x, w, stride, part.size(0), norm))
     kept = alloc((co * ci + ci,), device)
-    products(s, total, centre, w, kept[: co * ci], kept[co * ci :], part)
-    return kept, part
+    cov, mean = alloc((sums.parts, ci, ci), device, sums.dtype), alloc((ci,), device, torch.float64)
+    record = shares = arrived = None
+    if norm is not None:
+        record = alloc((5, co), device)
+        if products.columns > 1:
+            shares = alloc((products.columns, 2, co), device, torch.float64)
+            arrived = alloc((products.rows,), device, torch.int32)
+    sums(part, x.centre, cov, mean, kept[co * ci :], arrived)
+    products(w, cov, mean, kept[: co * ci], record, *affine, shares, arrived)
+    return kept, record
 
 
 def _precision(x: Tensor) -> str:
     return input_precision(x.dtype, x.device)
 
 
-def _gram_plans(x: Operand, w: Tensor, stride: int, stats: bool) -> tuple[Plan | None, Plan]:
-    """The launches of `gram`: centre_kernel, gram_kernel."""
+def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm | None) -> tuple[Plan, Plan]:
+    """The launches of `gram`: gram_sum_kernel, gram_kernel."""
     n, ci, *dims = x.a.shape
     co, positions, pdl = w.size(0), n * math.prod(pointwise(stride).out_shape(*dims)), dependent_launch(x.a.device)
-    centring = None
-    if stats:
-        tile = {"SAMPLE": 256, "BLOCK_C": 16, "num_warps": 4}
-        step = max(1, positions // tile["SAMPLE"])
-        centring = Plan(
-            centre_kernel, (cdiv(ci, tile["BLOCK_C"]),), (positions, step),
-            C=ci, READ=x.read, PRECISION=_precision(x.a), **pdl, **tile,
-        )  # fmt: skip
+    parts = 1 if x.a.dtype == torch.float32 else 2
     tile = _gram_tile(ci, x.a.dtype)
-    columns = cdiv(ci, tile["BLOCK_N"])
+    rows, columns = cdiv(co, tile["BLOCK_M"]), cdiv(ci, tile["BLOCK_N"])
     products = Plan(
-        gram_kernel, (cdiv(co, tile["BLOCK_M"]) * columns,), (positions, ci),
-        CI=ci, CO=co, PRECISION=_precision(x.a), **pdl, **tile,
+        gram_kernel, (rows * columns,), (ci, positions, 0.0 if norm is None else norm.eps),
+        CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
-    products.columns = columns
-    return centring, products
+    products.rows, products.columns = rows, columns
+    tile = _rows_tile(ci, ci, splits)
+    sums = Plan(
+        gram_sum_kernel, (cdiv(ci, tile["BLOCK_R"]),), (positions, splits),
+        CI=ci, PARTS=parts, TILES=rows, **pdl, **tile,
+    )  # fmt: skip
+    sums.parts, sums.dtype = parts, torch.bfloat16 if x.a.dtype == torch.bfloat16 else torch.float32
+    return sums, products
 
 
 def _gram_tile(ci: int, dtype: torch.dtype) -> dict:
-    block_m, block_k = (
-        (64, block(ci, 16, 64)) if dtype == torch.bfloat16 else (64 if dtype == torch.float16 else 32, 32)
-    )
-    return {"BLOCK_M": block_m, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": block_k, "num_warps": 4}
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4}
+    if dtype == torch.float16:
+        return {"BLOCK_M": 64, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4}
+    if ci <= 256:
+        return {"BLOCK_M": 64, "BLOCK_N": block(ci, 16, 32), "BLOCK_K": block(ci, 16, 64), "num_warps": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+
+
+def _rows_tile(rows: int, columns: int, splits: int) -> dict:
+    """Whole rows of `columns` to a program, 128 programs or more where there are so many rows, and some splits."""
+    block_k = block(columns, 16, 1 << 30)
+    block_r = block(min(cdiv(rows, 128), max(1, 8192 // block_k)), 1, 16)
+    return {
+        "BLOCK_S": block(splits, 1, min(64, max(1, 8192 // (block_r * block_k)))),
+        "BLOCK_R": block_r,
+        "BLOCK_K": block_k,
+        "num_warps": 8,
+    }
 
 
 def gram_bwd(
@@ -455,10 +489,11 @@ def gram_bwd(
     """
     n, co, *out = dy.shape
     ci = x.channels
-    m, sum_g = conv_wgrad(Operand("masked", dy, y), x, pointwise(stride), totals=True)  # [Co * Ci], [Co]
+    part = conv_wgrad(Operand("masked", dy, y), x, pointwise(stride), totals=True).part  # of M and sum g
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    operands, products, dgrad = plan_for(("gram_bwd", *key), lambda: _gram_bwd_plans(dy, x, stride))
+    key = "gram_bwd", *key, part.size(0)
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, x, stride, part.size(0)))
     wc = mean_a = qw = wg = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
@@ -466,7 +501,7 @@ def gram_bwd(
             qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.rows, ci), dy.device)
             q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
             c = alloc((products.rows, ci), dy.device)
-    operands(m, sum_g, wc, mean_a, w, record, sums, dw, qw, wg)
+    operands(part, wc, mean_a, w, record, sums, dw, qw, wg)
     if not needs_x:
         return None, (None, None), dw, sums
     if norm.training:
@@ -481,22 +516,24 @@ def gram_bwd(
     return da, parts, dw, sums
 
 
-def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int) -> tuple[Plan, Plan, Plan]:
+def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[Plan, Plan, Plan]:
     """The launches of `gram_bwd`: gram_operands_kernel, gram_q_kernel, gram_dgrad_kernel. `rows`: their row tiles."""
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
     parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
-    tile = _operands_tile(ci)
+    pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, splits)
     operands = Plan(
-        gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(positions),), CI=ci, CO=co, PARTS=parts, **tile
-    )
+        gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(positions), splits),
+        CI=ci, CO=co, PARTS=parts, **pdl, **tile,
+    )  # fmt: skip
     operands.rows, operands.parts = operands.grid[0], parts
     operands.dtype = torch.bfloat16 if parts > 1 else torch.float32
     tile = _q_tile(ci, dy.dtype)
     q_rows = cdiv(ci, tile["BLOCK_M"])
     products = Plan(
         gram_q_kernel, (q_rows * cdiv(ci, tile["BLOCK_N"]),), (co,),
-        CI=ci, CO=co, PARTS=parts, PRECISION="tf32" if scaled else "ieee", SCALED=scaled, WG_ROWS=operands.rows, **tile,
+        CI=ci, CO=co, PARTS=parts, PRECISION="tf32" if scaled else "ieee", SCALED=scaled, WG_ROWS=operands.rows,
+        **pdl, **tile,
     )  # fmt: skip
     products.rows = q_rows
     tile = _dgrad_tile(positions, ci, dy.dtype)
@@ -507,11 +544,6 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int) -> tuple[Plan, Plan, Pl
     )  # fmt: skip
     dgrad.rows = rows
     return operands, products, dgrad
-
-
-def _operands_tile(ci: int) -> dict:
-    rows, warps = (16, 4) if ci <= 128 else (8, 4) if ci <= 256 else (16, 8)
-    return {"BLOCK_R": rows, "BLOCK_K": block(ci, 16, 512), "num_warps": warps}
 
 
 def _q_tile(ci: int, dtype: torch.dtype) -> dict:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Operand:
     record_a: Tensor | None = None  # [5, C]
     record_b: Tensor | None = None  # [5, C]
     sums: Tensor | None = None  # [4, C], rows (c0, c1, dweight, dbias)
+    centre: Tensor | None = None  # [C], near the mean of the values: by `bn_finalise`
 
     def args(self) -> tuple:
         """The kernel arguments that stand for this operand."""
@@ -115,6 +117,21 @@ def affine(v, record, c, c_mask, C: tl.constexpr):
 
 
 @triton.jit
+def activation(u_a, u_b, READ: tl.constexpr):
+    """What `Operand` says of reads that normalise forward, of u_a and, in joins, u_b."""
+    if READ == "bn_relu":
+        v = relu(u_a)
+    elif READ == "join_port":
+        v = relu(u_a) + relu(u_b)
+    elif READ == "join_b":
+        v = relu(relu(u_a) + u_b)
+    else:
+        tl.static_assert(READ == "join_c")
+        v = relu(0.5 * relu(u_a) + 0.5 * u_b)
+    return v
+
+
+@triton.jit
 def read_operand(a_ptr, b_ptr, record_a, record_b, sums, offsets, mask, c, c_mask, C: tl.constexpr, READ: tl.constexpr):
     """The operand's tile [rows, channels] at `offsets`, in the storage dtype, zero where masked (see `Operand`)."""
     a = tl.load(a_ptr + offsets, mask=mask, other=0.0)
@@ -123,15 +140,11 @@ def read_operand(a_ptr, b_ptr, record_a, record_b, sums, offsets, mask, c, c_mas
     else:
         v = a.to(tl.float32)
         if READ == "bn_relu":
-            v = relu(affine(v, record_a, c, c_mask, C))
+            v = activation(affine(v, record_a, c, c_mask, C), None, READ)
         else:
             b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            if READ == "join_port":
-                v = relu(affine(v, record_a, c, c_mask, C)) + relu(affine(b, record_b, c, c_mask, C))
-            elif READ == "join_b":
-                v = relu(relu(affine(v, record_a, c, c_mask, C)) + affine(b, record_b, c, c_mask, C))
-            elif READ == "join_c":
-                v = relu(0.5 * relu(affine(v, record_a, c, c_mask, C)) + 0.5 * affine(b, record_b, c, c_mask, C))
+            if READ == "join_port" or READ == "join_b" or READ == "join_c":
+                v = activation(affine(v, record_a, c, c_mask, C), affine(b, record_b, c, c_mask, C), READ)
             elif READ == "masked":
                 v = tl.where(b <= 0, 0.0, v)
             elif READ == "masked_scaled":
@@ -260,7 +273,42 @@ def fold_kernel(
         tl.store(row + C, gz, mask=c_mask)
 
 
-@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit
+def write_record(record, mean, var, unbiased, weight, bias, eps, c, c_mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The record [5, C] of float64 statistics; returns its rows mean, scale and bias."""
+    scale = tl.full((BLOCK_C,), 1.0, tl.float64)
+    shift = tl.zeros((BLOCK_C,), tl.float64)
+    if weight is not None:
+        scale = tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    invstd = tl.rsqrt(var + eps)
+    scale *= invstd
+    rounded = mean.to(tl.float32)
+    shift += (rounded.to(tl.float64) - mean) * scale  # what rounding the mean moves u by
+    tl.store(record + c, rounded, mask=c_mask)
+    tl.store(record + C + c, scale.to(tl.float32), mask=c_mask)
+    tl.store(record + 2 * C + c, shift.to(tl.float32), mask=c_mask)
+    tl.store(record + 3 * C + c, invstd.to(tl.float32), mask=c_mask)
+    tl.store(record + 4 * C + c, unbiased.to(tl.float32), mask=c_mask)
+    return rounded, scale.to(tl.float32), shift.to(tl.float32)
+
+
+@triton.jit
+def write_centre(centre, v, mask, n, c, c_mask, PRECISION: tl.constexpr):
+    """The mean of n sampled values v [rows, channels], in steps of a power of two near the deviation: of few bits."""
+    mean = tl.sum(v.to(tl.float32), 0) / n
+    d = tl.where(mask, v.to(tl.float32) - mean[None, :], 0.0)
+    var = tl.sum(d * d, 0) / n
+    exponent = ((var.to(tl.int32, bitcast=True) >> 23) - 127) >> 1
+    unit = ((exponent + 127) << 23).to(tl.float32, bitcast=True)  # at most the deviation, and above half of it
+    value = (tl.floor(mean / unit + 0.5) * unit).to(v.dtype).to(tl.float32)
+    if PRECISION == "tf32":
+        value = to_tf32(value)
+    tl.store(centre + c, value, mask=c_mask)
+
+
+@triton.jit(do_not_specialize=["R", "P", "step"], do_not_specialize_on_alignment=_UNALIGNED)
 def bn_finalise_kernel(
     record,  # [5, C]
     part,  # [R, 3, C], or unused
@@ -268,22 +316,34 @@ def bn_finalise_kernel(
     bias,  # [C] or None
     running_mean,  # [C], read when not TRAINING
     running_var,  # [C]
+    centre,  # [C] float32 or None: of the activation or join that z, normalised by this record, completes
+    z,  # [P, C]
+    o,  # like z: the other operand of a join
+    o_record,  # [5, C]
     R,
     eps,
+    P,
+    step,  # positions from one of the sample to the next
     C: tl.constexpr,
     TRAINING: tl.constexpr,
+    READ: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    SAMPLE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    scale = tl.full((BLOCK_C,), 1.0, tl.float64)
-    shift = tl.zeros((BLOCK_C,), tl.float64)
-    if weight is not None:
-        scale = tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    begin(PDL)
+    if centre is not None:
+        p = tl.arange(0, SAMPLE) * step
+        mask = (p < P)[:, None] & c_mask[None, :]
+        offsets = p.to(tl.int64)[:, None] * C + c[None, :]
+        v = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+        if READ != "bn_relu":
+            u_o = affine(tl.load(o + offsets, mask=mask, other=0.0).to(tl.float32), o_record, c, c_mask, C)
     if TRAINING:
         count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
         var = m2 / count
@@ -292,14 +352,15 @@ def bn_finalise_kernel(
         mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
         var = tl.load(running_var + c, mask=c_mask, other=1.0).to(tl.float64)
         unbiased = var
-    invstd = tl.rsqrt(var + eps)
-    scale *= invstd
-    shift += (mean.to(tl.float32).to(tl.float64) - mean) * scale  # what rounding the mean moves u by
-    tl.store(record + c, mean.to(tl.float32), mask=c_mask)
-    tl.store(record + C + c, scale.to(tl.float32), mask=c_mask)
-    tl.store(record + 2 * C + c, shift.to(tl.float32), mask=c_mask)
-    tl.store(record + 3 * C + c, invstd.to(tl.float32), mask=c_mask)
-    tl.store(record + 4 * C + c, unbiased.to(tl.float32), mask=c_mask)
+    mean, scale, shift = write_record(record, mean, var, unbiased, weight, bias, eps, c, c_mask, C, BLOCK_C)
+    if centre is not None:
+        u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
+        if READ == "bn_relu":
+            v = activation(u, None, READ)
+        else:
+            v = activation(u_o, u, READ)
+        v = tl.where(mask, v, 0.0).to(z.dtype.element_ty)
+        write_centre(centre, v, mask, tl.minimum(P, SAMPLE).to(tl.float32), c, c_mask, PRECISION)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -311,12 +372,14 @@ def bn_bwd_finalise_kernel(
     P,
     C: tl.constexpr,
     TRAINING: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
+    begin(PDL)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
     g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
     sum_g = g.to(tl.float32)
@@ -332,67 +395,127 @@ def bn_bwd_finalise_kernel(
     tl.store(sums + 3 * C + c, sum_g, mask=c_mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def sum_splits_kernel(
-    part,  # [splits, N], a row [CO, TAPS, CI]
-    out,  # [CO, CI, TAPS]
-    N,
-    CI,
-    splits,
-    TAPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_CI: tl.constexpr,
-):
-    tiles = tl.cdiv(CI, BLOCK_CI)
-    co = tl.program_id(0) // tiles
-    begin = tl.program_id(0) % tiles * BLOCK_CI
-    column = tl.arange(0, BLOCK_T * BLOCK_CI)
-    tap = column // BLOCK_CI
-    ci = begin + column % BLOCK_CI
-    mask = (tap < TAPS) & (ci < CI)
-    n = (co * TAPS + tap) * CI + ci
-    rows = tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, BLOCK_T * BLOCK_CI), tl.float32)
-    for start in range(0, splits, BLOCK_R):
+@triton.jit
+def sum_of_splits(part, n, mask, splits, N: tl.constexpr, BLOCK_S: tl.constexpr, SIZE: tl.constexpr):
+    """Elements n [SIZE] of the rows of part [splits, N], summed over rows in fixed order."""
+    rows = tl.arange(0, BLOCK_S)
+    acc = tl.zeros((BLOCK_S, SIZE), tl.float32)
+    for start in range(0, splits, BLOCK_S):
         r = start + rows
         row = part + r.to(tl.int64)[:, None] * N + n[None, :]
         acc += tl.load(row, mask=(r < splits)[:, None] & mask[None, :], other=0.0)
-    total = tl.trans(tl.reshape(tl.sum(acc, 0), (BLOCK_T, BLOCK_CI)))
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def sum_splits_tile(
+    part,  # [splits, N], a row [CO, TAPS, CI]
+    out,  # [CO, CI, TAPS]
+    program,
+    splits,
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+    CI: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+):
+    TILES: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
+    co = program // TILES
+    begin = program % TILES * BLOCK_CI
+    column = tl.arange(0, BLOCK_T * BLOCK_CI)
+    tap = column // BLOCK_CI
+    ci = begin + column % BLOCK_CI
+    n = (co * TAPS + tap) * CI + ci
+    total = sum_of_splits(part, n, (tap < TAPS) & (ci < CI), splits, N, BLOCK_S, BLOCK_T * BLOCK_CI)
+    total = tl.trans(tl.reshape(total, (BLOCK_T, BLOCK_CI)))
     ci = (begin + tl.arange(0, BLOCK_CI))[:, None]
     tap = tl.arange(0, BLOCK_T)[None, :]
     tl.store(out + (co * CI + ci) * TAPS + tap, total, mask=(ci < CI) & (tap < TAPS))
 
 
-def _sum_tile(splits: int, taps: int) -> dict:
-    """Tiles that were fastest on an H200 at the sizes of P3D-63 in training: the more rows, the fewer columns."""
+@triton.jit
+def sum_splits_kernel(
+    part0,  # of `sum_splits_tile`, or None
+    part1,
+    part2,
+    out0,
+    out1,
+    out2,
+    BEGIN: tl.constexpr,  # the first program of each, and the end
+    SPLITS: tl.constexpr,  # of each, as all below
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+    CI: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    parts = (part0, part1, part2)
+    outs = (out0, out1, out2)
+    begin(PDL)
+    for i in tl.static_range(len(SPLITS)):
+        if (program >= BEGIN[i]) & (program < BEGIN[i + 1]):
+            sum_splits_tile(
+                parts[i], outs[i], program - BEGIN[i], SPLITS[i], N[i], TAPS[i], CI[i],
+                BLOCK_S[i], BLOCK_T[i], BLOCK_CI[i],
+            )  # fmt: skip
+
+
+class Splits(NamedTuple):
+    """A weight gradient in parts that are still to be summed."""
+
+    part: Tensor  # [splits, Co * taps * Ci]
+    taps: int
+    ci: int
+
+
+AT_ONCE = 3  # gradients that a launch sums
+
+
+def sum_splits(gradients: list[Splits | None]) -> list[Tensor | None]:
+    """Each summed over its splits, in fixed order, as [Co * Ci * taps]; None stays None. Few launches for all."""
+    given = [g for g in gradients if g is not None]
+    sums = iter([total for i in range(0, len(given), AT_ONCE) for total in _sum(given[i : i + AT_ONCE])])
+    return [None if g is None else next(sums) for g in gradients]
+
+
+def _sum(gradients: list[Splits]) -> list[Tensor]:
+    parts, absent = [g.part for g in gradients], [None] * (AT_ONCE - len(gradients))
+    outs = [alloc((part.size(1),), part.device) for part in parts]
+    key = "sum_splits", parts[0].device, *((g.part.shape, g.taps, g.ci) for g in gradients)
+    plan_for(key, lambda: _sum_plan(gradients))(*parts, *absent, *outs, *absent)
+    return outs
+
+
+def _sum_plan(gradients: list[Splits]) -> Plan:
+    begin, shapes = [0], []
+    for part, taps, ci in gradients:
+        splits, n = part.shape
+        ci = n if taps == 1 else ci  # nothing to turn: one row
+        tile = _sum_tile(splits, taps)
+        begin.append(begin[-1] + n // (taps * ci) * cdiv(ci, tile[2]))
+        shapes.append((splits, n, taps, ci, *tile))
+    names = "SPLITS", "N", "TAPS", "CI", "BLOCK_S", "BLOCK_T", "BLOCK_CI"
+    constants = {**dict(zip(names, zip(*shapes))), **dependent_launch(gradients[0].part.device)}
+    return Plan(sum_splits_kernel, (begin[-1],), (), BEGIN=tuple(begin), **constants, num_warps=8)
+
+
+def _sum_tile(splits: int, taps: int) -> tuple[int, int, int]:
+    """(BLOCK_S, BLOCK_T, BLOCK_CI): the more splits, the fewer columns."""
     block_t = block(taps, 1, 32)
     if splits <= 16 and taps == 1:
-        block_r, columns, warps = 2, 1024, 8
+        block_s, columns = 2, 1024
     elif splits <= 40:
-        block_r, columns, warps = (8, 512, 8) if taps == 1 else (2, 512, 4)
+        block_s = block(splits, 1, 8 if taps == 1 else 4)
+        columns = 512 if taps == 1 else 2048 // block_s
     elif taps > 1:
-        block_r, columns, warps = 16, 16 * block_t, 8 if taps > 4 else 4
+        block_s, columns = 16 if taps > 4 else 32, 16 * block_t
     else:
-        block_r, columns, warps = (16, 256, 8) if splits <= 100 else (64, 32, 8)
-    return {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_CI": max(16, columns // block_t), "num_warps": warps}
-
-
-def sum_splits(part: Tensor, taps: int, ci: int) -> Tensor:
-    """Sum of part [splits, Co * taps * Ci] over splits, in fixed order, as [Co * Ci * taps]."""
-    splits, n = part.shape
-    out = alloc((n,), part.device)
-    plan = plan_for(("sum_splits", part.device, splits, n, taps, ci), lambda: _sum_plan(splits, n, taps, ci))
-    plan(part, out)
-    return out
-
-
-def _sum_plan(splits: int, n: int, taps: int, ci: int) -> Plan:
-    if taps == 1:
-        ci = n  # nothing to turn: one row
-    tile = _sum_tile(splits, taps)
-    grid = n // (taps * ci) * cdiv(ci, tile["BLOCK_CI"])
-    return Plan(sum_splits_kernel, (grid,), (n, ci, splits), TAPS=taps, **tile)
+        block_s, columns = (16, 256) if splits <= 100 else (64, 32)
+    return block_s, block_t, max(16, columns // block_t)
 
 
 def _finalise_tile(rows: int) -> dict:
@@ -427,19 +550,40 @@ def _fold_plan(rows: int, kinds: int, channels: int) -> Plan:
     return Plan(fold_kernel, grid, (rows, chunk), C=channels, STATS=kinds == 3, **tile)
 
 
-def bn_finalise(norm: Norm, channels: int, part: Tensor | None, device: torch.device) -> Tensor:
-    """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else the running ones."""
+SAMPLE = 256  # positions that a centre is the mean of
+
+
+def bn_finalise(
+    norm: Norm,
+    channels: int,
+    part: Tensor | None,
+    device: torch.device,
+    completes: Operand | None = None,
+) -> Tensor:
+    """The record [5, C] of `norm`: from the partial statistics [R, 3, C] when training, else the running ones.
+
+    completes: "bn_relu" or a join that lacks this record alone: it gets the record, and its centre.
+    """
     part = fold(part) if norm.training else None
     record = alloc((5, channels), device)
     rows = part.size(0) if norm.training else 0
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
     tensors = part, norm.weight, norm.bias, *running
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    sampled, sample = (None,) * 4, None
+    if completes is not None:
+        x = completes
+        x.centre = alloc((channels,), device)
+        if x.b is None:
+            x.record_a, sampled = record, (x.centre, x.a, None, None)
+        else:
+            x.record_b, sampled = record, (x.centre, x.b, x.a, x.record_a)
+        sample = x.a.numel() // channels, x.read, x.a.dtype, input_precision(x.a.dtype, device)
     plan = plan_for(
-        ("bn_finalise", device, channels, rows, norm.eps, norm.training, dtypes),
-        lambda: _finalise_plan(bn_finalise_kernel, channels, rows, norm.eps, norm.training),
+        ("bn_finalise", device, channels, rows, norm.eps, norm.training, dtypes, sample),
+        lambda: _finalise_plan(bn_finalise_kernel, channels, rows, norm.eps, norm.training, device, sample),
     )
-    plan(record, *tensors)
+    plan(record, *tensors, *sampled)
     return record
 
 
@@ -450,15 +594,22 @@ def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool
     sums = alloc((4, channels), part.device)
     plan = plan_for(
         ("bn_bwd_finalise", part.device, channels, rows, positions, training, part.dtype),
-        lambda: _finalise_plan(bn_bwd_finalise_kernel, channels, rows, float(positions), training),
+        lambda: _finalise_plan(bn_bwd_finalise_kernel, channels, rows, float(positions), training, part.device),
     )
     plan(part, record, sums)
     return sums
 
 
-def _finalise_plan(kernel, channels: int, rows: int, scalar: float, training: bool) -> Plan:
-    tile = _finalise_tile(max(rows, 1))
-    return Plan(kernel, (cdiv(channels, tile["BLOCK_C"]),), (rows, scalar), C=channels, TRAINING=training, **tile)
+def _finalise_plan(
+    kernel, channels: int, rows: int, scalar: float, training: bool, device: torch.device, sample: tuple | None = None
+) -> Plan:
+    constants = {**dependent_launch(device), **_finalise_tile(max(rows, 1))}
+    scalars = rows, scalar
+    if kernel is bn_finalise_kernel:
+        positions, read, _, precision = sample or (0, None, None, None)
+        scalars += positions, max(1, positions // SAMPLE)
+        constants |= {"READ": read, "PRECISION": precision, "SAMPLE": SAMPLE}
+    return Plan(kernel, (cdiv(channels, constants["BLOCK_C"]),), scalars, C=channels, TRAINING=training, **constants)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
 from ._tape import taped
-from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision
+from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, sum_splits
 from .max_pool import pool_fwd
 from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
@@ -44,11 +44,12 @@ def _fwd(x, weights, norms, config):
     stride, source = pointwise(config.stride), Operand("raw", x)
     z_r, part = conv(source, w_r, stride, Epilogue(stats=norm_r.training))
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
-    join, records_st, raws_st = st_fwd(Operand("bn_relu", z_r, record_a=record_r), w_st, norm_st, config)
-    kept = part = None
+    a_r = Operand("bn_relu", z_r, record_a=record_r)
+    join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
     if norm_e.training:
-        kept, part = gram(join, w_e, stats=True)
-    record_e = bn_finalise(norm_e, w_e.size(0), part, x.device)
+        kept, record_e = gram(join, w_e, norm=norm_e)
+    else:
+        kept, record_e = None, bn_finalise(norm_e, w_e.size(0), None, x.device)
     records = [record_r, *records_st, record_e]
     residual = x
     record_d = None
@@ -77,9 +78,8 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     )
     sums_r = bn_bwd_finalise(part, record_r, z_r.numel() // z_r.size(1), norm_r.training)
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
-    dws, sums = [None, *dw_st, dw_e], [sums_r, *sums_st, sums_e]
-    if needs_w[0]:
-        dws[0], _ = conv_wgrad(dz_r, source, stride)
+    dw_r = conv_wgrad(dz_r, source, stride) if needs_w[0] else None
+    dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]
     epilogue = Epilogue(join="add", o=dy, o_mask=y)
     if w_d:
         kept = gram(source, w_d[0], config.stride)[0] if norm_d[0].training else None

@@ -23,7 +23,7 @@ from ._conv import (
     temporal,
     weight_grad,
 )
-from ._triton import Operand, empty_ndhwc, ndhwc, why_not
+from ._triton import Operand, empty_ndhwc, ndhwc, sum_splits, why_not
 
 
 def conv_fwd(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
@@ -43,7 +43,8 @@ def conv_bwd(
         dx, _ = spatial_dgrad(g, packed) if geometry == spatial() else conv(g, packed, geometry, out_dims=dims)
     if need_w:
         a = Operand("raw", ndhwc(x))
-        dw = weight_grad(spatial_wgrad(g, a) if geometry == spatial() else conv_wgrad(g, a, geometry)[0], w)
+        splits = spatial_wgrad(g, a) if geometry == spatial() else conv_wgrad(g, a, geometry)
+        dw = weight_grad(sum_splits([splits])[0], w)
     return dx, dw
 
 

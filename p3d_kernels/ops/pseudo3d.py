@@ -13,6 +13,8 @@ with v the gradient of the join, times the mask of its outer ReLU in the author'
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,7 @@ from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._triton import (
     Operand,
     Plan,
+    Splits,
     affine,
     alloc,
     block,
@@ -47,6 +50,7 @@ from ._triton import (
     plan_for,
     read_operand,
     relu,
+    sum_splits,
     tl,
     triton,
     write_sums,
@@ -149,18 +153,23 @@ def join_bwd_kernel(
 
 
 def st_fwd(
-    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config
+    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config, centred: bool = False
 ) -> tuple[Operand, list[Tensor], list[Tensor]]:
-    """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order."""
+    """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order.
+
+    centred: the join gets a centre.
+    """
     (w_s, *w_t), (norm_s, *norm_t) = weights, norms
     z_s, part = spatial_fwd(x, w_s, Epilogue(stats=norm_s.training))
-    record_s = bn_finalise(norm_s, z_s.size(1), part, z_s.device)
-    a_s = Operand("bn_relu", z_s, record_a=record_s)
-    if config.kind == "2d":
-        return a_s, [record_s], [z_s]
+    a_s, alone = Operand("bn_relu", z_s), config.kind == "2d"
+    a_s.record_a = bn_finalise(norm_s, z_s.size(1), part, z_s.device, a_s if centred and alone else None)
+    if alone:
+        return a_s, [a_s.record_a], [z_s]
     z_t, part = conv(x if config.kind == "B" else a_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
-    record_t = bn_finalise(norm_t[0], z_t.size(1), part, z_t.device)
-    return join_of([record_s, record_t], [z_s, z_t], config), [record_s, record_t], [z_s, z_t]
+    join = join_of([a_s.record_a, None], [z_s, z_t], config)
+    record_t = bn_finalise(norm_t[0], z_t.size(1), part, z_t.device, join if centred else None)
+    records, raws = [a_s.record_a, record_t], [z_s, z_t]
+    return dataclasses.replace(join_of(records, raws, config), centre=join.centre), records, raws
 
 
 def join_of(records: list[Tensor], raws: list[Tensor], config: Config) -> Operand:
@@ -192,8 +201,11 @@ def st_bwd(
     below: tuple[Tensor, Tensor] | None,
     needs_x: bool,
     needs_w: list[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor], list[Tensor]]:
-    """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`."""
+) -> tuple[Tensor | None, Tensor | None, list[Splits | None], list[Tensor]]:
+    """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`.
+
+    dws are still to be summed over splits.
+    """
     positions = v.numel() // v.size(1)
     dims = tuple(v.shape[2:])
 
@@ -212,7 +224,7 @@ def st_bwd(
         outer = join_read(config) in ("join_b", "join_c")
         dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
         if needs_w[1]:
-            dws[1], _ = conv_wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
+            dws[1] = conv_wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
         if config.kind == "B":
             o = conv(dz_t, weights[1], temporal(), out_dims=dims)[0] if needs_x else None
         else:
@@ -297,7 +309,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     dx, _, dws, sums = st_bwd(
         v, parts, Operand("raw", x), weights, norms, records, raws, config, None, needs_x, needs_w
     )
-    return dx, dws, sums
+    return dx, sum_splits(dws), sums
 
 
 def _shapes(x, weights, config):
