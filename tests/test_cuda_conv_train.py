@@ -8,7 +8,7 @@ import torch
 from operands import activation, normalised, operand, record, value
 from p3d_kernels._norm import Norm
 from p3d_kernels.ops import _conv, _cuda, _gram
-from p3d_kernels.ops._triton import Operand, bn_finalise
+from p3d_kernels.ops._triton import Operand
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -335,10 +335,10 @@ def test_the_gram_identity_takes_the_kernel_and_triton_agrees(monkeypatch):
     dy, y, x = _like(size, 256), _like(size, 256), _x("join_c", size, 64)
     w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     norm = Norm.of(torch.nn.BatchNorm3d(256).cuda())
-    rows = bn_finalise(norm, 256, _gram.expand_stats(x, w), dy.device)
-    own = _gram.gram_bwd(dy, y, w, norm, rows, x, 1, True, "C")
+    kept, rows = _gram.gram(x, w, norm=norm)
+    own = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, "C")
     monkeypatch.setattr(_gram, "cuda_allowed", lambda x: False)
-    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, 1, True, "C")
+    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, "C")
     check(own[0], theirs[0].double(), torch.bfloat16)
     assert [p is None for p in own[1]] == [p is None for p in theirs[1]]
 

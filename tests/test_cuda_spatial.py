@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from p3d_kernels.ops import _cuda
-from p3d_kernels.ops._triton import sum_splits
+from p3d_kernels.ops._triton import Splits, sum_splits
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -527,7 +527,7 @@ def _row(batch, t, h, c):
         "cudnn dgrad": lambda: torch.ops.aten.convolution_backward(x, x, w, None, *geometry, [True, False, False]),
         "wgrad": lambda: _cuda.spatial_wgrad(x, None, None, None, o),
         "wgrad pro": lambda: _cuda.spatial_wgrad(x, z, affine, sums, o, affine),
-        "wgrad pro+sum": lambda: sum_splits(_cuda.spatial_wgrad(x, z, affine, sums, o, affine), 9, c),
+        "wgrad pro+sum": lambda: sum_splits([Splits(_cuda.spatial_wgrad(x, z, affine, sums, o, affine), 9, c)]),
         "cudnn wgrad": lambda: torch.ops.aten.convolution_backward(x, o, w, None, *geometry, [False, True, False]),
     }
     times = {name: _microseconds(call) for name, call in calls.items()}
