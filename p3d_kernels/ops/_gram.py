@@ -406,9 +406,9 @@ def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tu
     """
     ci, co, device = x.channels, w.size(0), x.a.device
     part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre).part
-    affine = (None, None) if norm is None else (norm.weight, norm.bias)
-    how = norm and norm.eps, [None if t is None else t.dtype for t in affine]
-    key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, str(how), _precision(x.a)
+    affine, eps = ((None, None), None) if norm is None else ((norm.weight, norm.bias), norm.eps)
+    key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), eps
+    key += tuple([None if t is None else t.dtype for t in affine])
     sums, products = plan_for(("gram", *key), lambda: _gram_plans(x, w, stride, part.size(0), norm))
     kept = alloc((co * ci + ci,), device)
     cov, mean = alloc((sums.parts, ci, ci), device, sums.dtype), alloc((ci,), device, torch.float64)
