@@ -3,7 +3,7 @@
 // stem_tile.cuh says how the clip is read and multiplied, stem_pool.cuh who does what. The slope of the normalisation
 // has the sign of gamma, which is known before the statistics are: where it rises the pool takes the largest of a
 // window, else the least. There the weights change their sign, so that all takes are of the largest, and what is stored
-// changes it back. A gamma of 0 counts as positive: so the gradient is that of any small positive one. So does NaN.
+// changes it back. A gamma of 0, where all of a window are equal in the end, counts as positive, and so does NaN.
 //
 // A rounded output becomes an integer: its 16 bits in the order of its values, then 17 - tap. The largest integer of a
 // window is the largest value, of equal ones the first tap. NaN, which rounding makes positive, is above infinity.
