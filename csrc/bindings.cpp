@@ -526,40 +526,30 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "stem_fwd",
-        [](uintptr_t x, uintptr_t w, uintptr_t z, uintptr_t partials, int64_t clips, int64_t channels, int64_t frames,
-           int64_t height, int64_t width, const std::array<int64_t, 5>& strides, const std::string& x_type,
-           const std::string& w_type, const std::string& dtype_name, uintptr_t stream) {
+        [](uintptr_t x, uintptr_t w, uintptr_t gamma, uintptr_t pooled, uintptr_t tap, uintptr_t partials,
+           int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded,
+           const std::array<int64_t, 5>& strides, const std::string& x_type, const std::string& w_type,
+           const std::string& gamma_type, const std::string& dtype_name, uintptr_t stream) {
             p3d::StemFwd p{};
-            p.shape = {clips, channels, frames, height, width, false};
+            p.shape = {clips, channels, frames, height, width, padded};
             std::copy(strides.begin(), strides.end(), p.strides);
             p.x_type = pixel_type(x_type);
             p.w_type = pixel_type(w_type);
+            p.gamma_type = pixel_type(gamma_type);
             p.dtype = dtype(dtype_name);
             p.x = pointer<const void>(x);
             p.w = pointer<const void>(w);
-            p.z = pointer<void>(z);
+            p.gamma = pointer<const void>(gamma);
+            p.pooled = pointer<void>(pooled);
+            p.tap = pointer<void>(tap);
             p.partials = pointer<float>(partials);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::stem_fwd(p));
         },
-        py::arg("x"), py::arg("w"), py::arg("z"), py::arg("partials"), py::arg("clips"), py::arg("channels"),
-        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("strides"), py::arg("x_type"),
-        py::arg("w_type"), py::arg("dtype"), py::arg("stream"));
-
-    m.def(
-        "stem_fwd_why_not",
-        [](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width) {
-            const char* why = p3d::stem_fwd_why_not({clips, channels, frames, height, width, false});
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
-        py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"));
-
-    m.def(
-        "stem_fwd_partials",
-        [](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width) {
-            return p3d::stem_fwd_partials({clips, channels, frames, height, width, false});
-        },
-        py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"));
+        py::arg("x"), py::arg("w"), py::arg("gamma"), py::arg("pooled"), py::arg("tap"), py::arg("partials"),
+        py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+        py::arg("padded"), py::arg("strides"), py::arg("x_type"), py::arg("w_type"), py::arg("gamma_type"),
+        py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "stem_wgrad",
@@ -599,15 +589,20 @@ PYBIND11_MODULE(_C, module) {
             py::arg("padded"));
     };
     stem_reason("stem_infer_why_not", p3d::stem_infer_why_not);
+    stem_reason("stem_fwd_why_not", p3d::stem_fwd_why_not);
     stem_reason("stem_wgrad_why_not", p3d::stem_wgrad_why_not);
 
-    m.def(
-        "stem_wgrad_partials",
-        [](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
-            return p3d::stem_wgrad_partials({clips, channels, frames, height, width, padded});
-        },
-        py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
-        py::arg("padded"));
+    auto stem_partials = [&](const char* name, int (*partials)(const p3d::StemShape&)) {
+        m.def(
+            name,
+            [partials](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
+                return partials({clips, channels, frames, height, width, padded});
+            },
+            py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+            py::arg("padded"));
+    };
+    stem_partials("stem_fwd_partials", p3d::stem_fwd_partials);
+    stem_partials("stem_wgrad_partials", p3d::stem_wgrad_partials);
 
     auto reason = [&](const char* name, const char* (*why_not)(const p3d::ConvShape&)) {
         m.def(

@@ -272,18 +272,22 @@ const char* stem_infer(const StemInfer& p);
 // Why stem_infer cannot run this shape; nullptr if it can.
 const char* stem_infer_why_not(const StemShape& shape);
 
-// The stem's convolution in training, z = conv(x), rounded; x of float32, float16 or bfloat16 as it lies, w as the net
-// keeps it, both rounded to the dtype as they are read. With `partials` the statistics of the rounded z: a row (n,
-// mean, M2) for each of R parts of the positions, M2 = sum (z - mean)^2. Of the shape `padded` does not matter.
+// The stem's convolution and pool in training, without z = conv(x), rounded, in memory. Where gamma >= 0, or not a
+// number, `pooled` is the largest z of a window, else the least: relu(bn(pooled)) is the pool of relu(bn(z)). Of equal
+// ones it takes the first; NaN is above all if gamma >= 0, below all else, and -0 below 0. With `partials` the
+// statistics of all z: a row (n, mean, M2) for each of R parts of the positions, M2 = sum (z - mean)^2. x and w are
+// rounded to the dtype as they are read.
 struct StemFwd {
     StemShape shape;
-    int64_t strides[5];        // of x, in elements: N, Ci, T, H, W
-    PixelType x_type, w_type;  // not uint8
-    DType dtype;               // of z; sums are float32
-    const void* x;             // [N, Ci, T, H, W] by its strides
-    const void* w;             // [64, Ci, 7, 7]
-    void* z;                   // [N, T, Ho, Wo, 64]  16-byte aligned
-    float* partials;           // [R, 3, 64], R = stem_fwd_partials(shape); or nullptr
+    int64_t strides[5];                    // of x, in elements: N, Ci, T, H, W
+    PixelType x_type, w_type, gamma_type;  // not uint8
+    DType dtype;                           // of z; sums are float32
+    const void* x;                         // [N, Ci, T, H, W] by its strides
+    const void* w;                         // [64, Ci, 7, 7]
+    const void* gamma;                     // [64], the weight of the normalisation; or nullptr: 1
+    void* pooled;                          // [N, Tp, Hp, Wp, 64]  16-byte aligned
+    void* tap;                             // uint8, like pooled: (kt, kh, kw) as (3 kt + kh) 3 + kw; or nullptr
+    float* partials;                       // [R, 3, 64], R = stem_fwd_partials(shape); or nullptr
     CUstream_st* stream;
 };
 

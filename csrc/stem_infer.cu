@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "p3d.h"
-#include "stem_tile.cuh"
+#include "stem_pool.cuh"
 
 namespace p3d {
 namespace {
@@ -21,46 +21,10 @@ constexpr float kLowest = -__builtin_huge_valf();
 template <int kCi, int kN>
 using InferTile = StemTile<kCi, kN, 2, (kN + 15) / 16 * 8 * 128, kCouts * 16>;  // staged: one pooled row, [column][64]
 
-struct Item;
-
-struct StemArgs : ClipArgs {
-    using Item = p3d::Item;
+struct StemArgs : PoolArgs {
     const uint4* w;
     const float* affine;
     char* y;
-    bool padded;
-    int out_height, out_width;  // of the convolution
-    int pooled_frames, pooled_height, pooled_width;
-    int strip, strips, tile,
-        tiles;  // pooled rows of a strip, strips of a frame, pooled columns of a tile, tiles of a row
-    int items;  // a strip of a tile of a pair of frames each
-};
-
-struct Item {
-    int64_t pair;           // clip * pooled_frames + pooled frame
-    int clip, frame;        // the first of two, the second perhaps the same
-    int pooled_row, count;  // first pooled row, pooled rows
-    int row;                // first row of the convolution; -1 is above it
-    int pooled_column;      // first pooled column
-    int column;             // of the convolution: first of the tile, a multiple of 4
-
-    __device__ __forceinline__ Item(const StemArgs& a, int index) {
-        int tile = index % a.tiles, rest = index / a.tiles;
-        int strip = rest % a.strips;
-        pair = rest / a.strips;
-        clip = int(pair) / a.pooled_frames;
-        frame = 2 * (int(pair) % a.pooled_frames);
-        pooled_row = strip * a.strip;
-        count = min(a.strip, a.pooled_height - pooled_row);
-        row = 2 * pooled_row - a.padded;
-        pooled_column = tile * a.tile;
-        column = 2 * pooled_column - (a.padded && tile ? 4 : 0);
-    }
-    __device__ __forceinline__ int stages() const { return 2 * count + 4; }  // of 2 count + 1 rows
-    __device__ __forceinline__ Cursor cursor(const StemArgs& a, int warp, int group) const {
-        int image = min(frame + warp % 2, a.frames - 1);  // a cut window has one frame, seen twice
-        return {a, clip, image, 2 * row - 3 + warp / 2, 2 * column + 8 * group};
-    }
 };
 
 // h = the maxima over the three columns of each pooled column, and over h if kJoin. d[4 j + 2 m + e] is cout 16 warp +
@@ -114,11 +78,8 @@ struct Target {
     char* y;
     int skip, count;
 
-    __device__ __forceinline__ Target(const StemArgs& a, const Item& item)
-        : skip(item.pooled_column - item.column / 2), count(min(a.tile, a.pooled_width - item.pooled_column)) {
-        int64_t position = item.pair * a.pooled_height + item.pooled_row;
-        y = a.y + (position * a.pooled_width + item.pooled_column) * (2 * kCouts);
-    }
+    __device__ __forceinline__ Target(const StemArgs& a, const PoolItem& item)
+        : y(a.y + item.position(a) * (2 * kCouts)), skip(item.skip()), count(item.columns(a)) {}
     // Stores the row that stage_row has left.
     __device__ __forceinline__ void store_row(const StemArgs& a, uint32_t staging) {
         int thread = thread_here() % 128, piece = thread % 8;
@@ -166,7 +127,7 @@ __device__ __forceinline__ void consume(const StemArgs& a, const StemShared<Tile
     // ptxas lets products run beside other work only if every turn of a loop, and its end, waits for all of them once,
     // and if what was made of their sums is pinned before the next replace them.
     for (int index = blockIdx.x; index < a.items; index += gridDim.x) {
-        Item item(a, index);
+        PoolItem item(a, index);
         Target target(a, item);
         int row = item.row, column = item.column, last = row + 2 * item.count;  // row is under way in d0 and d1
         auto exists = [&] { return unsigned(row) < unsigned(a.out_height); };
@@ -264,46 +225,8 @@ __global__ void __launch_bounds__(kThreads, 2) stem_infer_kernel(const __grid_co
 
 // ---- Host.
 
-struct StemPlan {
-    int out_height, out_width, pooled_frames, pooled_height, pooled_width;
-    int columns;  // N
-    int strip, strips, tile, tiles, items, blocks;
-};
-
-// The sizes of the convolution and the pool, the tile and the strip that finish first; or why there are none. A row
-// takes the matrix unit as long as its columns, and an item as long as its rows and some more until its first products.
-const char* stem_plan(StemPlan& best, const StemShape& s) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    StemSizes sizes;
-    if (const char* reason = stem_sizes(sizes, "stem_infer", s)) return reason;
-    auto [height, width, pooled_frames, pooled_height, pooled_width] = sizes;
-
-    double best_cost = -1;
-    for (int n : {56, 64, 80}) {
-        if (n > 56 && s.channels > 3) continue;
-        int64_t tile = width <= n ? pooled_width : (n - 4) / 2, tiles = (pooled_width + tile - 1) / tile;
-        for (int64_t strips = 1; strips <= pooled_height; ++strips) {
-            int64_t strip = (pooled_height + strips - 1) / strips;
-            if ((pooled_height + strip - 1) / strip != strips) continue;
-            double items = double(s.clips) * double(pooled_frames * strips * tiles);
-            if (items > 2147000000.0) break;
-            double turns = double((int64_t(items) + 2 * processors - 1) / (2 * processors));
-            double cost = turns * double(2 * strip + 5) * (n + 8);
-            if (best_cost >= 0 && cost >= best_cost) continue;
-            best_cost = cost;
-            best = {int(height), int(width),  int(pooled_frames), int(pooled_height), int(pooled_width), n,
-                    int(strip),  int(strips), int(tile),          int(tiles),         int(items),        0};
-            best.blocks = std::min(best.items, 2 * processors);
-        }
-    }
-    return best_cost < 0 ? "stem_infer: expected fewer than 2^31 tiles" : nullptr;
-}
-
 template <typename T, int kCi, int kN>
-const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stream) {
+const char* launch(const PoolPlan& plan, const StemArgs& args, cudaStream_t stream) {
     constexpr int kShared = InferTile<kCi, kN>::kShared;
     cudaError_t error =
         launch_dependent(stem_infer_kernel<T, kCi, kN>, dim3(plan.blocks), kThreads, kShared, stream, args);
@@ -311,7 +234,7 @@ const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stre
 }
 
 template <typename T, int kCi>
-const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stream) {
+const char* launch(const PoolPlan& plan, const StemArgs& args, cudaStream_t stream) {
     if (plan.columns == 56) return launch<T, kCi, 56>(plan, args, stream);
     if constexpr (kCi < 4) {
         if (plan.columns == 64) return launch<T, kCi, 64>(plan, args, stream);
@@ -321,7 +244,7 @@ const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stre
 }
 
 template <typename T>
-const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stream) {
+const char* launch(const PoolPlan& plan, const StemArgs& args, cudaStream_t stream) {
     if (args.channels < 3) return launch<T, 2>(plan, args, stream);
     return args.channels == 3 ? launch<T, 3>(plan, args, stream) : launch<T, 4>(plan, args, stream);
 }
@@ -329,29 +252,19 @@ const char* launch(const StemPlan& plan, const StemArgs& args, cudaStream_t stre
 }  // namespace
 
 const char* stem_infer_why_not(const StemShape& shape) {
-    StemPlan plan;
-    return stem_plan(plan, shape);
+    PoolPlan plan;
+    return pool_plan(plan, "stem_infer", shape, false);
 }
 
 const char* stem_infer(const StemInfer& p) {
-    StemPlan plan;
-    if (const char* error = stem_plan(plan, p.shape)) return error;
+    PoolPlan plan;
+    if (const char* error = pool_plan(plan, "stem_infer", p.shape, false)) return error;
     StemArgs args{};
     clip_args(args, p.x, p.shape, p.strides, p.x_type);
     args.w = static_cast<const uint4*>(p.w);
     args.affine = p.affine;
     args.y = static_cast<char*>(p.y);
-    args.padded = p.shape.padded;
-    args.out_height = plan.out_height;
-    args.out_width = plan.out_width;
-    args.pooled_frames = plan.pooled_frames;
-    args.pooled_height = plan.pooled_height;
-    args.pooled_width = plan.pooled_width;
-    args.strip = plan.strip;
-    args.strips = plan.strips;
-    args.tile = plan.tile;
-    args.tiles = plan.tiles;
-    args.items = plan.items;
+    pool_args(args, plan, p.shape.padded);
     std::copy(p.pixel_scale, p.pixel_scale + 4, args.pixel_scale);
     std::copy(p.pixel_bias, p.pixel_bias + 4, args.pixel_bias);
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(plan, args, p.stream) : launch<__half>(plan, args, p.stream);

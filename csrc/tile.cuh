@@ -126,6 +126,10 @@ __device__ __forceinline__ void store_transposed(uint32_t target, uint32_t first
                  : "memory");
 }
 
+__device__ __forceinline__ void store_transposed(uint32_t target, uint32_t v) {  // one, addressed by lanes 0-7
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(target), "r"(v) : "memory");
+}
+
 // The reverse: loads two 8x8 matrices transposed.
 __device__ __forceinline__ void load_transposed(uint32_t source, uint32_t& first, uint32_t& second) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"

@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import p3d_kernels as p3d
 from cases import Case, evaluate, inputs, kind_of, reference_of
 from p3d_kernels import Norm, _backends, reference
+from p3d_kernels.ops import _cuda, _stem
 from p3d_kernels.ops._stem import stem_conv, stem_pack
 from p3d_kernels.ops._triton import bn_finalise
 from p3d_kernels.ops.stem import pack_stem_weight, stem, stem_infer, why_not
@@ -71,6 +73,97 @@ def test_values_gradients_and_statistics(case, dtype, triton, device, monkeypatc
     assert actual["y"].dtype == dtype and actual["y"].is_contiguous(memory_format=torch.channels_last_3d)
     judge(case, actual, expected, dtype)
     judge(case, evaluate(stem, given.to(dtype), grad=False), expected, dtype)
+
+
+def pooled_raw(z, gamma, wiring):
+    """(pooled, tap) of a raw z as `_cuda.stem_fwd` means them: the least where gamma < 0, else the largest."""
+    geometry = reference.stem_pool(wiring)
+    sign = torch.where((torch.ones_like(z[0, :, 0, 0, 0]) if gamma is None else gamma) < 0, -1.0, 1.0)
+    sign = sign.to(z.dtype).view(1, -1, 1, 1, 1)
+    kernel, stride, padding, ceil_mode = (geometry[k] for k in ("kernel", "stride", "padding", "ceil_mode"))
+    pooled, at = F.max_pool3d(z * sign, kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True)
+    tap = torch.zeros_like(at)
+    for axis, inner in ((2, z.size(3) * z.size(4)), (3, z.size(4)), (4, 1)):
+        shape = [1, 1, 1, 1, 1]
+        shape[axis] = -1
+        first = 2 * torch.arange(at.size(axis), device=z.device).view(shape) - padding[axis - 2]
+        tap = 3 * tap + at // inner % z.size(axis) - first
+    return pooled * sign, tap
+
+
+def emulated_fwd(x, w, gamma, dtype, wiring, stats=False, save_tap=False):
+    """`_cuda.stem_fwd` in plain PyTorch."""
+    z = F.conv3d(x.to(dtype).float(), w.to(dtype).float(), stride=(1, 2, 2), padding=(0, 3, 3)).to(dtype)
+    pooled, tap = pooled_raw(z.float(), gamma, wiring)
+    seen = z.double().movedim(1, -1).flatten(0, -2)
+    part = torch.stack([torch.full_like(seen[0], len(seen)), seen.mean(0), seen.var(0, correction=0) * len(seen)])
+    layout = {"memory_format": torch.channels_last_3d}
+    tap = tap.to(torch.uint8).contiguous(**layout) if save_tap else None
+    return pooled.to(dtype).contiguous(**layout), tap, part.float()[None] if stats else None
+
+
+@pytest.fixture
+def pooled_first(triton, monkeypatch):
+    """The path that pools before it normalises, of any channels and dtype, its CUDA kernel emulated."""
+    monkeypatch.setattr(_stem, "pools_raw", lambda *a: True)
+    monkeypatch.setattr(_cuda, "stem_fwd", emulated_fwd)
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, torch.float32) for case in CASES] + [(CASES[i], torch.float16) for i in HALF],
+    ids=lambda v: getattr(v, "id", str(v)),
+)
+def test_the_pool_before_the_normalisation(case, dtype, pooled_first, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    given = inputs(case, dtype, device)
+    expected = reference_of(given, dtype)
+    judge(case, evaluate(stem, given.to(dtype)), expected, dtype)
+    judge(case, evaluate(stem, given.to(dtype), grad=False), expected, dtype)
+
+
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_both_orders_of_pool_and_normalisation_route_alike(wiring, triton, device, monkeypatch):
+    """Equal values, slopes of both signs, windows that are off: the same taps, and the same bits of all gradients."""
+    x = torch.randint(-2, 3, (2, 3, 3, 13, 18), device=device).float()
+    w = torch.randint(-1, 2, (16, 3, 1, 7, 7), device=device).float() / 8
+    weight, bias = torch.linspace(-2, 2.5, 16, device=device), torch.linspace(-1, 1, 16, device=device)
+    results = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(_stem, "pools_raw", lambda *a: True)
+            monkeypatch.setattr(_cuda, "stem_fwd", emulated_fwd)
+        y, record, z, tap, winner = _stem.stem_fwd(x, w, Norm(weight, bias), wiring, torch.float32, True)
+        assert (z is None) == patched and tap.eq(255).any() and tap.lt(255).any()
+        g = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+        results.append((tap, winner, *_stem.stem_bwd(g, x, w, z, record, tap, winner, True, wiring, True, True)))
+    for first, second in zip(*results):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+def test_a_gamma_of_zero_takes_the_first_of_a_window(wiring, pooled_first, device):
+    x, w = torch.randn(2, 3, 3, 13, 14, device=device), torch.randn(16, 3, 1, 7, 7, device=device)
+    dy = torch.randn(stem(x, w, Norm(), wiring).shape, device=device)
+    gradients = []
+    for function in (stem, reference.stem):
+        weight, bias = torch.ones(16, device=device), torch.ones(16, device=device)
+        weight[:3] = 0
+        y = function(x, w, Norm(weight.requires_grad_(), bias), wiring)
+        assert y[:, :3].eq(1).all()
+        gradients += torch.autograd.grad(y, weight, dy)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_a_gamma_that_is_no_number_spares_other_channels(pooled_first, device):
+    x, w = torch.randn(1, 3, 2, 12, 12, device=device), torch.randn(16, 3, 1, 7, 7, device=device)
+    weight = torch.ones(16, device=device)
+    clean = stem(x, w, Norm(weight))
+    weight[3] = torch.nan
+    y = stem(x, w, Norm(weight))
+    others = torch.arange(16, device=device) != 3
+    assert y[:, 3].isnan().all() and torch.equal(y[:, others], clean[:, others])
 
 
 def test_plain_pytorch_is_the_reference(device):

@@ -786,95 +786,119 @@ def stem_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | N
     return native if isinstance(native, str) else native.stem_infer_why_not(*x.shape, _padded(wiring))
 
 
-def stem_fwd_why_not(x: Tensor, w: Tensor, dtype: torch.dtype) -> str | None:
+def stem_fwd_why_not(x: Tensor, w: Tensor, gamma: Tensor | None, dtype: torch.dtype, wiring: str) -> str | None:
     """Why `stem_fwd` cannot run clips x and w [Co, Ci, 1, 7, 7] to `dtype` on the current device, or None."""
+    return _stem_why_not("stem_fwd", x, w, dtype, wiring, gamma)
+
+
+def stem_wgrad_why_not(x: Tensor, w: Tensor, dtype: torch.dtype, wiring: str) -> str | None:
+    """Why `stem_wgrad` cannot run for clips x, w [Co, Ci, 1, 7, 7] and g of `dtype` on the current device, or None."""
+    return _stem_why_not("stem_wgrad", x, w, dtype, wiring)
+
+
+def _stem_why_not(
+    name: str, x: Tensor, w: Tensor, dtype: torch.dtype, wiring: str, gamma: Tensor | None = None
+) -> str | None:
     if dtype not in _DTYPES:
-        return f"stem_fwd: dtype {dtype} (expected bfloat16 or float16)"
+        return f"{name}: dtype {dtype} (expected bfloat16 or float16)"
     if x.dtype not in _FLOATS or w.dtype not in _FLOATS:
-        return f"stem_fwd: pixels of {x.dtype}, weights of {w.dtype} (expected float32, float16 or bfloat16)"
+        return f"{name}: pixels of {x.dtype}, weights of {w.dtype} (expected float32, float16 or bfloat16)"
+    if gamma is not None and gamma.dtype not in _FLOATS:
+        return f"{name}: gamma of {gamma.dtype} (expected float32, float16 or bfloat16)"
     if w.size(0) != STEM_COUTS:
-        return f"stem_fwd: {w.size(0)} output channels (expected {STEM_COUTS})"
+        return f"{name}: {w.size(0)} output channels (expected {STEM_COUTS})"
     native = _backends.native()
-    return native if isinstance(native, str) else native.stem_fwd_why_not(*x.shape)
-
-
-def stem_wgrad_why_not(x: Tensor, dtype: torch.dtype, co: int, wiring: str) -> str | None:
-    """Why `stem_wgrad` cannot run for clips x and z of Co channels of `dtype` on the current device, or None."""
-    if dtype not in _DTYPES:
-        return f"stem_wgrad: dtype {dtype} (expected bfloat16 or float16)"
-    if x.dtype not in _PIXELS or x.dtype == torch.uint8:
-        return f"stem_wgrad: pixels of {x.dtype} (expected float32, float16 or bfloat16)"
-    if co != STEM_COUTS:
-        return f"stem_wgrad: {co} output channels (expected {STEM_COUTS})"
-    native = _backends.native()
-    return native if isinstance(native, str) else native.stem_wgrad_why_not(*x.shape, _padded(wiring))
+    return native if isinstance(native, str) else getattr(native, f"{name}_why_not")(*x.shape, _padded(wiring))
 
 
 def _padded(wiring: str) -> bool:
     return wiring == "port"
 
 
+def _check_stem(x: Tensor, w: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype not in _FLOATS or w.dtype not in _FLOATS or dtype not in _DTYPES:
+        raise ValueError(f"x, w, dtype: expected floats and bfloat16 or float16, got {x.dtype}, {w.dtype}, {dtype}")
+    shape = STEM_COUTS, x.size(1), 1, 7, 7
+    if w.shape != shape or not w.is_contiguous():
+        raise ValueError(f"w: expected contiguous {list(shape)}, got {list(w.shape)}")
+
+
+def _pooled_shape(x: Tensor, wiring: str) -> tuple[int, ...]:
+    n, _, t, h, w = x.shape
+    sizes = t, (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    return n, STEM_COUTS, *out_sizes(sizes, **reference.stem_pool(wiring))
+
+
 def stem_fwd(
     x: Tensor,  # [N, Ci, T, H, W], any strides
     w: Tensor,  # [64, Ci, 1, 7, 7]
+    gamma: Tensor | None,  # [64]
     dtype: torch.dtype,
+    wiring: str,
     stats: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """z = conv(x, w), 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3); x and w rounded to `dtype` as they are read.
+    save_tap: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The pool of the raw z = conv(x, w), 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3), which is not stored.
 
-    float32 accumulation, z rounded once. `stats`: also return the partial statistics of the rounded z. Fastest where x
-    lies in planes or pixel by pixel, rows are multiples of 8 pixels and everything is 16-byte aligned. An infinity or
-    NaN in the clip also reaches outputs one position beside those whose window it lies in.
+    x and w are rounded to `dtype` as they are read, sums are float32, z is rounded once. Of a window the pool takes the
+    largest z, or where gamma < 0 the least: relu(bn(pooled)) is then the pool of relu(bn(z)), gamma being the weight of
+    bn. A gamma of 0 counts as positive, and so does NaN. `save_tap`: also return where in its window each was,
+    (3 kt + kh) 3 + kw, of equal ones the first (-0 is less than 0, and of several NaN the first is taken). `stats`:
+    also return the partial statistics of all rounded z. Fastest where x lies in planes or pixel by pixel, rows are
+    multiples of 8 pixels and everything is 16-byte aligned. An infinity or NaN in the clip also reaches a z one
+    position beside those whose window it lies in.
 
     Returns:
-        z [N, 64, T, Ho, Wo] channels_last_3d, and float32 [R, 3, 64] rows (n, mean, M2), or None. Runs of the same
-        shape on the same card give the same bits.
+        pooled [N, 64, Tp, Hp, Wp] channels_last_3d; the tap, uint8 and like it, or None; float32 [R, 3, 64] rows (n,
+        mean, M2), or None. Runs of the same shape on the same card give the same bits.
 
     Raises:
         ValueError: layout, shape or dtype differ from the above.
         RuntimeError: the kernel cannot run (what `stem_fwd_why_not` says), or CUDA failed.
     """
-    n, ci, t, *sizes = x.shape
-    if x.dtype not in _FLOATS or w.dtype not in _FLOATS or dtype not in _DTYPES:
-        raise ValueError(f"x, w, dtype: expected floats and bfloat16 or float16, got {x.dtype}, {w.dtype}, {dtype}")
-    if w.shape != (STEM_COUTS, ci, 1, 7, 7) or not w.is_contiguous():
-        raise ValueError(f"w: expected contiguous {[STEM_COUTS, ci, 1, 7, 7]}, got {list(w.shape)}")
-    z = alloc((n, STEM_COUTS, t, *((s - 1) // 2 + 1 for s in sizes)), x.device, dtype)
-    if z.numel() == 0:
-        return z, torch.zeros((1, 3, STEM_COUTS), device=x.device) if stats else None
+    _check_stem(x, w, dtype)
+    if gamma is not None and (gamma.dtype not in _FLOATS or gamma.shape != (STEM_COUTS,) or not gamma.is_contiguous()):
+        raise ValueError(f"gamma: expected contiguous floats [{STEM_COUTS}], got {gamma.dtype} {list(gamma.shape)}")
+    shape = _pooled_shape(x, wiring)
+    pooled = alloc(shape, x.device, dtype)
+    tap = alloc(shape, x.device, torch.uint8) if save_tap else None
+    if pooled.numel() == 0:
+        return pooled, tap, torch.zeros((1, 3, STEM_COUTS), device=x.device) if stats else None
+    gamma_type = "float32" if gamma is None else _FLOATS[gamma.dtype]
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        rest = *x.shape, x.stride(), _FLOATS[x.dtype], _FLOATS[w.dtype], _DTYPES[dtype]
+        shape = *x.shape, _padded(wiring)
+        rest = *shape, x.stride(), _FLOATS[x.dtype], _FLOATS[w.dtype], gamma_type, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.stem_fwd(*addresses, *rest, stream))
         with torch.cuda.device(x.device):
-            plan.rows = native.stem_fwd_partials(*x.shape)
+            plan.rows = native.stem_fwd_partials(*shape)
         return plan
 
-    plan = plan_for(("stem_fwd", x.shape, x.stride(), x.dtype, w.dtype, x.device, dtype), build)
+    plan = plan_for(("stem_fwd", x.shape, x.stride(), x.dtype, w.dtype, gamma_type, x.device, dtype, wiring), build)
     part = alloc((plan.rows, 3, STEM_COUTS), x.device) if stats else None
-    plan(x, w, z, part)
-    return z, part
+    plan(x, w, gamma, pooled, tap, part)
+    return pooled, tap, part
 
 
 def stem_wgrad(
     x: Tensor,  # [N, Ci, T, H, W], any strides
     g: Tensor,  # [N, 64, Tp, Hp, Wp]
     tap: Tensor,  # uint8, like g
-    z: Tensor,  # [N, 64, T, Ho, Wo]
+    w: Tensor,  # [64, Ci, 1, 7, 7]
     record: Tensor,  # [1, 64] or more rows
     sums: Tensor,  # [2, 64] or more rows
     wiring: str,
 ) -> Tensor:
     """The weight gradient of the stem's convolution in parts, but for the scale; float32 accumulation.
 
-    z is the raw output of the convolution, g the gradient of relu(bn(z)) pooled, `tap` the position in its window that
-    the pool took of each element, (3 kt + kh) 3 + kw, or 255. With r what the pool sends to a position, mean a row of
-    `record`, c0 and c1 rows of `sums`, it is the sum of dz / scale = r - c0 - (z - mean) * c1 times x, both rounded to
-    the dtype of z. Fastest where pixels of a row lie together, rows are even and 8-byte aligned. What is not finite in
-    the clip may also reach taps that meet it only beside the output.
+    With z = conv(x, w) as `stem_fwd` rounds it, g is the gradient of relu(bn(z)) pooled, `tap` the position in its
+    window that the pool took of each element, (3 kt + kh) 3 + kw, or 255. With r what the pool sends to a position,
+    mean a row of `record`, c0 and c1 rows of `sums`, it is the sum of dz / scale = r - c0 - (z - mean) * c1 times x,
+    both rounded to the dtype of g. Fastest where pixels of a row lie together, rows are even and 8-byte aligned. What
+    is not finite in the clip may also reach taps that meet it only beside the output.
 
     Returns:
         float32 [R, 64 Ci, 64], each row the sum over a part of the positions: that of (co, c, kh, kw) is element
@@ -884,33 +908,30 @@ def stem_wgrad(
         ValueError: layout, shape, dtype or alignment differ from the above.
         RuntimeError: the kernel cannot run (what `stem_wgrad_why_not` says), or CUDA failed.
     """
-    n, ci, t, *sizes = x.shape
-    if x.dtype not in _PIXELS or x.dtype == torch.uint8 or z.dtype not in _DTYPES:
-        raise ValueError(f"x, z: expected float pixels and bfloat16 or float16, got {x.dtype}, {z.dtype}")
-    sizes = [t, *((s - 1) // 2 + 1 for s in sizes)]
-    pooled = n, STEM_COUTS, *out_sizes(sizes, **reference.stem_pool(wiring))
-    _check_activation("z", z, (n, STEM_COUTS, *sizes), z.dtype)
-    _check_activation("g", g, pooled, z.dtype)
-    _check_activation("tap", tap, pooled, torch.uint8)
+    _check_stem(x, w, g.dtype)
+    _check_activation("g", g, _pooled_shape(x, wiring), g.dtype)
+    _check_activation("tap", tap, g.shape, torch.uint8)
     _check_rows("record", record, 1, STEM_COUTS)
     _check_rows("sums", sums, 2, STEM_COUTS)
-    if z.numel() == 0:
-        return torch.zeros((1, 64 * ci, STEM_COUTS), device=z.device)
+    if g.numel() == 0:
+        return torch.zeros((1, 64 * x.size(1), STEM_COUTS), device=g.device)
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        sizes = *x.shape, _padded(wiring)
-        rest = *sizes, x.stride(), _PIXELS[x.dtype], _DTYPES[z.dtype]
-        plan = NativePlan(lambda stream, *addresses: native.stem_wgrad(*addresses, *rest, stream))
+        names = "clips", "channels", "frames", "height", "width", "padded"
+        shape = dict(zip(names, (*x.shape, _padded(wiring))))
+        types = {"x_type": _FLOATS[x.dtype], "w_type": _FLOATS[w.dtype], "dtype": _DTYPES[g.dtype]}
+        rest = {**shape, "strides": x.stride(), **types}
+        plan = NativePlan(lambda stream, *addresses: native.stem_wgrad(*addresses, **rest, stream=stream))
         with torch.cuda.device(x.device):
-            plan.rows = native.stem_wgrad_partials(*sizes)
+            plan.rows = native.stem_wgrad_partials(**shape)
         return plan
 
-    plan = plan_for(("stem_wgrad", x.shape, x.stride(), x.dtype, x.device, z.dtype, wiring), build)
-    part = alloc((plan.rows, 64 * ci, STEM_COUTS), z.device)
-    plan(x, g, tap, z, record, sums, part)
+    plan = plan_for(("stem_wgrad", x.shape, x.stride(), x.dtype, w.dtype, x.device, g.dtype, wiring), build)
+    part = alloc((plan.rows, 64 * x.size(1), STEM_COUTS), g.device)
+    plan(x, g, tap, w, record, sums, part)
     return part
 
 

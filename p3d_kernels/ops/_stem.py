@@ -6,13 +6,15 @@ that G neighbouring outputs of one image row see (G = 2 for RGB: 10 columns, 30 
 laid out for all G at once. The columns start one to the left of the window, at an even address. The patch is read
 straight from the clip by its strides and cast on the way: no layout copy, no cast pass, no im2col in memory.
 The kernel writes z raw, with partial statistics of the rounded values; the pool normalises as it reads (max_pool.py).
-On Hopper, in half precision and with 64 channels out, a CUDA kernel does the same (csrc/stem_fwd.cu).
+On Hopper, in half precision and with 64 channels out, z is not stored: the slope of the normalisation has the sign of
+gamma, so a CUDA kernel pools z before its statistics are known (csrc/stem_fwd.cu), and what it took is normalised.
 
 Backward. The pool sends the gradient of each window to one position, so the sums that batch normalisation needs,
 sum g and sum g (z - mean), are sums over the pooled tensor. The weight gradient forms dz from g, the pool's bytes and z
 as it reads them and multiplies it with the same patches; positions are walked by pooling cell (2 x 2 outputs), because
 the parity of a position says how many windows cover it. On Hopper, in half precision and with 64 channels out, a CUDA
-kernel does the same in tiles of two rows (csrc/stem_wgrad.cu).
+kernel does the same in tiles of two rows and forms z again (csrc/stem_wgrad.cu). The gradient of the clip reads z, too:
+where it was not stored, it is formed once more.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from ._conv import cuda_allowed, sm_count
 from ._triton import (
     Plan,
     affine,
+    begin,
     block,
     bn_bwd_finalise,
     bn_finalise,
     cdiv,
+    dependent_launch,
     dot,
     empty_ndhwc,
     input_precision,
@@ -40,7 +44,7 @@ from ._triton import (
     triton,
     write_sums,
 )
-from .max_pool import pool_fwd, pool_gradient
+from .max_pool import NO_TAP, pool_fwd, pool_gradient
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +193,70 @@ def stem_conv_kernel(
         tl.store(row, n, mask=co_mask)
         tl.store(row + Co, pivot + d, mask=co_mask)
         tl.store(row + 2 * Co, tl.maximum(tl.sum(tl.sum(s2, 0), 0) - sum1 * d, 0.0), mask=co_mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["x", "w", "gamma"])
+def stem_relu_kernel(
+    pooled,  # [N, Tp, Hp, Wp, Co], z where the pool took it
+    record,  # [5, Co]
+    y,  # like pooled: relu(bn(pooled))
+    tap_of,  # uint8, like pooled, or None: becomes OFF where the ReLU is off
+    x,  # [N, Ci, T, H, W], any strides
+    w,  # [Co, Ci, 7, 7]
+    gamma,  # [Co] or None
+    P,  # N Tp Hp Wp
+    H,
+    W,
+    Tp,
+    Hp,
+    Wp,
+    sN,
+    sC,
+    sT,
+    sH,
+    sW,
+    Co: tl.constexpr,
+    CI: tl.constexpr,
+    PAD: tl.constexpr,
+    OFF: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    begin(PDL)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < Co
+    mask = (p < P)[:, None] & c_mask[None, :]
+    offsets = (p.to(tl.int64) * Co)[:, None] + c[None, :]
+    dtype: tl.constexpr = pooled.dtype.element_ty
+    z = tl.load(pooled + offsets, mask=mask, other=0.0).to(tl.float32)
+    if tap_of is not None:
+        tap = tl.load(tap_of + offsets, mask=mask, other=0).to(tl.int32)
+        if gamma is not None:
+            flat = tl.load(gamma + c, mask=c_mask, other=1.0) == 0
+            if tl.max(flat.to(tl.int32), 0) > 0:
+                # All that such a channel normalises is equal: the tap is the first, as in torch, and z that there.
+                ho, wo = p // Wp % Hp * 2 - PAD, p % Wp * 2 - PAD
+                first = 3 * tl.maximum(-ho, 0) + tl.maximum(-wo, 0)
+                h0, w0 = 2 * tl.maximum(ho, 0) - 3, 2 * tl.maximum(wo, 0) - 3
+                clip = p // Wp // Hp // Tp
+                base = clip.to(tl.int64) * sN + (p // Wp // Hp % Tp * 2).to(tl.int64) * sT
+                acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+                for k in range(CI * 49):
+                    h, column = h0 + k // 7 % 7, w0 + k % 7
+                    inside = (p < P) & (h >= 0) & (h < H) & (column >= 0) & (column < W)
+                    pixel = tl.load(x + base + k // 49 * sC + h * sH + column * sW, mask=inside, other=0.0)
+                    weight = tl.load(w + c * (CI * 49) + k, mask=c_mask, other=0.0)
+                    acc += pixel.to(dtype).to(tl.float32)[:, None] * weight.to(dtype).to(tl.float32)[None, :]
+                z = tl.where(flat[None, :], acc.to(dtype).to(tl.float32), z)
+                tap = tl.where(flat[None, :], first[:, None], tap)
+                tl.store(pooled + offsets, z.to(dtype), mask=mask & flat[None, :])
+        u = affine(z, record, c, c_mask, Co)
+        tl.store(tap_of + offsets, tl.where(u <= 0, OFF, tap).to(tl.uint8), mask=mask)
+    else:
+        u = affine(z, record, c, c_mask, Co)
+    tl.store(y + offsets, relu(u).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -477,39 +545,63 @@ def _conv_plan(x: Tensor, packed: Tensor, co: int, precision: str) -> Plan:
     return plan
 
 
+def pools_raw(x: Tensor, w: Tensor, gamma: Tensor | None, dtype: torch.dtype, wiring: str) -> bool:
+    """Whether the CUDA kernel takes this stem in training: the one that does not store z."""
+    return cuda_allowed(x.new_empty(0, dtype=dtype)) and _cuda.stem_fwd_why_not(x, w, gamma, dtype, wiring) is None
+
+
 def _raw_conv(x: Tensor, w: Tensor, dtype: torch.dtype, stats: bool) -> tuple[Tensor, Tensor | None]:
-    """(z, partial statistics or None): the CUDA kernel where it has one for this, else the Triton kernel."""
-    if cuda_allowed(x.new_empty(0, dtype=dtype)) and _cuda.stem_fwd_why_not(x, w, dtype) is None:
-        return _cuda.stem_fwd(x.detach(), w.detach().contiguous(), dtype, stats)
+    """(z, partial statistics or None)."""
     return stem_conv(x, stem_pack(w, dtype, channels_last(x)), w.size(0), None, stats)
 
 
 def stem_fwd(x, w, norm, wiring, dtype, save):
-    """(y, record, z, taps, winners); the last three None unless `save`."""
+    """(y, record, z, taps, winners); the last three None unless `save`, z also where it was not stored."""
     co, pool = w.size(0), reference.stem_pool(wiring)
     if not norm.training and not save:
         record = bn_finalise(norm, co, None, x.device)
         a, _ = stem_conv(x, stem_pack(w, dtype, channels_last(x)), co, record, False)
         return pool_fwd(a, **pool)[0], record, None, None, None
+    if pools_raw(x, w, norm.weight, dtype, wiring):
+        gamma = None if norm.weight is None else norm.weight.detach().contiguous()
+        weight = w.detach().contiguous()
+        pooled, tap, part = _cuda.stem_fwd(x.detach(), weight, gamma, dtype, wiring, norm.training, save)
+        record = bn_finalise(norm, co, part, x.device)
+        y = _relu_pooled(pooled, record, tap, x.detach(), weight, gamma, wiring)
+        return y, record, None, tap, pooled if save else None
     z, part = _raw_conv(x, w, dtype, norm.training)
     record = bn_finalise(norm, co, part, x.device)
     y, tap, winner = pool_fwd(z, **pool, record=record, save_tap=save, save_winner=save)
     return y, record, z if save else None, tap, winner
 
 
+def _relu_pooled(pooled, record, tap, x, w, gamma, wiring) -> Tensor:
+    """relu(bn(pooled)); `tap`, unless None, becomes NO_TAP where the ReLU is off and the first where gamma is 0."""
+    y = torch.empty_like(pooled)
+    key = pooled.shape, pooled.dtype, x.shape, x.stride(), x.dtype, x.device, w.dtype, wiring, tap is None
+    key = *key, None if gamma is None else gamma.dtype
+    plan = plan_for((stem_relu_kernel, *key), lambda: _relu_plan(pooled, x, wiring))
+    plan(pooled, record, y, tap, x, w, gamma)
+    return y
+
+
 def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
-    """(dx or None, dw or None, dweight, dbias)."""
+    """(dx or None, dw or None, dweight, dbias); z may be None."""
     g = ndhwc(g)
-    co, positions = z.size(1), g.numel() // z.size(1)
-    precision = input_precision(z.dtype, x.device)
+    co, positions = g.size(1), g.numel() // g.size(1)
+    precision = input_precision(winner.dtype, x.device)
     part = torch.empty((cdiv(positions, 128), 2, co), device=x.device, dtype=torch.float32)
     plan = plan_for((stem_sums_kernel, g.shape, g.dtype, g.device), lambda: _sums_plan(positions, co))
     plan(g, winner, record, part)
-    sums = bn_bwd_finalise(part, record, z.numel() // co, training)
+    n, _, t, height, width = x.shape
+    sums = bn_bwd_finalise(part, record, n * t * ((height + 1) // 2) * ((width + 1) // 2), training)
 
     dx = dw = None
+    in_cuda = cuda_allowed(winner) and _cuda.stem_wgrad_why_not(x, w, winner.dtype, wiring) is None
+    if z is None and (need_dx or need_dw and not in_cuda):
+        z, _ = _raw_conv(x, w, winner.dtype, False)
     if need_dw:
-        dw = _wgrad(g, x, w, z, record, tap, sums, wiring, precision)
+        dw = _wgrad(g, x, w, z, record, tap, sums, wiring, precision, in_cuda)
     if need_dx:
         w = w.contiguous()
         key = w.dtype, w.data_ptr() & 15 == 0, wiring, precision
@@ -523,11 +615,11 @@ def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw
     return dx, dw, sums[2], sums[3]
 
 
-def _wgrad(g, x, w, z, record, tap, sums, wiring, precision) -> Tensor:
-    """dw, like w: the CUDA kernel's sums where it has one for this, else the Triton kernel's."""
+def _wgrad(g, x, w, z, record, tap, sums, wiring, precision, in_cuda) -> Tensor:
+    """dw, like w: the CUDA kernel's sums, which takes no z, or the Triton kernel's."""
     co, ci = w.shape[:2]
-    if cuda_allowed(z) and _cuda.stem_wgrad_why_not(x, z.dtype, co, wiring) is None:
-        part = _cuda.stem_wgrad(x, g, tap, z, record, sums, wiring)
+    if in_cuda:
+        part = _cuda.stem_wgrad(x, g, tap, w.contiguous(), record, sums, wiring)
         key = stem_wgrad_reduce_kernel, part.shape, part.device, w.dtype
         reduce = plan_for(key, lambda: _reduce_plan(part.size(0), co, CI=ci, G=1, KB=8 * ci, LAST=False))
     else:
@@ -540,6 +632,18 @@ def _wgrad(g, x, w, z, record, tap, sums, wiring, precision) -> Tensor:
     dw = torch.empty(w.shape, device=w.device, dtype=w.dtype)
     reduce(part, record, dw)
     return dw
+
+
+def _relu_plan(pooled: Tensor, x: Tensor, wiring: str) -> Plan:
+    co, positions = pooled.size(1), pooled.numel() // pooled.size(1)
+    block_c = block(co, 8, 64)
+    tile = {"BLOCK_P": 2048 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    grid = cdiv(positions, tile["BLOCK_P"]), cdiv(co, block_c)
+    scalars = positions, *x.shape[3:], *pooled.shape[2:], *x.stride()
+    return Plan(
+        stem_relu_kernel, grid, scalars, Co=co, CI=x.size(1), PAD=_pad(wiring), OFF=NO_TAP,
+        **dependent_launch(x.device), **tile,
+    )  # fmt: skip
 
 
 def _reduce_plan(rows: int, co: int, **packing) -> Plan:

@@ -13,7 +13,7 @@ from .._checks import check_activation, check_choice, check_weight, compute_dtyp
 from .._norm import Norm, check_norm, update_running
 from . import _cuda
 from ._conv import cuda_allowed
-from ._stem import channels_last, stem_bwd, stem_conv, stem_fwd, stem_pack
+from ._stem import channels_last, pools_raw, stem_bwd, stem_conv, stem_fwd, stem_pack
 from ._triton import MAX_POSITIONS, empty_ndhwc
 from .max_pool import out_sizes, pool_fwd
 
@@ -60,7 +60,8 @@ def _(x, w, weight, bias, running_mean, running_var, training, eps, wiring, dtyp
     record = x.new_empty((5, w.size(0)), dtype=torch.float32)
     if not save:
         return y, record, *(y.new_empty(0) for _ in range(3))
-    z = empty_ndhwc(z_shape, x).to(dtype)
+    raw = pools_raw(x, w, weight, dtype, wiring)
+    z = y.new_empty(0) if raw else empty_ndhwc(z_shape, x).to(dtype)
     return y, record, z, torch.empty_like(y, dtype=torch.uint8), torch.empty_like(y)
 
 
@@ -71,6 +72,7 @@ def _(x, w, weight, bias, running_mean, running_var, training, eps, wiring, dtyp
     "str wiring, bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _op_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
+    z = z if z.numel() else None
     grads = stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw)
     return tuple(g.new_empty(0) if d is None else d.clone() for d in grads)
 
