@@ -164,7 +164,10 @@ class Module {
             module_.def(
                 name,
                 [function](Arguments... arguments) {
-                    if (!recording) return function(arguments...);
+                    if (!recording) {
+                        p3d::need_context();
+                        return function(arguments...);
+                    }
                     std::tuple<std::decay_t<Arguments>...> kept(arguments...);
                     record<kStream>(function, kept, std::index_sequence_for<Arguments...>());
                 },

@@ -486,9 +486,9 @@ const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
     known = known && conv_residents(tile.rows, tile.columns, split) > 0 && s.out_channels % tile.columns == 0;
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
     for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
-    if (!known || (s.pooled_time && plan.box[0] % 2) || box > tile.rows || tile.splits > steps || plan.stages < 1 ||
-        plan.stages > kConvStages || conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit ||
-        plan.blocks < 1)
+    if (!known || (s.pooled_time && plan.box[0] % 2) || box > tile.rows || tile.splits > steps ||
+        plan.stages < conv_least_stages(conv_divide(steps, std::max(1, tile.splits))) || plan.stages > kConvStages ||
+        conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit || plan.blocks < 1)
         return "conv_infer: plan: expected conv_infer_plan's for this shape";
     return nullptr;
 }

@@ -38,6 +38,9 @@ constexpr ConvTileKind kConvTiles[] = {{64, 64, false, 4},   {128, 64, false, 3}
                                        {128, 256, false, 1}, {64, 32, true, 4},   {64, 64, true, 4},
                                        {128, 64, true, 3},   {128, 128, true, 1}};
 
+// Of a ring for a sum of so many steps: a stage is freed by the step after its own, which needs another.
+constexpr int conv_least_stages(int64_t steps) { return steps > 1 ? 2 : 1; }
+
 constexpr int conv_residents(int rows, int columns, bool split) {
     for (const ConvTileKind& kind : kConvTiles)
         if (kind.rows == rows && kind.columns == columns && kind.split == split) return kind.residents;
@@ -228,7 +231,7 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
                 int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);
                 int64_t stages = std::min<int64_t>(kConvStages, kind.split ? share : share * turns);
                 auto bytes = [&] { return conv_shared_bytes(kind.rows, kind.columns, kind.split, int(stages)); };
-                while (stages > 1 && bytes() > limit) --stages;
+                while (stages > conv_least_stages(int64_t(share)) && bytes() > limit) --stages;
                 if (bytes() > limit) continue;
                 double active = std::min(double(residents), turns);
                 double rate = 53.4 * std::min(1.29, std::max(1.0, double(processors) / double(blocks)));

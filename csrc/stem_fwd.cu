@@ -314,7 +314,9 @@ __device__ __forceinline__ void consume(const StemFwdArgs& a, const StemShared<T
         }
         if (!more) break;
         index += gridDim.x, row = 0;
-        item = PoolItem(a, index);
+        const StemFwdArgs* args = &a;
+        asm volatile("" : "+l"(args));  // else constants of divisions by what it holds stay in registers all the way
+        item = PoolItem(*args, index);
         sums = {};
     }
     wgmma_wait<0>();

@@ -214,7 +214,7 @@ __device__ __forceinline__ void produce(const Args& a, const StemShared<Tile>& s
     // Stages in registers; where that is one, it is converted before it has to wait and the next is on its way.
     constexpr bool kCopied = kLayout == Layout::planes && std::is_same_v<T, In>;
     constexpr int kAhead = (kCopied || sizeof(In) == 1) && Stage::kWords <= 12 ? 2 : 1;
-    constexpr bool kEarly = kAhead == 1 && kCi < 4;
+    constexpr bool kEarly = kAhead == 1 && kCi < 4 && !std::is_same_v<T, __half>;  // which spills there
     StageWriter<Tile> writer(shared);
     Stage ahead[kAhead];
     for (int index = blockIdx.x; index < a.items; index += gridDim.x) {

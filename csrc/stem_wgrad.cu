@@ -433,7 +433,10 @@ __global__ void __launch_bounds__(kWgradThreads, 1) stem_wgrad_kernel(const __gr
         take_registers<Tile::kFormRegisters>();
         form<T>(a, shared);
     } else {
-        take_registers<Tile::kSumRegisters>();
+        if constexpr (Tile::kSumRegisters > 65536 / kWgradThreads)
+            take_registers<Tile::kSumRegisters>();
+        else
+            give_registers<Tile::kSumRegisters>();
         accumulate<T>(a, shared);
     }
 }

@@ -91,6 +91,13 @@ void launch_triton(const TritonLaunch& launch, const uint64_t* addresses, CUstre
 
 }  // namespace
 
+void need_context(int device) {
+    CUcontext context = nullptr;
+    if (driver().context && (driver().context(&context) != CUDA_SUCCESS || context)) return;
+    if (device < 0 && cudaGetDevice(&device) != cudaSuccess) return;  // which the launch will say
+    cudaSetDevice(device);
+}
+
 Tape::Tape(size_t bases, std::vector<std::pair<int, uint64_t>> addresses)
     : bases_(bases), addresses_(std::move(addresses)) {
     for (const auto& [base, offset] : addresses_)
@@ -118,9 +125,7 @@ void Tape::run(const std::vector<uint64_t>& bases, int device, CUstream_st* stre
     std::vector<uint64_t> addresses;
     addresses.reserve(addresses_.size());
     for (const auto& [base, offset] : addresses_) addresses.push_back(base < 0 ? 0 : bases[base] + offset);
-    CUcontext context = nullptr;
-    if (driver().context && driver().context(&context) == CUDA_SUCCESS && !context)
-        cudaSetDevice(device);  // a thread that has launched nothing yet has none
+    need_context(device);
     for (const auto& step : steps_) step(addresses.data(), stream);
 }
 

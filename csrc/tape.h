@@ -26,6 +26,10 @@ struct TritonLaunch {
     std::vector<Parameter> parameters;  // all that the kernel has
 };
 
+// Makes a device's context current in a thread that has launched nothing yet and has none: the driver's own functions
+// need one. -1: the device that the runtime would take.
+void need_context(int device = -1);
+
 class Tape {
  public:
     // Launches with the addresses that a run has; throws std::runtime_error where that fails.

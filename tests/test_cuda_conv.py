@@ -94,7 +94,7 @@ def test_against_float64(shape, name, dtype):
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, t)))
 def test_tiles_and_joins(tile, join):
     geometries = list(GEOMETRIES.values())
-    for i, shape in enumerate([(5, 128, 3, 7, 9, 256), (32, 512, 1, 5, 5, 256), (9, 256, 4, 20, 20, 256)]):
+    for i, shape in enumerate([(5, 128, 3, 7, 9, 256), (32, 512, 2, 5, 5, 1024), (9, 256, 4, 20, 20, 256)]):
         geometry = geometries[(TILES.index(tile) + i) % len(geometries)]
         if tile[2] > geometry.taps[0] * geometry.taps[1] * geometry.taps[2] * shape[1] // 64:
             geometry = spatial()

@@ -823,6 +823,10 @@ def _train_arguments(
     if stride != 1 or _cuda.conv_train_why_not(*shape, **loads, stats=e.stats) is not None:
         if _cuda.conv_tiles_why_not(*shape, **loads, stats=e.stats, stride=stride, dims=out_dims) is not None:
             return None
+        n, _, *dims = x.a.shape
+        tiles = cdiv(n * math.prod(geometry.out_shape(*dims)), 64) * cdiv(w.size(0), 128)
+        if not back and tiles > 3 * sm_count(x.a.device):  # each reads x anew: then Triton's wider tiles are faster
+            return None
     rest = dict(record=e.record, o_record=e.o_record, relu=e.join == "add_relu", stats=e.stats)
     return dict(transposed=back, **loads, **rest, stride=stride, dims=out_dims)
 
