@@ -8,7 +8,6 @@ called for itself: `why_not_fused` says when.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.modules.utils import _triple
-from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from ._backends import _warn_once
@@ -317,11 +315,8 @@ class BottleneckRow(nn.Sequential):
     """`Bottleneck` blocks in a row, run as one op where nothing must happen between them: the host works once for all.
 
     A block with hooks, or one that calls its layers one by one, or has nothing to train while others have, makes all of
-    them run for themselves; so does tracing. As one op with `recompute` set, the row keeps nothing but its input for
-    the backward, which computes the rest again, to the bit; running statistics move once.
+    them run for themselves; so does tracing.
     """
-
-    recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = list(self._modules.values())
@@ -329,27 +324,10 @@ class BottleneckRow(nn.Sequential):
             arguments = [block.arguments() for block in blocks]
             if not torch.is_grad_enabled() or all(map(_trains, arguments)):
                 configs = [Config(block.kind, block.wiring, block.stride) for block in blocks]
-                if self.recompute and torch.is_grad_enabled():
-                    return _recomputed(x, arguments, configs)
                 return bottlenecks(x, list(zip(arguments, configs)))
         for block in blocks:
             x = block(x)
         return x
-
-
-def _recomputed(x: Tensor, arguments: list[tuple], configs: list[Config]) -> Tensor:
-    """`bottlenecks` that keeps x alone. Norms that have moved their running statistics must not do so again."""
-    unmoved = {"running_mean": None, "running_var": None, "num_batches_tracked": None}
-    again = [
-        tuple([dataclasses.replace(a, **unmoved) if isinstance(a, Norm) and a.updates else a for a in own])
-        for own in arguments
-    ]
-    runs = iter([arguments])  # of the forward
-
-    def run(x: Tensor) -> Tensor:
-        return bottlenecks(x, list(zip(next(runs, again), configs)))
-
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _may_join(block: nn.Module) -> bool:

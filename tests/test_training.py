@@ -62,33 +62,6 @@ def test_checkpointing_computes_the_same(reentrant, kernels, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mode", ["train", "frozen"])
-def test_a_row_that_computes_again_does_the_same(mode, kernels, device):
-    nets = [set_mode(net, mode) for net in (row(device), row(device))]
-    nets[1].load_state_dict(nets[0].state_dict())
-    nets[1].recompute = True
-    x, found = clips(device), []
-    for net in nets:
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            y = net(x)
-        y.square().sum().backward()
-        found.append([y.detach(), *gradients(net, x), *net.state_dict().values()])
-        x.grad = None
-        assert (len(kept) > 1) == (net is nets[0])  # all but the output of the square
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_recompute_names_stages():
-    net = P3D(TINY, 9, recompute=2)
-    rows = [net.layer1, net.layer2, net.layer3, net.layer4]
-    assert [r.recompute for r in rows] == [True, True, False, False]
-    for bad in (-1, 5, 1.0):
-        with pytest.raises(ValueError, match="recompute"):
-            P3D(TINY, 9, recompute=bad)
-
-
 def test_gradients_accumulate(kernels, device):
     net = set_mode(row(device), "frozen")
     parts, sums = [clips(device), clips(device)], []

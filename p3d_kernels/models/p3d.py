@@ -31,8 +31,6 @@ class P3D(nn.Module):
         modality: "rgb" (3 channels) or "flow" (2 channels).
         in_channels: input channels, where they are not those of the modality.
         dropout: before fc; 0.9 in the paper's fine-tuning.
-        recompute: stages, from the first on, of which a training step keeps nothing but their inputs and computes the
-            rest again in the backward: less memory for some time, the same bits. The first keeps most.
     """
 
     def __init__(
@@ -44,7 +42,6 @@ class P3D(nn.Module):
         modality: str = "rgb",
         in_channels: int | None = None,
         dropout: float = 0.5,
-        recompute: int = 0,
     ):
         super().__init__()
         check_choice("wiring", wiring, WIRINGS)
@@ -54,8 +51,6 @@ class P3D(nn.Module):
             check_positive("in_channels", in_channels)
         if len(depths) != 4:
             raise ValueError(f"depths: expected the blocks of 4 stages, got {depths!r}")
-        if not isinstance(recompute, int) or not 0 <= recompute <= 4:
-            raise ValueError(f"recompute: expected a number of stages from 0 to 4, got {recompute!r}")
         self.depths, self.wiring, self.modality = tuple(depths), wiring, modality
         self.in_channels = in_channels or MODALITIES[modality]
 
@@ -72,9 +67,7 @@ class P3D(nn.Module):
                 kind = "2d" if stage == 3 else "ABC"[block % 3]
                 blocks.append(Bottleneck(channels, 64 << stage, kind, wiring, stride=2 if stage and i == 0 else 1))
                 block, channels = block + 1, 4 * (64 << stage)
-            row = BottleneckRow(*blocks)
-            row.recompute = stage < recompute
-            self.add_module(f"layer{stage + 1}", row)
+            self.add_module(f"layer{stage + 1}", BottleneckRow(*blocks))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
