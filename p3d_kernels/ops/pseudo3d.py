@@ -252,10 +252,10 @@ def t_operands(x: Tensor, s: Tensor, config: Config) -> tuple[Tensor, Tensor | N
     return x if config.kind == "B" else s, None if config.kind == "A" else s, _INFER_JOINS[join_read(config)]
 
 
-def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Config, stride: int = 1) -> Tensor:
+def st_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], config: Config) -> Tensor:
     """The join, from activations to activations: BN and ReLU in the epilogues of S and T."""
-    s = s_infer(x, weights, records, stride)
-    return s if config.kind == "2d" else t_infer(x, s, weights, records, config, stride)
+    s = s_infer(x, weights, records)
+    return s if config.kind == "2d" else t_infer(x, s, weights, records, config)
 
 
 def t_infer(
