@@ -87,10 +87,6 @@ __device__ __forceinline__ void store_positions(const CUtensorMap& map, uint32_t
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // ---- Host.
 
 inline const char* positions_map(const char* op, CUtensorMap& map, const void* base, DType dtype, const ConvView& view,

@@ -497,21 +497,8 @@ template <typename T, typename Shape>
 const char* launch(const ConvMaps& maps, const ConvArgs& args, int blocks, cudaStream_t stream) {
     int shared = conv_shared_bytes(Shape::kRows, Shape::kColumns, Shape::kSplit, args.stages);
     auto kernel = conv_infer_kernel<T, Shape>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(args.splits), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(Shape::kThreads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = args.splits > 1 ? 2 : 1;
-    error = cudaLaunchKernelEx(&config, kernel, maps, args);
+    cudaError_t error =
+        launch_dependent(kernel, dim3(blocks), Shape::kThreads, shared, stream, dim3(args.splits), maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

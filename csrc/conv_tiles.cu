@@ -551,21 +551,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
 template <typename T, typename Shape, bool kBack, bool kGram>
 const char* launch(const TilesMaps& maps, const TilesArgs& args, int blocks, int shared, cudaStream_t stream) {
     auto kernel = conv_tiles_kernel<T, Shape, kBack, kGram>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(args.splits), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(Shape::kThreads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = args.splits > 1 ? 2 : 1;
-    error = cudaLaunchKernelEx(&config, kernel, maps, args);
+    cudaError_t error =
+        launch_dependent(kernel, dim3(blocks), Shape::kThreads, shared, stream, dim3(args.splits), maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

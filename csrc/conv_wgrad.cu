@@ -138,18 +138,6 @@ struct Walk {  // over boxes of positions, in the order of their number
     }
 };
 
-// ---- Instructions that no other kernel uses.
-
-// Copies the box at (i0, i1, i2, i3), innermost first.
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
-                                         int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-        : "memory");
-}
-
 // ---- The producer: one thread.
 
 template <typename Shape>

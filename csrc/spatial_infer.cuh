@@ -87,19 +87,6 @@ __device__ __forceinline__ void copy_box_to_both(uint32_t target, const CUtensor
         : "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
-                                         int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-        "%6}], [%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-        : "memory");
-}
-
 // Stores a box to memory, what lies outside the tensor left out, and waits until it has been read.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2, int i3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

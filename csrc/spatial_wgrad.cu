@@ -118,17 +118,7 @@ struct Place {  // of a tile: its first position
 
 // ---- Instructions that no other kernel uses.
 
-// Copies the box at (i0, i1, i2, i3), innermost first.
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
-                                         int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-        : "memory");
-}
-
-// Has it brought to the second-level cache.
+// Has the box at (i0, i1, i2, i3) brought to the second-level cache.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int i0, int i1, int i2, int i3) {
     asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(i0),
                  "r"(i1), "r"(i2), "r"(i3)

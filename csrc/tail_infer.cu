@@ -118,16 +118,6 @@ struct Layout {
 P3D_TAIL_WGMMA(64, 8, 32, 33, 34, 35, 36, 37)
 P3D_TAIL_WGMMA(128, 16, 64, 65, 66, 67, 68, 69)
 
-// Copies the box at (i0, i1, i2, i3), innermost first, to shared memory; the bytes count towards `barrier`.
-__device__ __forceinline__ void copy_piece(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
-                                           int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-        : "memory");
-}
-
 __device__ __forceinline__ int load_int(uint32_t source) {
     int v;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(source) : "memory");
@@ -206,8 +196,8 @@ __device__ __forceinline__ void produce_unit(const TailMaps& maps, const TailArg
             ring.claim();
 #pragma unroll
             for (int i = 0; i < kUnitPieces; ++i)
-                copy_piece(ring.slot() + i * kPieceBytes, map, ring.full(), channel, pieces[i].position,
-                           2 * pieces[i].pair + frames, pieces[i].clip);
+                copy_box(ring.slot() + i * kPieceBytes, map, ring.full(), channel, pieces[i].position,
+                         2 * pieces[i].pair + frames, pieces[i].clip);
             ring.advance();
         });
     } else {

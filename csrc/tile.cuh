@@ -110,6 +110,10 @@ __device__ __forceinline__ void store_shared(uint32_t target, uint2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(v.x), "r"(v.y) : "memory");
 }
 
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Copies the box at (i0, i1, i2), innermost first, to shared memory; the bytes count towards `barrier`.
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
                                          int i2) {
@@ -117,6 +121,16 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
         "[%2];" ::"r"(target),
         "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2)
+        : "memory");
+}
+
+// The same of a box at (i0, i1, i2, i3).
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0, int i1,
+                                         int i2, int i3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], [%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
         : "memory");
 }
 
@@ -279,23 +293,32 @@ __device__ __forceinline__ void dependency_wait() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Launches a kernel that begins with dependency_wait.
+// Launches a kernel that begins with dependency_wait, in clusters of blocks.
 template <typename... Args>
 cudaError_t launch_dependent(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
-                             const Args&... args) {
+                             dim3 cluster, const Args&... args) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {cluster.x, cluster.y, cluster.z};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// The same of a kernel whose clusters are of one block, or of a size that it says itself.
+template <typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
+                             const Args&... args) {
+    return launch_dependent(kernel, grid, threads, shared, stream, dim3(1), args...);
 }
 
 // ---- Tensor maps, which the driver encodes.

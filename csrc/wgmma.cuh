@@ -153,7 +153,7 @@ P3D_WGMMA(256, 32, 128, 129, 130)
                  : P3D_OPS_8                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransB))
 
-template <typename T, int kTransB = 1>
+template <typename T, int kTransB>
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
         P3D_WGMMA_A_ASM("bf16");
