@@ -216,8 +216,7 @@ __device__ __forceinline__ void route(const StemWgradArgs& a, const WgradShared<
                     store_shared(at + Tile::kGradientRow, r[1][c]);
                 }
             }
-            __syncwarp();
-            if (thread_here() % 32 == 0) barrier_arrive(shared.routed(ring.index));
+            barrier_arrive(shared.routed(ring.index));  // every lane, for its own cells
             ring.advance();
         }
     }
@@ -410,7 +409,7 @@ __global__ void __launch_bounds__(kWgradThreads, 1) stem_wgrad_kernel(const __gr
     WgradShared<Tile> shared(memory);
     if (threadIdx.x == 0)
         for (int i = 0; i < Tile::kTiles; ++i)
-            barrier_init(shared.routed(i), 4), barrier_init(shared.formed(i), 4), barrier_init(shared.emptied(i), 4);
+            barrier_init(shared.routed(i), 128), barrier_init(shared.formed(i), 4), barrier_init(shared.emptied(i), 4);
     shared.prepare();
     __syncthreads();
     dependency_wait();
