@@ -555,6 +555,34 @@ PYBIND11_MODULE(_C, module) {
         py::arg("dtype"), py::arg("stream"));
 
     m.def(
+        "stem_relu",
+        [](uintptr_t pooled, uintptr_t record, uintptr_t y, uintptr_t tap, uintptr_t x, uintptr_t w, uintptr_t gamma,
+           int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded,
+           const std::array<int64_t, 5>& strides, const std::string& x_type, const std::string& w_type,
+           const std::string& gamma_type, const std::string& dtype_name, uintptr_t stream) {
+            p3d::StemRelu p{};
+            p.shape = {clips, channels, frames, height, width, padded};
+            std::copy(strides.begin(), strides.end(), p.strides);
+            p.x_type = pixel_type(x_type);
+            p.w_type = pixel_type(w_type);
+            p.gamma_type = pixel_type(gamma_type);
+            p.dtype = dtype(dtype_name);
+            p.pooled = pointer<void>(pooled);
+            p.record = pointer<const float>(record);
+            p.y = pointer<void>(y);
+            p.tap = pointer<void>(tap);
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.gamma = pointer<const void>(gamma);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::stem_relu(p));
+        },
+        py::arg("pooled"), py::arg("record"), py::arg("y"), py::arg("tap"), py::arg("x"), py::arg("w"),
+        py::arg("gamma"), py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
+        py::arg("padded"), py::arg("strides"), py::arg("x_type"), py::arg("w_type"), py::arg("gamma_type"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
         "stem_wgrad",
         [](uintptr_t x, uintptr_t g, uintptr_t tap, uintptr_t w, uintptr_t record, uintptr_t sums, uintptr_t partials,
            int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded,

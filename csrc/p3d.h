@@ -297,6 +297,26 @@ const char* stem_fwd(const StemFwd& p);
 const char* stem_fwd_why_not(const StemShape& shape);
 int stem_fwd_partials(const StemShape& shape);
 
+// The other half of the stem's forward in training: y = relu((pooled - mean) * scale + bias) of what stem_fwd left, and
+// the tap of a window whose ReLU is off becomes 255. Where gamma is 0, all of a window are equal after it: the tap
+// becomes the first, and pooled what conv(x) is there. Without `tap` nothing but y is written.
+struct StemRelu {
+    StemShape shape;
+    int64_t strides[5];                    // of x, in elements: N, Ci, T, H, W
+    PixelType x_type, w_type, gamma_type;  // not uint8
+    DType dtype;                           // of pooled and y
+    void* pooled;                          // [N, Tp, Hp, Wp, 64]  16-byte aligned
+    const float* record;                   // [3, 64] or more rows mean, scale, bias  16-byte aligned
+    void* y;                               // like pooled
+    void* tap;                             // uint8, like pooled: (kt, kh, kw) as (3 kt + kh) 3 + kw; or nullptr
+    const void* x;                         // [N, Ci, T, H, W] by its strides
+    const void* w;                         // [64, Ci, 7, 7]
+    const void* gamma;                     // [64], the weight of the normalisation; or nullptr: 1
+    CUstream_st* stream;
+};
+
+const char* stem_relu(const StemRelu& p);
+
 // The weight gradient of the stem's convolution, x and w as above, but for the scale: with z its raw output, rounded,
 // which is computed again, mean its own a channel, and r[p,co] the sum of g over the windows of the pool that took
 // position p,

@@ -168,17 +168,6 @@ __device__ __forceinline__ void store_row(const StemFwdArgs& a, uint32_t staging
 
 // ---- The consumers.
 
-// read(p): the elements from p on, whatever their type.
-template <typename Read>
-__device__ __forceinline__ void as_floats(const void* p, PixelType type, const Read& read) {
-    if (type == PixelType::fp32)
-        read(static_cast<const float*>(p));
-    else if (type == PixelType::bf16)
-        read(static_cast<const __nv_bfloat16*>(p));
-    else
-        read(static_cast<const __half*>(p));
-}
-
 template <typename T, typename Tile>
 __device__ __forceinline__ void consume(const StemFwdArgs& a, const StemShared<Tile>& shared) {
     constexpr int kN = Tile::kN, kCount = kN / 4;

@@ -53,6 +53,17 @@ __device__ __forceinline__ int thread_here() {
     return thread;
 }
 
+// read(p): the elements from p on, whatever their type.
+template <typename Read>
+__device__ __forceinline__ void as_floats(const void* p, PixelType type, const Read& read) {
+    if (type == PixelType::fp32)
+        read(static_cast<const float*>(p));
+    else if (type == PixelType::bf16)
+        read(static_cast<const __nv_bfloat16*>(p));
+    else
+        read(static_cast<const __half*>(p));
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

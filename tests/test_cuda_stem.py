@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import p3d_kernels as p3d
 from p3d_kernels import _backends, reference
-from p3d_kernels.ops import _cuda
+from p3d_kernels.ops import _cuda, _tape
 from p3d_kernels.ops.max_pool import pool_fwd
 from p3d_kernels.ops.stem import pack_stem_weight, stem, stem_infer
-from test_stem import pooled_raw
+from test_stem import emulated_relu, pooled_raw
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
@@ -382,6 +382,7 @@ def test_the_op_takes_the_wgrad(wiring, monkeypatch):
     weight, bias = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
     taken = []
     kernel = _cuda.stem_wgrad
+    monkeypatch.setattr(_tape, "_tapes", {})
     monkeypatch.setattr(_cuda, "stem_wgrad", lambda *a: taken.append(a) or kernel(*a))
 
     def run(backend):
@@ -392,9 +393,9 @@ def test_the_op_takes_the_wgrad(wiring, monkeypatch):
         return leaves[0].grad
 
     dw = run(None)
-    assert len(taken) == 1
+    count = len(taken)  # a tape is recorded after its kernels are compiled by a run that launches none
     theirs = run("triton")
-    assert len(taken) == 1 and (dw - theirs).norm() <= 3e-3 * theirs.norm()  # each rounds dz by itself
+    assert len(taken) == count > 0 and (dw - theirs).norm() <= 3e-3 * theirs.norm()  # each rounds dz by itself
 
 
 @pytest.mark.gpu
@@ -598,6 +599,57 @@ def test_fwd_of_an_empty_batch():
     assert pooled.shape == tap.shape == (0, 64, 2, 10, 12) and part.shape == (1, 3, 64) and not part.any()
 
 
+def _judge_relu(x, w, dtype, wiring, gammas=torch.float32):
+    """Windows whose u is near zero may be on or off: it is rounded otherwise."""
+    gamma = _gamma().nan_to_num(-1).to(gammas)
+    pooled, tap, _ = _cuda.stem_fwd(x, w, gamma, dtype, wiring, save_tap=True)
+    record = torch.cat([_record(), torch.ones(2, 64, device="cuda")])
+    record[1] = gamma.float() * (1 + record[1].abs())
+    first, taps = pooled.clone(), tap.clone()
+    want = emulated_relu(first, record, taps, x, w, gamma, wiring)
+    y = _cuda.stem_relu(pooled, record, tap, x, w, gamma, wiring)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last_3d)
+    check(y, want.double(), dtype)
+    check(pooled, first.double(), dtype)
+    assert torch.equal(pooled[:, gamma != 0], first[:, gamma != 0])
+    mean, scale, bias = (row.double().view(1, -1, 1, 1, 1) for row in record[:3])
+    near = ((first.double() - mean) * scale + bias).abs() < 1e-4
+    assert torch.equal(tap[~near], taps[~near]) and ((tap == taps) | (tap == 255) | (taps == 255)).all()
+    assert torch.equal(_cuda.stem_relu(pooled, record, None, x, w, gamma, wiring), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("wiring", reference.WIRINGS)
+@pytest.mark.parametrize("shape", FWD_SIZES, ids=_names)
+def test_relu_sizes(shape, wiring, dtype):
+    if wiring == "port" and shape[2] == 1:
+        pytest.skip("no window of two frames fits")
+    _judge_relu(_pixels(shape, torch.float32), _weight(shape[1]), dtype, wiring)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["ndhwc", "cropped", "strided", "frames last"])
+@pytest.mark.parametrize("pixels", PIXELS[:3], ids=str)
+def test_relu_pixels_and_layouts(pixels, layout):
+    for channels, dtype, weights, wiring in ((3, *HALVES, "author"), (2, *HALVES[::-1], "port")):
+        x = _laid_out(_pixels((2, channels, 5, 22, 45), pixels), layout)
+        _judge_relu(x, _weight(channels).to(weights), dtype, wiring, gammas=weights)
+
+
+@pytest.mark.gpu
+def test_relu_keeps_nan_and_infinity():
+    x, w, record = _pixels((1, 3, 2, 24, 32), torch.float32), _weight(3), _record()
+    record[1] = 1
+    pooled, tap, _ = _cuda.stem_fwd(x, w, None, torch.bfloat16, "port", save_tap=True)
+    pooled[0, 5, 0, 1, 1], pooled[0, 6, 0, 1, 1], pooled[0, 7, 0, 1, 1] = torch.nan, torch.inf, -torch.inf
+    before = tap.clone()
+    y = _cuda.stem_relu(pooled, record, tap, x, w, None, "port")
+    assert y[0, 5, 0, 1, 1].isnan() and y[0, 6, 0, 1, 1] == torch.inf and y[0, 7, 0, 1, 1] == 0
+    assert torch.equal(tap[0, 5:7, 0, 1, 1], before[0, 5:7, 0, 1, 1]) and tap[0, 7, 0, 1, 1] == 255
+    assert y.isnan().sum() == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wiring", reference.WIRINGS)
@@ -607,6 +659,7 @@ def test_the_op_takes_the_fwd(wiring, training, monkeypatch):
     weight[3], bias[3] = 0, 1
     taken = []
     kernel = _cuda.stem_fwd
+    monkeypatch.setattr(_tape, "_tapes", {})
     monkeypatch.setattr(_cuda, "stem_fwd", lambda *a: taken.append(a) or kernel(*a))
 
     def run(backend):
@@ -618,9 +671,9 @@ def test_the_op_takes_the_fwd(wiring, training, monkeypatch):
         return y.detach().float(), *(leaf.grad for leaf in leaves), mean, var
 
     ours = run(None)
-    assert len(taken) == 1
+    count = len(taken)
     theirs = run("triton")
-    assert len(taken) == 1
+    assert len(taken) == count > 0
     for name, a, b in zip(("y", "dx", "dw", "dweight", "dbias", "mean", "var"), ours, theirs):
         assert (a - b).norm() <= (4e-3 if name in ("y", "mean", "var") else 2e-2) * b.norm(), name
 

@@ -823,6 +823,11 @@ def _check_stem(x: Tensor, w: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"w: expected contiguous {list(shape)}, got {list(w.shape)}")
 
 
+def _check_gamma(gamma: Tensor | None) -> None:
+    if gamma is not None and (gamma.dtype not in _FLOATS or gamma.shape != (STEM_COUTS,) or not gamma.is_contiguous()):
+        raise ValueError(f"gamma: expected contiguous floats [{STEM_COUTS}], got {gamma.dtype} {list(gamma.shape)}")
+
+
 def _pooled_shape(x: Tensor, wiring: str) -> tuple[int, ...]:
     n, _, t, h, w = x.shape
     sizes = t, (h - 1) // 2 + 1, (w - 1) // 2 + 1
@@ -857,8 +862,7 @@ def stem_fwd(
         RuntimeError: the kernel cannot run (what `stem_fwd_why_not` says), or CUDA failed.
     """
     _check_stem(x, w, dtype)
-    if gamma is not None and (gamma.dtype not in _FLOATS or gamma.shape != (STEM_COUTS,) or not gamma.is_contiguous()):
-        raise ValueError(f"gamma: expected contiguous floats [{STEM_COUTS}], got {gamma.dtype} {list(gamma.shape)}")
+    _check_gamma(gamma)
     shape = _pooled_shape(x, wiring)
     pooled = alloc(shape, x.device, dtype)
     tap = alloc(shape, x.device, torch.uint8) if save_tap else None
@@ -881,6 +885,51 @@ def stem_fwd(
     part = alloc((plan.rows, 3, STEM_COUTS), x.device) if stats else None
     plan(x, w, gamma, pooled, tap, part)
     return pooled, tap, part
+
+
+def stem_relu(
+    pooled: Tensor,  # [N, 64, Tp, Hp, Wp]
+    record: Tensor,  # [3, 64] or more rows
+    tap: Tensor | None,  # uint8, like pooled
+    x: Tensor,  # [N, Ci, T, H, W], any strides
+    w: Tensor,  # [64, Ci, 1, 7, 7]
+    gamma: Tensor | None,  # [64]
+    wiring: str,
+) -> Tensor:
+    """relu((pooled - mean) * scale + bias), `record` the affine, of what `stem_fwd` gave for x, w and gamma.
+
+    `tap` becomes 255 where the ReLU is off. Where gamma is 0 all of a window are equal after it: the tap becomes the
+    first, before that, and pooled z at that place.
+
+    Returns:
+        y, like pooled. Runs of the same shape give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `stem_fwd_why_not` says), or CUDA failed.
+    """
+    _check_stem(x, w, pooled.dtype)
+    _check_gamma(gamma)
+    _check_activation("pooled", pooled, _pooled_shape(x, wiring), pooled.dtype)
+    if tap is not None:
+        _check_activation("tap", tap, pooled.shape, torch.uint8)
+    _check_rows("record", record, 3, STEM_COUTS)
+    y = alloc(tuple(pooled.shape), x.device, pooled.dtype)
+    if y.numel() == 0:
+        return y
+    gamma_type = "float32" if gamma is None else _FLOATS[gamma.dtype]
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        types = _FLOATS[x.dtype], _FLOATS[w.dtype], gamma_type, _DTYPES[pooled.dtype]
+        rest = *x.shape, _padded(wiring), x.stride(), *types
+        return NativePlan(lambda stream, *addresses: native.stem_relu(*addresses, *rest, stream))
+
+    key = "stem_relu", x.shape, x.stride(), x.dtype, w.dtype, gamma_type, x.device, pooled.dtype, wiring
+    plan_for(key, build)(pooled, record, y, tap, x, w, gamma)
+    return y
 
 
 def stem_wgrad(
