@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_choice, check_clips, check_positive
 from .._norm import Norm
-from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, why_not_fused
+from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, hooked, why_not_fused
+from ..ops._head import linear_of_few, mean_over_positions
 from ..reference import WIRINGS
 from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, stem_pool_fits
 
@@ -95,11 +95,14 @@ class P3D(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3):
             x = self.maxpool_2(stage(x))
         x = self.layer4(x)
-        return x.mean((2, 3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+        return mean_over_positions(x)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features [N, 2048] to logits [N, num_classes]."""
-        return self.fc(self.dropout(features.to(next(self.fc.parameters(), features).dtype)))
+        features = self.dropout(features.to(next(self.fc.parameters(), features).dtype))
+        if type(self.fc) is nn.Linear and not hooked(self.fc):
+            return linear_of_few(features, self.fc.weight, self.fc.bias)
+        return self.fc(features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
