@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from p3d_kernels import _backends, use_backend
+from p3d_kernels.ops import _tape
 from p3d_kernels.ops._triton import ndhwc
 from p3d_kernels.ops.max_pool import max_pool, out_sizes, pool_fwd, why_not
 
@@ -68,6 +69,16 @@ def test_taps_are_torchs_indices(geometry, triton_backend, device):
     )
     t, h, w = t + tap // (kernel[1] * kernel[2]), h + tap // kernel[2] % kernel[1], w + tap % kernel[2]
     assert torch.equal((t * 6 + h) * 7 + w, index)
+
+
+def test_a_replay_is_what_was_recorded(triton_backend, device, monkeypatch):
+    monkeypatch.setattr(_tape, "_tapes", {})
+    x = torch.randn(2, 8, 4, 5, 6, device=device)
+    dy = torch.randn(2, 8, 2, 5, 6, device=device)
+    first, second = (runs(lambda x: max_pool(x, (2, 1, 1), (2, 1, 1)), x, dy) for _ in range(2))
+    assert len(_tape._tapes) == 2 and all(map(torch.equal, first, second))
+    with pytest.raises(ValueError, match="padding"):
+        max_pool(x, (2, 1, 1), (2, 1, 1), (2, 0, 0))
 
 
 @pytest.mark.parametrize("layout", ["ncdhw", "sliced", "misaligned"])

@@ -20,7 +20,7 @@ from .._checks import compute_dtype
 from .._norm import Norm, update_running
 from . import _cuda
 from ._conv import cuda_allowed, pack, pack_weight, packed_in, weight_grad
-from ._tape import keep, taped
+from ._tape import Layout, keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
 
@@ -61,13 +61,13 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
 
 
 @dataclasses.dataclass(eq=False)
-class _Call:
+class Call:
     """A call whose arguments were checked: the key of its tapes."""
 
     moves: bool  # the forward's tape moves the running statistics, as its last launch
 
 
-_settled: dict[tuple, _Call] = {}  # by what a checked call depends on
+_settled: dict[tuple, Call] = {}  # by what a checked call depends on
 
 
 def dispatch(
@@ -88,14 +88,8 @@ def dispatch(
         plain: the op in plain PyTorch, of x in the dtype to compute in.
     """
     dtype, weight_dtype = compute_dtype(x)
-    key, settled = None, None
-    if not torch.compiler.is_compiling():  # what only traces has no addresses
-        try:
-            key = _call_key(op, x, weights, norms, config, dtype, weight_dtype)
-            settled = _settled.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # of a wrong type, or fake: checked anew each time
-            key = None
-    known = settled is not None
+    key, call = checked_before(op, x, weights, norms, config, dtype, weight_dtype)
+    known = call is not None
     if not known:
         check(weight_dtype)
     x = x.to(dtype)
@@ -103,10 +97,25 @@ def dispatch(
         if _backends.choose(op, x, lambda _: why_not(x)) == "aten":
             return plain(x)
         if key is not None:
-            present = [n for n in norms if n is not None]
-            settled = keep(_settled, key, _Call(cuda_allowed(x) and _cuda.moves(present)))
+            call = settle(key, norms, x)
     present = ([a for a in of if a is not None] for of in (weights, norms))
-    return _run(SCHEDULES[op], x, *present, config, settled)
+    return _run(SCHEDULES[op], x, *present, config, call)
+
+
+def checked_before(op, x, weights, norms, config, dtype, weight_dtype) -> tuple[tuple | None, Call | None]:
+    """(key, call): the call is that of an equal one that `settle` was told of; no key: there can be none."""
+    if torch.compiler.is_compiling():  # what only traces has no addresses
+        return None, None
+    try:
+        key = _call_key(op, x, weights, norms, config, dtype, weight_dtype)
+        return key, _settled.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # of a wrong type, or fake: checked anew each time
+        return None, None
+
+
+def settle(key: tuple, norms: list[Norm | None], x: Tensor) -> Call:
+    """The call of this key, checked and for our kernels, from now on; x: in the dtype to compute in."""
+    return keep(_settled, key, Call(cuda_allowed(x) and _cuda.moves([n for n in norms if n is not None])))
 
 
 def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
@@ -124,6 +133,32 @@ def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
     kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     precision = input_precision(dtype, x.device)
     return op, dtype, weight_dtype, config, precision, _backends.forced(), (*kinds, *layouts), tuple(modes)
+
+
+def taped_fwd(
+    name: str,
+    call: Call,
+    pass_: Callable[[], tuple[list, list]],
+    inputs: list[Tensor | None],
+    norms: list[Norm],
+    rows: Callable[[], list[tuple[int, int, int]]],
+) -> tuple[list[Tensor | None], Tensor | None, Layout]:
+    """`taped`, of a forward: it also reads the norms. Their running statistics move once it has succeeded.
+
+    By the last launch of the pass where call.moves; else here, by mean and unbiased variance of each norm in turn,
+    which `rows` finds among what is kept (`Layout.cut`).
+    """
+    running = []
+    if call.moves:
+        live = [n for n in norms if n.updates]
+        running = [t for n in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
+    outputs, kept, layout = taped((name, call), pass_, [*inputs, *_stats(norms), *running])
+    if call.moves:
+        increment_version([t for t in running if t is not None])
+    elif any(norm.updates for norm in norms):
+        batch = layout.cut(kept, rows)
+        update_running(norms, batch[::2], batch[1::2])
+    return outputs, kept, layout
 
 
 class _Function(torch.autograd.Function):
@@ -148,17 +183,7 @@ class _Function(torch.autograd.Function):
             channels = [w.size(0) for w in weights]
             return [(i, row * c, c) for i, c in enumerate(channels) for row in (0, 4)]
 
-        inputs = [x_in, *weights, *_stats(norms)]
-        if key.moves:
-            live = [n for n in norms if n.updates]
-            running = [t for n in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
-            inputs += running
-        (y,), kept, layout = taped(("fwd", key), pass_, inputs)
-        if key.moves:
-            increment_version([t for t in running if t is not None])
-        elif any(norm.updates for norm in norms):
-            batch = layout.cut(kept, rows)
-            update_running(norms, batch[::2], batch[1::2])
+        (y,), kept, layout = taped_fwd("fwd", key, pass_, [x_in, *weights], norms, rows)
         ctx.save_for_backward(x_in, y, kept, *weights)
         ctx.schedule, ctx.config, ctx.norms, ctx.layout, ctx.key = schedule, config, norms, layout, key
         return y
@@ -209,7 +234,7 @@ def infer(schedule: Schedule, x: Tensor, packed: list[Tensor], records: list[Ten
 
 
 def _run(
-    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: _Call | None
+    schedule: Schedule, x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config, key: Call | None
 ) -> Tensor:
     """Run `schedule` on checked arguments and move the running statistics. key: that of its tapes, if they have one."""
     affine = [p for norm in norms for p in (norm.weight, norm.bias)]
@@ -226,7 +251,7 @@ def _run(
         return y
     if frozen and not grad:
         return infer(schedule, ndhwc(x), [pack_weight(w, x.dtype) for w in weights], records_of(norms, x), config)
-    key = key or _Call(False)  # of which there is no second
+    key = key or Call(False)  # of which there is no second
     return _Function.apply(schedule, config, norms, key, x, *weights, *affine)
 
 

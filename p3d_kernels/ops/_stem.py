@@ -28,6 +28,7 @@ from ._conv import cuda_allowed, sm_count
 from ._triton import (
     Plan,
     affine,
+    alloc,
     begin,
     block,
     bn_bwd_finalise,
@@ -42,9 +43,8 @@ from ._triton import (
     relu,
     tl,
     triton,
-    write_sums,
 )
-from .max_pool import NO_TAP, pool_fwd, pool_gradient
+from .max_pool import pool_fwd, pool_gradient
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -195,89 +195,43 @@ def stem_conv_kernel(
         tl.store(row + 2 * Co, tl.maximum(tl.sum(tl.sum(s2, 0), 0) - sum1 * d, 0.0), mask=co_mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["x", "w", "gamma"])
-def stem_relu_kernel(
-    pooled,  # [N, Tp, Hp, Wp, Co], z where the pool took it
-    record,  # [5, Co]
-    y,  # like pooled: relu(bn(pooled))
-    tap_of,  # uint8, like pooled, or None: becomes OFF where the ReLU is off
-    x,  # [N, Ci, T, H, W], any strides
-    w,  # [Co, Ci, 7, 7]
-    gamma,  # [Co] or None
-    P,  # N Tp Hp Wp
-    H,
-    W,
-    Tp,
-    Hp,
-    Wp,
-    sN,
-    sC,
-    sT,
-    sH,
-    sW,
-    Co: tl.constexpr,
-    CI: tl.constexpr,
-    PAD: tl.constexpr,
-    OFF: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    begin(PDL)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < Co
-    mask = (p < P)[:, None] & c_mask[None, :]
-    offsets = (p.to(tl.int64) * Co)[:, None] + c[None, :]
-    dtype: tl.constexpr = pooled.dtype.element_ty
-    z = tl.load(pooled + offsets, mask=mask, other=0.0).to(tl.float32)
-    if tap_of is not None:
-        tap = tl.load(tap_of + offsets, mask=mask, other=0).to(tl.int32)
-        if gamma is not None:
-            flat = tl.load(gamma + c, mask=c_mask, other=1.0) == 0
-            if tl.max(flat.to(tl.int32), 0) > 0:
-                # All that such a channel normalises is equal: the tap is the first, as in torch, and z that there.
-                ho, wo = p // Wp % Hp * 2 - PAD, p % Wp * 2 - PAD
-                first = 3 * tl.maximum(-ho, 0) + tl.maximum(-wo, 0)
-                h0, w0 = 2 * tl.maximum(ho, 0) - 3, 2 * tl.maximum(wo, 0) - 3
-                clip = p // Wp // Hp // Tp
-                base = clip.to(tl.int64) * sN + (p // Wp // Hp % Tp * 2).to(tl.int64) * sT
-                acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-                for k in range(CI * 49):
-                    h, column = h0 + k // 7 % 7, w0 + k % 7
-                    inside = (p < P) & (h >= 0) & (h < H) & (column >= 0) & (column < W)
-                    pixel = tl.load(x + base + k // 49 * sC + h * sH + column * sW, mask=inside, other=0.0)
-                    weight = tl.load(w + c * (CI * 49) + k, mask=c_mask, other=0.0)
-                    acc += pixel.to(dtype).to(tl.float32)[:, None] * weight.to(dtype).to(tl.float32)[None, :]
-                z = tl.where(flat[None, :], acc.to(dtype).to(tl.float32), z)
-                tap = tl.where(flat[None, :], first[:, None], tap)
-                tl.store(pooled + offsets, z.to(dtype), mask=mask & flat[None, :])
-        u = affine(z, record, c, c_mask, Co)
-        tl.store(tap_of + offsets, tl.where(u <= 0, OFF, tap).to(tl.uint8), mask=mask)
-    else:
-        u = affine(z, record, c, c_mask, Co)
-    tl.store(y + offsets, relu(u).to(dtype), mask=mask)
-
-
 @triton.jit
 def stem_sums_kernel(
     g,  # [P, Co], gradient of the pooled output
     winner,  # [P, Co], z where the pool took it
     record,  # [5, Co]
-    part,  # [tiles, 2, Co]
+    part,  # [programs, 2, Co]: sum g and sum g (z - mean), g masked by the ReLU, over SHARE positions each
     P,
+    SHARE,
     Co: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < Co
-    mask = (p < P)[:, None] & c_mask[None, :]
-    offsets = (p.to(tl.int64) * Co)[:, None] + c[None, :]
-    value = tl.load(g + offsets, mask=mask, other=0.0).to(tl.float32)
-    write_sums(part, value, winner, record, offsets, mask, tile, c, c_mask, Co, False)
+    begin(PDL)
+    first = tl.program_id(0) * SHARE
+    end = tl.minimum(P - first, SHARE)
+    g += first.to(tl.int64) * Co
+    winner += first.to(tl.int64) * Co
+    mean = tl.load(record + c, mask=c_mask, other=0.0)[None, :]
+    sum_g = tl.zeros((16, BLOCK_C), tl.float32)
+    sum_gz = tl.zeros((16, BLOCK_C), tl.float32)
+    for start in range(0, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < end)[:, None] & c_mask[None, :]
+        offsets = (p.to(tl.int64) * Co)[:, None] + c[None, :]
+        value = tl.load(g + offsets, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(winner + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(affine(z, record, c, c_mask, Co) <= 0, 0.0, value)
+        centred = tl.where(mask, value * (z - mean), 0.0)
+        # rows r, r + 16, ... are one thread's: no exchange in the loop
+        sum_g += tl.sum(tl.reshape(value, (BLOCK_P // 16, 16, BLOCK_C)), 0)
+        sum_gz += tl.sum(tl.reshape(centred, (BLOCK_P // 16, 16, BLOCK_C)), 0)
+    row = part + tl.program_id(0).to(tl.int64) * 2 * Co + c
+    tl.store(row, tl.sum(sum_g, 0), mask=c_mask)
+    tl.store(row + Co, tl.sum(sum_gz, 0), mask=c_mask)
 
 
 @triton.jit
@@ -369,34 +323,33 @@ def stem_wgrad_reduce_kernel(
     record,  # [5, Co]
     dw,  # [Co, Ci, 7, 7]
     R,
-    Co,
+    Co: tl.constexpr,
     CI: tl.constexpr,
     G: tl.constexpr,
     KB: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     COLS: tl.constexpr = 2 * G + 6
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    e_mask = e < Co * CI * 49
-    kw = e % 7
-    kh = e // 7 % 7
-    c = e // 49 % CI
-    co = e // 49 // CI
-    total = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
+    begin(PDL)
+    tap = tl.program_id(0)  # one of [Ci, 7, 7]: couts lie side by side
+    co = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = co < Co
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for half in tl.static_range(G):
-        column = kw + 1 + 2 * half
+        column = tap % 7 + 1 + 2 * half
         if LAST:
-            k = kh * KB + column * CI + c
+            k = tap // 7 % 7 * KB + column * CI + tap // 49
         else:
-            k = kh * KB + c * COLS + column
+            k = tap // 7 % 7 * KB + tap // 49 * COLS + column
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             offsets = ((r.to(tl.int64) * G + half) * (8 * KB * Co))[:, None] + (k * Co + co)[None, :]
-            total += tl.load(part + offsets, mask=(r < R)[:, None] & e_mask[None, :], other=0.0)
-    scale = tl.load(record + Co + co, mask=e_mask, other=0.0)
-    tl.store(dw + e, (tl.sum(total, 0) * scale).to(dw.dtype.element_ty), mask=e_mask)
+            total += tl.load(part + offsets, mask=(r < R)[:, None] & mask[None, :], other=0.0)
+    scale = tl.load(record + Co + co, mask=mask, other=0.0)
+    tl.store(dw + co * (CI * 49) + tap, tl.sum(total, 0) * scale, mask=mask)
 
 
 @triton.jit
@@ -505,7 +458,7 @@ def stem_pack(w: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
     how = _packing(ci, co)
     blocks = cdiv(co, how["BLOCK_C"])
     w = w.detach().contiguous()
-    packed = w.new_empty((blocks, 8 * how["KB"], how["G"] * how["BLOCK_C"]), dtype=dtype)
+    packed = alloc((blocks, 8 * how["KB"], how["G"] * how["BLOCK_C"]), w.device, dtype)
     plan = plan_for(
         (stem_pack_kernel, w.shape, w.dtype, w.data_ptr() & 15 == 0, w.device, dtype, last),
         lambda: Plan(stem_pack_kernel, (8, blocks), (co,), **how, LAST=last, num_warps=8),
@@ -521,8 +474,8 @@ def stem_conv(x: Tensor, packed: Tensor, co: int, record: Tensor | None, stats: 
         (stem_conv_kernel, _clip_key(x), packed.dtype, co, precision, record is not None, stats),
         lambda: _conv_plan(x, packed, co, precision),
     )
-    z = torch.empty(plan.shape, device=x.device, dtype=packed.dtype, memory_format=torch.channels_last_3d)
-    part = torch.empty((plan.rows, 3, co), device=x.device, dtype=torch.float32) if stats else None
+    z = alloc(plan.shape, x.device, packed.dtype)
+    part = alloc((plan.rows, 3, co), x.device) if stats else None
     plan(x.detach(), packed, record, z, part)
     return z, part
 
@@ -567,7 +520,7 @@ def stem_fwd(x, w, norm, wiring, dtype, save):
         weight = w.detach().contiguous()
         pooled, tap, part = _cuda.stem_fwd(x.detach(), weight, gamma, dtype, wiring, norm.training, save)
         record = bn_finalise(norm, co, part, x.device)
-        y = _relu_pooled(pooled, record, tap, x.detach(), weight, gamma, wiring)
+        y = _cuda.stem_relu(pooled, record, tap, x.detach(), weight, gamma, wiring)
         return y, record, None, tap, pooled if save else None
     z, part = _raw_conv(x, w, dtype, norm.training)
     record = bn_finalise(norm, co, part, x.device)
@@ -575,23 +528,17 @@ def stem_fwd(x, w, norm, wiring, dtype, save):
     return y, record, z if save else None, tap, winner
 
 
-def _relu_pooled(pooled, record, tap, x, w, gamma, wiring) -> Tensor:
-    """relu(bn(pooled)); `tap`, unless None, becomes NO_TAP where the ReLU is off and the first where gamma is 0."""
-    y = torch.empty_like(pooled)
-    key = pooled.shape, pooled.dtype, x.shape, x.stride(), x.dtype, x.device, w.dtype, wiring, tap is None
-    key = *key, None if gamma is None else gamma.dtype
-    plan = plan_for((stem_relu_kernel, *key), lambda: _relu_plan(pooled, x, wiring))
-    plan(pooled, record, y, tap, x, w, gamma)
-    return y
-
-
 def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
-    """(dx or None, dw or None, dweight, dbias); z may be None."""
-    g = ndhwc(g)
+    """(dx or None, dw or None, sums [4, Co]): dw [w.numel()] float32; of sums, dweight and dbias are the last rows.
+
+    z may be None.
+    """
+    g, w = ndhwc(g), w.contiguous()
     co, positions = g.size(1), g.numel() // g.size(1)
     precision = input_precision(winner.dtype, x.device)
-    part = torch.empty((cdiv(positions, 128), 2, co), device=x.device, dtype=torch.float32)
-    plan = plan_for((stem_sums_kernel, g.shape, g.dtype, g.device), lambda: _sums_plan(positions, co))
+    key = stem_sums_kernel, positions, co, g.dtype, g.device
+    plan = plan_for(key, lambda: _sums_plan(positions, co, g.device))
+    part = alloc((plan.rows, 2, co), x.device)
     plan(g, winner, record, part)
     n, _, t, height, width = x.shape
     sums = bn_bwd_finalise(part, record, n * t * ((height + 1) // 2) * ((width + 1) // 2), training)
@@ -603,58 +550,52 @@ def stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw
     if need_dw:
         dw = _wgrad(g, x, w, z, record, tap, sums, wiring, precision, in_cuda)
     if need_dx:
-        w = w.contiguous()
         key = w.dtype, w.data_ptr() & 15 == 0, wiring, precision
         normalise, dgrad = plan_for(
             (stem_dgrad_kernel, x.shape, x.dtype, x.device, co, z.dtype, *key),
             lambda: _dgrad_plans(x, g, z, wiring, precision),
         )
-        dz, dx = torch.empty_like(z), empty_ndhwc(x.shape, x)
+        dz, dx = empty_ndhwc(z.shape, z), empty_ndhwc(x.shape, x)
         normalise(g, tap, z, record, sums, dz)
         dgrad(dz, w, dx)
-    return dx, dw, sums[2], sums[3]
+    return dx, dw, sums
 
 
 def _wgrad(g, x, w, z, record, tap, sums, wiring, precision, in_cuda) -> Tensor:
-    """dw, like w: the CUDA kernel's sums, which takes no z, or the Triton kernel's."""
+    """dw [w.numel()], float32: the CUDA kernel's sums, which takes no z, or the Triton kernel's."""
     co, ci = w.shape[:2]
     if in_cuda:
-        part = _cuda.stem_wgrad(x, g, tap, w.contiguous(), record, sums, wiring)
-        key = stem_wgrad_reduce_kernel, part.shape, part.device, w.dtype
-        reduce = plan_for(key, lambda: _reduce_plan(part.size(0), co, CI=ci, G=1, KB=8 * ci, LAST=False))
+        part = _cuda.stem_wgrad(x, g, tap, w, record, sums, wiring)
+        key = stem_wgrad_reduce_kernel, part.shape, part.device
+        reduce = plan_for(key, lambda: _reduce_plan(part.size(0), co, part.device, CI=ci, G=1, KB=8 * ci, LAST=False))
     else:
         wgrad, reduce = plan_for(
-            (stem_wgrad_kernel, _clip_key(x), co, z.dtype, w.dtype, wiring, precision),
+            (stem_wgrad_kernel, _clip_key(x), co, z.dtype, wiring, precision),
             lambda: _wgrad_plans(x, g, z, wiring, precision),
         )
-        part = torch.empty(wgrad.part_shape, device=x.device, dtype=torch.float32)
+        part = alloc(wgrad.part_shape, x.device)
         wgrad(x, g, tap, z, record, sums, part)
-    dw = torch.empty(w.shape, device=w.device, dtype=w.dtype)
+    dw = alloc((w.numel(),), w.device)
     reduce(part, record, dw)
     return dw
 
 
-def _relu_plan(pooled: Tensor, x: Tensor, wiring: str) -> Plan:
-    co, positions = pooled.size(1), pooled.numel() // pooled.size(1)
-    block_c = block(co, 8, 64)
-    tile = {"BLOCK_P": 2048 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    grid = cdiv(positions, tile["BLOCK_P"]), cdiv(co, block_c)
-    scalars = positions, *x.shape[3:], *pooled.shape[2:], *x.stride()
-    return Plan(
-        stem_relu_kernel, grid, scalars, Co=co, CI=x.size(1), PAD=_pad(wiring), OFF=NO_TAP,
-        **dependent_launch(x.device), **tile,
+def _reduce_plan(rows: int, co: int, device: torch.device, **packing) -> Plan:
+    tile = {"BLOCK_R": 64, "BLOCK_C": 16, "num_warps": 4}
+    grid = packing["CI"] * 49, cdiv(co, tile["BLOCK_C"])
+    return Plan(stem_wgrad_reduce_kernel, grid, (rows,), Co=co, **packing, **dependent_launch(device), **tile)
+
+
+def _sums_plan(positions: int, co: int, device: torch.device) -> Plan:
+    tile = {"BLOCK_P": 64, "BLOCK_C": block(co, 16, 64), "num_warps": 4}
+    columns = cdiv(co, tile["BLOCK_C"])
+    share = cdiv(positions, min(cdiv(positions, tile["BLOCK_P"]), cdiv(5 * sm_count(device), columns)))
+    plan = Plan(
+        stem_sums_kernel, (cdiv(positions, share), columns), (positions, share), Co=co, **dependent_launch(device),
+        **tile,
     )  # fmt: skip
-
-
-def _reduce_plan(rows: int, co: int, **packing) -> Plan:
-    tile = {"BLOCK_R": 64, "BLOCK_E": 64, "num_warps": 4}
-    return Plan(stem_wgrad_reduce_kernel, (cdiv(co * packing["CI"] * 49, 64),), (rows, co), **packing, **tile)
-
-
-def _sums_plan(positions: int, co: int) -> Plan:
-    tile = {"BLOCK_P": 128, "BLOCK_C": block(co, 16, 64), "num_warps": 4}
-    grid = cdiv(positions, tile["BLOCK_P"]), cdiv(co, tile["BLOCK_C"])
-    return Plan(stem_sums_kernel, grid, (positions,), Co=co, **tile)
+    plan.rows = plan.grid[0]
+    return plan
 
 
 def _wgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> tuple[Plan, Plan]:
@@ -670,7 +611,7 @@ def _wgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -
         Co=co, **packing, PAD=_pad(wiring), PRECISION=precision, **tile, BLOCK_C=how["BLOCK_C"],
     )  # fmt: skip
     wgrad.part_shape = programs, how["G"], 8 * how["KB"], co
-    return wgrad, _reduce_plan(programs, co, **packing)
+    return wgrad, _reduce_plan(programs, co, x.device, **packing)
 
 
 def _dgrad_plans(x: Tensor, g: Tensor, z: Tensor, wiring: str, precision: str) -> tuple[Plan, Plan]:

@@ -223,8 +223,13 @@ class _Recorder:
         self.steps_taken.append((plan, [self.find(t) for t in tensors]))
 
 
+def _extent(tensor: Tensor) -> int:
+    """Elements of memory from the first of a tensor to its last: their number, if it is dense."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+
+
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return _extent(tensor) * tensor.element_size()
 
 
 class Layout:
@@ -275,8 +280,8 @@ class Tape:
     """One recorded pass: `run(inputs)` gives what the recorded function gave, for inputs of the same shapes.
 
     The function returns (outputs, kept), lists of buffers of its own; outputs may be None. Outputs are tensors; what is
-    kept comes back in one buffer, arranged as `kept` says. Inputs may be None and must be dense, in the memory order
-    they had at recording.
+    kept comes back in one buffer, arranged as `kept` says. Inputs may be None and must lie in memory as they did at
+    recording.
     """
 
     def __init__(self, pass_: Callable[..., tuple[list, list]], inputs: list[Tensor | None]) -> None:
@@ -344,7 +349,8 @@ class Tape:
             None if s is None else torch.empty(s[0], dtype=s[1], device=device, memory_format=s[2]) for s in self.specs
         ]
         kept = torch.empty(self.kept.size, dtype=torch.uint8, device=device) if self.kept.size else None
-        bases = [*inputs, *made, kept, torch.empty(self.size, dtype=torch.uint8, device=device)]
+        workspace = torch.empty(self.size, dtype=torch.uint8, device=device) if self.size else None
+        bases = [*inputs, *made, kept, workspace]
         if device.type != "cuda":
             self._interpret(bases)
         else:
@@ -367,7 +373,7 @@ class Tape:
             if slot is None:
                 return None
             base, offset, dtype = slot
-            flat = bases[base].as_strided((bases[base].numel(),), (1,))
+            flat = bases[base].as_strided((_extent(bases[base]),), (1,))
             if flat.dtype == dtype:
                 return flat[offset // dtype.itemsize :]
             flat = flat.view(torch.uint8)[offset:]
@@ -394,7 +400,7 @@ def _pack(recorder: _Recorder, elsewhere: set[int]) -> tuple[dict[int, int], int
                 last[slot[0]] = number
     needs = {b: cdiv(_bytes(recorder.buffers[b]), 512) * 512 for b in first if b >= recorder.inputs}
     offsets: dict[int, int] = {}
-    size = 16
+    size = 0
     for b in sorted((b for b in needs if b not in elsewhere), key=needs.get, reverse=True):
         beside = [o for o in offsets if first[o] <= last[b] and first[b] <= last[o]]
         at = 0

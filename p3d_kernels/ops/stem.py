@@ -12,33 +12,59 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
 from .._norm import Norm, check_norm, update_running
 from . import _cuda
-from ._conv import cuda_allowed
+from ._conv import cuda_allowed, weight_grad
+from ._fused import Call, checked_before, settle, taped_fwd
 from ._stem import channels_last, pools_raw, stem_bwd, stem_conv, stem_fwd, stem_pack
-from ._triton import MAX_POSITIONS, empty_ndhwc
+from ._tape import taped
+from ._triton import MAX_POSITIONS, empty_ndhwc, ndhwc
 from .max_pool import out_sizes, pool_fwd
 
 # --- autograd and registration ---------------------------------------------------------------------------------------
 
 
 class _Stem(torch.autograd.Function):
+    """y = apply(x, w, weight, bias, norm, wiring, dtype, call); the running statistics have moved at the end."""
+
     @staticmethod
-    def forward(ctx, x, w, weight, bias, norm, wiring, dtype):
-        y, record, z, tap, winner = stem_fwd(x, w, norm, wiring, dtype, True)
-        update_running([norm], [record[0]], [record[4]])
-        ctx.save_for_backward(x, w, weight, bias, z, record, tap, winner)
-        ctx.mode = norm.training, wiring
+    def forward(ctx, x, w, weight, bias, norm, wiring, dtype, call):
+        w_in, co = w.contiguous(), w.size(0)
+
+        def pass_():
+            y, record, z, tap, winner = stem_fwd(x, w_in, norm, wiring, dtype, True)
+            if call.moves:
+                _cuda.running_stats([norm], [record])
+            return [y], [record, tap, winner, *([] if z is None else [z])]
+
+        (y,), kept, ctx.layout = taped_fwd(
+            "stem", call, pass_, [x, w_in], [norm], lambda: [(0, 0, co), (0, 4 * co, co)]
+        )
+        ctx.save_for_backward(x, w, kept)
+        ctx.affine, ctx.mode, ctx.call = (weight, bias), (norm.training, wiring), call
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w, weight, bias, *saved = ctx.saved_tensors
-        dx, dw, dweight, dbias = stem_bwd(g, x, w, *saved, *ctx.mode, *ctx.needs_input_grad[:2])
-        return dx, dw, _like(dweight, weight), _like(dbias, bias), None, None, None
+        x, w, kept = ctx.saved_tensors
+        g, w_in, needs, co = ndhwc(g), w.contiguous(), ctx.needs_input_grad[:2], w.size(0)
+
+        def pass_():
+            record, tap, winner, *z = ctx.layout.views(kept)
+            z = z[0] if z else None
+            dx, dw, sums = stem_bwd(g, x, w_in, z, record, tap, winner, *ctx.mode, *needs)
+            return [dx], [sums, *([] if dw is None else [dw])]
+
+        (dx,), grads, layout = taped(("stem bwd", *needs, ctx.call), pass_, [g, x, w_in, kept])
+        pieces = [(0, 2 * co, co), (0, 3 * co, co), *([(1, 0, w.numel())] if needs[1] else [])]
+        dweight, dbias, *dw = layout.cut(grads, lambda: pieces)
+        affine = (_like(gradient, p) for gradient, p in zip((dweight, dbias), ctx.affine))
+        return dx, weight_grad(dw[0], w) if dw else None, *affine, None, None, None, None
 
 
 def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient.to(parameter.dtype)
+    if parameter is None:
+        return None
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 @torch.library.custom_op(
@@ -73,8 +99,9 @@ def _(x, w, weight, bias, running_mean, running_var, training, eps, wiring, dtyp
 )
 def _op_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw):
     z = z if z.numel() else None
-    grads = stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw)
-    return tuple(g.new_empty(0) if d is None else d.clone() for d in grads)
+    dx, dw, sums = stem_bwd(g, x, w, z, record, tap, winner, training, wiring, need_dx, need_dw)
+    grads = dx, None if dw is None else weight_grad(dw, w), sums[2].clone(), sums[3].clone()
+    return tuple(g.new_empty(0) if d is None else d for d in grads)
 
 
 @_op_bwd.register_fake
@@ -186,22 +213,26 @@ def stem(x: Tensor, w: Tensor, norm: Norm, wiring: str = "author") -> Tensor:
     Source: the stem of the released P3D networks (see `reference.py`); how it is computed heads `_stem.py`.
     """
     check_activation("x", x)
-    check_choice("wiring", wiring, reference.WIRINGS)
     dtype, weight_dtype = compute_dtype(x)
-    check_weight("w", w, (None, x.size(1), 1, 7, 7), x, weight_dtype)
-    check_norm("norm", norm, w.size(0), x)
-    _, out = stem_shapes(tuple(x.shape), w.size(0), wiring)
-    if min(out[2:]) < 1:
-        raise ValueError(f"x: expected (T, H, W) that the pool fits, got {tuple(x.shape[2:])} (output {out[2:]})")
-    if x.numel() == 0 or _backends.choose("stem", x, lambda b: why_not(b, x, w), ("triton", "aten")) == "aten":
-        return reference.stem(x, w, norm, wiring)
+    key, call = checked_before("stem", x, [x, w], [norm], wiring, dtype, weight_dtype)  # x is read as it lies
+    if call is None:
+        check_choice("wiring", wiring, reference.WIRINGS)
+        check_weight("w", w, (None, x.size(1), 1, 7, 7), x, weight_dtype)
+        check_norm("norm", norm, w.size(0), x)
+        _, out = stem_shapes(tuple(x.shape), w.size(0), wiring)
+        if min(out[2:]) < 1:
+            raise ValueError(f"x: expected (T, H, W) that the pool fits, got {tuple(x.shape[2:])} (output {out[2:]})")
+        if x.numel() == 0 or _backends.choose("stem", x, lambda b: why_not(b, x, w), ("triton", "aten")) == "aten":
+            return reference.stem(x, w, norm, wiring)
+        if key is not None:
+            call = settle(key, [norm], x.new_empty(0, dtype=dtype))
     affine = norm.weight, norm.bias
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, *affine))
     if torch.compiler.is_compiling():
         stats = norm.running_mean, norm.running_var
         y, record, *_ = torch.ops.p3d.stem(x, w, *affine, *stats, norm.training, norm.eps, wiring, dtype, save)
     elif save:
-        return _Stem.apply(x, w, *affine, norm, wiring, dtype)
+        return _Stem.apply(x, w, *affine, norm, wiring, dtype, call or Call(False))
     else:
         y, record, *_ = stem_fwd(x, w, norm, wiring, dtype, False)
     update_running([norm], [record[0]], [record[4]])
