@@ -89,6 +89,13 @@ ConvInferPlan conv_plan(const p3d::ConvInferPlan& plan) {
     return {tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
 }
 
+// (N, T * H * W, Ci, Co, masked)
+using PointDgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+
+p3d::PointDgradShape point_dgrad_shape(const PointDgradSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::PointDgradShape{size...}; }, sizes);
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
 }
@@ -330,7 +337,8 @@ PYBIND11_MODULE(_C, module) {
         "conv_wgrad",
         [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
            uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t centre,
-           uintptr_t partials, const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+           uintptr_t partials, uintptr_t finished, const ConvWgradSizes& sizes, const std::string& dtype_name,
+           uintptr_t stream) {
             p3d::ConvWgrad p{};
             p.shape = conv_wgrad_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -348,12 +356,13 @@ PYBIND11_MODULE(_C, module) {
                    pointer<const float>(x_sums)};
             p.centre = pointer<const float>(centre);
             p.partials = pointer<float>(partials);
+            p.finished = pointer<void>(finished);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::conv_wgrad(p));
         },
         py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
         py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("centre"),
-        py::arg("partials"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+        py::arg("partials"), py::arg("finished"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "conv_wgrad_why_not",
@@ -502,6 +511,44 @@ PYBIND11_MODULE(_C, module) {
             return std::tuple(conv_plan(plan), p3d::conv_tiles_partials(shape, plan));
         },
         py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "point_dgrad",
+        [](uintptr_t dz, uintptr_t w, uintptr_t o, uintptr_t mask, uintptr_t dx, const PointDgradSizes& sizes,
+           const ConvInferPlan& plan, bool mask_sum, const std::string& dtype_name, uintptr_t stream) {
+            p3d::PointDgrad p{};
+            p.shape = point_dgrad_shape(sizes);
+            p.plan = conv_plan(plan);
+            p.dtype = dtype(dtype_name);
+            p.dz = pointer<const void>(dz);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.mask = pointer<const void>(mask);
+            p.mask_sum = mask_sum;
+            p.dx = pointer<void>(dx);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::point_dgrad(p));
+        },
+        py::arg("dz"), py::arg("w"), py::arg("o"), py::arg("mask"), py::arg("dx"), py::arg("sizes"), py::arg("plan"),
+        py::arg("mask_sum"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "point_dgrad_why_not",
+        [](const PointDgradSizes& sizes) {
+            p3d::ConvInferPlan plan{};
+            const char* why = p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "point_dgrad_plan",
+        [](const PointDgradSizes& sizes, const ConvInferTile& wish) {
+            p3d::ConvInferPlan plan{};
+            check(p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {wish[0], wish[1], wish[2]}));
+            return conv_plan(plan);
+        },
+        py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 
     m.def(
         "stem_infer",

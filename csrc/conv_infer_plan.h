@@ -217,7 +217,7 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
     int64_t row_tiles = 0;
     for (const ConvTileKind& kind : kConvTiles) {
         if (unwanted(wish.rows, kind.rows) || unwanted(wish.columns, kind.columns)) continue;
-        if (s.out_channels % kind.columns) continue;
+        if (s.out_channels % kind.columns || (s.transposed && (kind.split || kind.columns > 128))) continue;
         if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows, s.pooled_time ? 2 : 1);
         int64_t column_tiles = s.out_channels / kind.columns;
         int filled = box[0] * box[1] * box[2] * box[3];
@@ -238,7 +238,7 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
                 double multiply = kind.rows / 16 * std::max(kind.columns / 2, 16 + kind.columns / 4);
                 double brought = 128.0 * (filled + kind.columns), taken = brought / 60;
                 double waited = 1540 / (active * double(stages));
-                double output = 2.0 * filled * kind.columns * (s.joined ? 2 : 1) / splits;
+                double output = 2.0 * filled * kind.columns * (1 + s.joined + s.masked) / splits;
                 double body = turns * std::max({share * multiply, (share * brought + output) / rate, share * taken,
                                                 share * waited});
                 double made = kind.rows * kind.columns, sent = 4 * made * (1 - 1.0 / splits);

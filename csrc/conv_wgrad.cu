@@ -17,6 +17,9 @@
 // of G, a of X, b of G, b of X. Where G and X are one operand and the tile's columns are among its rows, X's are G's.
 // Its centre, if there is one, is taken off what the read has rounded: sums of products of values far from zero lose in
 // float32 what the values vary by.
+//
+// What G reads can be stored on the way, for a product that would otherwise read it anew for each tile of its columns.
+// The blocks that have the same positions and rows of dW share out the chunks of 64 channels.
 #include <algorithm>
 #include <iterator>
 
@@ -62,6 +65,7 @@ struct WgradArgs {
     Reader g, x;
     const float* centre;  // [C]
     float* partials;      // [splits, Co * taps * Ci + totals * Co]
+    char* finished;       // [positions, Co] what G reads; or nullptr
     int in_channels, out_channels, taps;
     bool totals, same;
     int width, height;          // of the positions
@@ -76,13 +80,15 @@ struct WgradArgs {
 template <typename Shape>
 struct Job {
     int cout, channel;  // the first of its rows and of its columns
+    int column;         // of the tiles with these rows, which one
     int split, first, count;
     bool aliased;  // X is part of G
     bool leads;    // of the tiles with these rows, it stores their totals
 
     __device__ __forceinline__ explicit Job(const WgradArgs& a) {
         split = blockIdx.x / a.tiles;
-        int tile = blockIdx.x - split * a.tiles, row = tile / a.column_tiles, column = tile - row * a.column_tiles;
+        int tile = blockIdx.x - split * a.tiles, row = tile / a.column_tiles;
+        column = tile - row * a.column_tiles;
         cout = row * Shape::kRows * kChunk;
         channel = column * (a.taps == 1 ? Shape::kColumns : 1) * kChunk;
         first = split * a.turns;
@@ -252,10 +258,18 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     return v;
 }
 
+// Where a lane's rows of what G reads are stored, too: the first of them, the bytes to the next, how many there are.
+struct Finished {
+    char* to = nullptr;
+    int64_t pitch = 0;
+    int rows = 0;
+};
+
 // Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu, rounded; with kCentred
-// less `centre`, of the lane's channels. A lane has four channels and every other row.
+// less `centre`, of the lane's channels, which what is `finished` is not. A lane has four channels and every other row.
 template <typename T, bool kTwo, bool kRelu, bool kCentred = false, typename Value>
-__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value, uint2 centre = {}) {
+__device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& finished, int lane, const Value& value,
+                                        uint2 centre = {}) {
     constexpr int kBatch = 4;
 #pragma unroll
     for (int begin = 0; begin < kGroup / 2; begin += kBatch) {
@@ -272,6 +286,8 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const 
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
             uint2 packed{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
                          pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
+            if (begin + k < finished.rows)
+                *reinterpret_cast<uint2*>(finished.to + (begin + k) * finished.pitch) = packed;
             if (kCentred) packed = {subtract<T>(packed.x, centre.x), subtract<T>(packed.y, centre.y)};
             store_shared(a + piece(lane, begin + k), packed);
         }
@@ -281,7 +297,8 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const 
 // Applies a read of an activation, bn_relu or join_*, to 16 rows of 64 channels, in place. `constants` are those of the
 // channels.
 template <typename T, bool kCentred>
-__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, const Finished& finished,
+                                                  uint32_t constants, int lane) {
     constants += 16 * (lane % 16);
     uint2 c{};
     if (kCentred) {
@@ -290,21 +307,22 @@ __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_
     }
     Affine4 u(constants);
     if (read == Read::bn_relu) {
-        replace<T, false, true, kCentred>(a, b, lane, [&](float v, float, int i) { return u(v, i); }, c);
+        replace<T, false, true, kCentred>(a, b, finished, lane, [&](float v, float, int i) { return u(v, i); }, c);
         return;
     }
     Affine4 other(constants + 12 * kChunk);
     if (read == Read::join_port)
         replace<T, true, false, kCentred>(
-            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
+            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
     else  // join_b and join_c, whose constants differ
         replace<T, true, true, kCentred>(
-            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
+            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
 }
 
 // The same of any read but raw.
 template <typename T>
-__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, const Finished& finished,
+                                       uint32_t constants, int lane) {
     if (read == Read::masked) {  // no channel differs from another
         uint4 v[4], w[4];
 #pragma unroll
@@ -321,15 +339,15 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
         Affine4 u(constants);
         Row4 constant(constants + 12 * kChunk), slope(constants + 16 * kChunk);
         bool open = read == Read::bn_bwd_open;
-        replace<T, true, false>(a, b, lane, [&](float g, float z, int i) {
+        replace<T, true, false>(a, b, finished, lane, [&](float g, float z, int i) {
             float centred = z - u.mean[i];
             bool closed = fmaf(centred, u.scale[i], u.bias[i]) <= 0 && !open;
             return fmaf(centred, slope[i], closed ? constant[i] : fmaf(g, u.scale[i], constant[i]));
         });
     } else if (centred) {
-        finish_activation<T, true>(read, a, b, constants, lane);
+        finish_activation<T, true>(read, a, b, finished, constants, lane);
     } else {
-        finish_activation<T, false>(read, a, b, constants, lane);
+        finish_activation<T, false>(read, a, b, finished, constants, lane);
     }
 }
 
@@ -355,8 +373,16 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
+            Finished finished;
+            if (a.finished && of_g && box % a.column_tiles == job.column) {  // the rows of a box lie together
+                int first = at.w + row + lane / 16, channel = job.cout + box * kChunk + lane % 16 * 4;
+                int64_t position = (int64_t(at.f) * a.height + h) * a.width + first;
+                finished.pitch = 4 * int64_t(a.out_channels);
+                finished.to = a.finished + 2 * (position * a.out_channels + channel);
+                finished.rows = (a.width - first + 1) / 2;
+            }
             finish<T>(read, a.centre != nullptr, target,
-                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
+                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128, finished,
                       shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
             if (whole || read == Read::masked) continue;
@@ -651,6 +677,8 @@ const char* conv_wgrad(const ConvWgrad& p) {
         return "conv_wgrad: same: expected one operand, 1x1x1";
     if (p.centre && (!s.same || !(s.g_read == Read::bn_relu || joins(s.g_read))))
         return "conv_wgrad: centre: expected one operand, read bn_relu or as a join";
+    if (p.finished && (s.g_read == Read::raw || s.g_read == Read::masked || s.stride > 1))
+        return "conv_wgrad: finished: expected a read of G that normalises, and stride 1";
     WgradPlan plan;
     if (const char* error = wgrad_plan(plan, s)) return error;
     WgradMaps maps{};
@@ -669,6 +697,7 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.x = {p.x.read, p.x.affine_a, p.x.affine_b, p.x.sums};
     args.centre = p.centre;
     args.partials = p.partials;
+    args.finished = static_cast<char*>(p.finished);
     args.in_channels = int(s.in_channels);
     args.out_channels = int(s.out_channels);
     args.taps = s.taps;

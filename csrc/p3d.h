@@ -144,6 +144,8 @@ struct ConvWgrad {
     const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
                           // the differences rounded to the dtype; or nullptr
     float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
+    void* finished;       // like g.a: what G reads, before the centre, if its read normalises and the stride is 1; or
+                          // nullptr
     CUstream_st* stream;
 };
 
@@ -419,6 +421,7 @@ struct ConvInferShape {
     bool joined;                         // with an o
     int64_t o_height, o_width;           // of an o that is read at even rows and columns; 0: it lies like y, not pooled
     int64_t pooled_time;                 // To, if y is pooled: T / 2, rounded down or up; else 0
+    bool transposed = false, masked = false;  // of point_dgrad
 };
 
 struct ConvInferTile {  // of what a block makes; 0: any
@@ -450,6 +453,34 @@ const char* conv_infer(const ConvInfer& p);
 
 // The plan of this shape on the current device, with a tile as wished; or why there is none.
 const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish);
+
+// The input gradient of a 1x1x1 convolution of stride 1, of a gradient dz that is in memory as it is, plus o:
+//
+//     dx[p,co] = sum over ci of dz[p,ci] * w[ci,co] + o[p,co]
+//
+// rounded once. With a mask o or, with mask_sum, the sum counts where it is not <= 0, else 0. w may be read while the
+// kernel before this one in the stream still runs.
+struct PointDgradShape {
+    int64_t clips, positions;           // N, T * H * W
+    int64_t in_channels, out_channels;  // Ci of dz, Co of dx, multiples of 64
+    bool masked;
+};
+
+struct PointDgrad {
+    PointDgradShape shape;
+    ConvInferPlan plan;  // point_dgrad_plan's for this shape
+    DType dtype;         // of the tensors; sums are float32
+    const void* dz;      // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
+    const void* w;       // [Ci, Co]
+    const void* o;       // like dx
+    const void* mask;    // like dx, if the shape has one
+    bool mask_sum;
+    void* dx;  // [N, T, H, W, Co]
+    CUstream_st* stream;
+};
+
+const char* point_dgrad(const PointDgrad& p);
+const char* point_dgrad_plan(ConvInferPlan& plan, const PointDgradShape& shape, const ConvInferTile& wish);
 
 // ConvTrain and GramDgrad of any channels in multiples of 64, by another kernel, and of 1x1x1 with a stride in space: H
 // and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass

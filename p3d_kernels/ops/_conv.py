@@ -10,7 +10,9 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1.
+inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1. A kernel that makes a product
+in several tiles of output channels repeats the prologue for each: there `conv_wgrad`, which reads the operand too and
+first, leaves what it read (`finished`).
 """
 
 from __future__ import annotations
@@ -647,6 +649,8 @@ def conv(
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
     epilogue = epilogue or Epilogue()
+    if out_dims is not None and _is_point_dgrad(x, w, geometry, epilogue):
+        return _cuda.point_dgrad(x.a, taps_of(w)[:, 0], epilogue.o, epilogue.o_mask), None
     training = _train_arguments(x, w, geometry, epilogue, out_dims)
     if training is not None:
         return _cuda.conv_train(x, taps_of(w), **training)
@@ -704,17 +708,49 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     return plan
 
 
-def conv_wgrad(
+FINISHED = 32 << 20  # bytes that a finished operand may have: beside it the second-level cache has room for more
+
+
+def finished(
     g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+) -> Tensor | None:
+    """Room for what g reads, if `conv_wgrad` of these can leave it there and a product of it then gains; else None.
+
+    Up to 128 channels `_cuda.conv_train` reads an element once or twice. Beyond, it is read for each tile of 64 to 256
+    output channels.
+    """
+    fits = g.read not in ("raw", "masked") and geometry.stride == (1, 1)
+    if not fits or g.channels <= 128 or g.a.numel() * g.a.element_size() > FINISHED or not cuda_allowed(x.a):
+        return None
+    if _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is not None:
+        return None
+    return empty_ndhwc(g.a.shape, g.a)
+
+
+def as_finished(g: Operand, room: Tensor | None) -> Operand:
+    """What g reads, from where `conv_wgrad` left it, if there was room."""
+    return g if room is None else Operand("raw", room)
+
+
+def conv_wgrad(
+    g: Operand,
+    x: Operand,
+    geometry: Geometry,
+    totals: bool = False,
+    centre: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Splits:
     """dw [Co * taps * Ci], with totals followed by the sums of g over positions [Co]; split over positions.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
     centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
+    room: by `finished`, where what g reads, before the centre, is stored.
     The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
     """
-    in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
-    part = (_cuda.conv_wgrad if in_cuda else _conv_wgrad)(g, x, *geometry, totals, centre)
+    if cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None:
+        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre, room)
+    else:
+        part = _conv_wgrad(g, x, *geometry, totals, centre)
     kt, kh, kw = geometry.taps
     return Splits(part, kt * kh * kw, x.channels)
 
@@ -798,6 +834,15 @@ def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> b
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
+
+
+def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
+    """Whether this gradient is `_cuda.point_dgrad`'s."""
+    e = epilogue
+    plain = x.read == "raw" and geometry == pointwise() and e.join == "add" and e.o_record is None
+    if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
+        return False
+    return _cuda.point_dgrad_why_not(x.a, w.size(1), e.o_mask is not None) is None
 
 
 def _train_arguments(

@@ -287,13 +287,15 @@ def conv_wgrad(
     stride: tuple[int, int],
     totals: bool = False,
     centre: Tensor | None = None,  # [Ci] float32, values of the dtype
+    finished: Tensor | None = None,  # like g.a
 ) -> Tensor:
     """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of a 1x1x1 or 3x1x1 convolution, in parts.
 
     `stride`: (time, space), (1, 1), or (1, 2) of 1x1x1; g on the grid of x is read with it too. An operand is what its
     read makes of its tensors, rounded to the dtype, once an element and block; float32 accumulation. `totals`: also sum
     g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be. `centre`: taken off
-    that one operand, the differences rounded to the dtype.
+    that one operand, the differences rounded to the dtype. `finished`, where the read of g normalises and the stride is
+    1: is given what g reads, before the centre.
 
     Returns:
         float32 [R, Co * taps * Ci], or with `totals` [R, Co * Ci + Co], each row [Co, taps, Ci], then [Co], the sum
@@ -318,6 +320,10 @@ def conv_wgrad(
         out = grid
     _check_operand("x", x, tuple(x.a.shape), dtype)
     _check_operand("g", g, (n, co, *out), dtype)
+    if finished is not None:
+        if g.read in ("raw", "masked") or stride != (1, 1):
+            raise ValueError(f"finished: expected None of read {g.read}, stride {stride}")
+        _check_activation("finished", finished, tuple(g.a.shape), dtype)
     outputs = co * (taps[0] * ci + totals)
     if x.a.numel() == 0:
         return torch.zeros(1, outputs, device=x.a.device)
@@ -334,7 +340,7 @@ def conv_wgrad(
 
     plan = plan_for(("conv_wgrad in CUDA", sizes, dtype, x.a.device), build)
     part = alloc((plan.rows, outputs), x.a.device)
-    plan(*g.args(), *x.args(), centre, part)
+    plan(*g.args(), *x.args(), centre, part, finished)
     return part
 
 
@@ -721,6 +727,65 @@ def gram_dgrad(
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
     plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
     return da, parts
+
+
+def _point_dgrad_sizes(dz: Tensor, co: int, masked: bool) -> tuple:
+    n, ci, t, h, w = dz.shape
+    return n, t * h * w, ci, co, masked
+
+
+def point_dgrad_why_not(dz: Tensor, co: int, masked: bool = True) -> str | None:
+    """Why `point_dgrad` cannot run dz [N, Ci, T, H, W] for Co channels, or None."""
+    if dz.dtype not in _DTYPES:
+        return f"point_dgrad: dtype {dz.dtype} (expected bfloat16 or float16)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.point_dgrad_why_not(_point_dgrad_sizes(dz, co, masked))
+
+
+def point_dgrad(
+    dz: Tensor,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Ci, Co]
+    o: Tensor,  # [N, Co, T, H, W]
+    mask: Tensor | None = None,  # like o
+    mask_sum: bool = False,
+    tile: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
+    """dz w + o: the input gradient of a 1x1x1 convolution of stride 1, whose channels are Co to Ci, plus o.
+
+    `mask`: o counts where it is not <= 0, else 0; with `mask_sum` the sum does. float32 accumulation, one rounding.
+    `tile`: (rows, columns, 1) of the plan, 0 for any. w may be read while the kernel before this one in the stream
+    still runs.
+
+    Returns:
+        [N, Co, T, H, W], channels_last_3d. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `point_dgrad_why_not` says), or CUDA failed.
+    """
+    (n, ci, *dims), co, dtype = dz.shape, w.size(-1), dz.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dz: expected bfloat16 or float16, got {dtype}")
+    _check_activation("dz", dz, dz.shape, dtype)
+    _check_matrix("w", w, (ci, co), dtype)
+    for name, tensor in (("o", o), ("mask", mask)):
+        if tensor is not None:
+            _check_activation(name, tensor, (n, co, *dims), dtype)
+    dx = alloc((n, co, *dims), dz.device, dtype)
+    if dx.numel() == 0:
+        return dx
+    sizes = _point_dgrad_sizes(dz, co, mask is not None)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        with torch.cuda.device(dz.device):
+            rest = sizes, native.point_dgrad_plan(sizes, tile), mask_sum, _DTYPES[dtype]
+        return NativePlan(lambda stream, *addresses: native.point_dgrad(*addresses, *rest, stream))
+
+    plan_for(("point_dgrad", sizes, dtype, dz.device, mask_sum, tile), build)(dz, w, o, mask, dx)
+    return dx
 
 
 def moves(norms: Sequence[Norm]) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .._norm import Norm
 from . import _cuda
-from ._conv import conv_wgrad, cuda_allowed, pointwise, tap_row, taps_of
+from ._conv import conv_wgrad, cuda_allowed, finished, pointwise, tap_row, taps_of
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     Operand,
@@ -398,14 +398,16 @@ def gram_q_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+def gram(
+    x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None, room: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(kept, record) of z = W a, W [Co, Ci] packed, of the operand a at every stride-th row and column.
 
     kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training, if given; a then
-    has a centre.
+    has a centre. room: where a is stored, by `gram_room`.
     """
     ci, co, device = x.channels, w.size(0), x.a.device
-    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre).part
+    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre, room=room).part
     affine, eps = ((None, None), None) if norm is None else ((norm.weight, norm.bias), norm.eps)
     key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), eps
     key += tuple([None if t is None else t.dtype for t in affine])
@@ -421,6 +423,11 @@ def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tu
     sums(part, x.centre, cov, mean, kept[co * ci :], arrived)
     products(w, cov, mean, kept[: co * ci], record, *affine, shares, arrived)
     return kept, record
+
+
+def gram_room(x: Operand) -> Tensor | None:
+    """`finished` of `gram`."""
+    return finished(x, x, pointwise(), True, x.centre)
 
 
 def _precision(x: Tensor) -> str:

@@ -21,9 +21,9 @@ from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
+from ._conv import Epilogue, as_finished, conv, conv_wgrad, cuda_allowed, finished, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
-from ._gram import gram, gram_bwd
+from ._gram import gram, gram_bwd, gram_room
 from ._tape import taped
 from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, sum_splits
 from .max_pool import pool_fwd
@@ -47,7 +47,9 @@ def _fwd(x, weights, norms, config):
     a_r = Operand("bn_relu", z_r, record_a=record_r)
     join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
     if norm_e.training:
-        kept, record_e = gram(join, w_e, norm=norm_e)
+        room = None if w_d else gram_room(join)  # what normalises the residual has a prologue of its own
+        kept, record_e = gram(join, w_e, norm=norm_e, room=room)
+        join = as_finished(join, room)
     else:
         kept, record_e = None, bn_finalise(norm_e, w_e.size(0), None, x.device)
     records = [record_r, *records_st, record_e]
@@ -78,7 +80,11 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     )
     sums_r = bn_bwd_finalise(part, record_r, z_r.numel() // z_r.size(1), norm_r.training)
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
-    dw_r = conv_wgrad(dz_r, source, stride) if needs_w[0] else None
+    dw_r = None
+    if needs_w[0]:
+        room = finished(dz_r, source, stride) if needs_x else None
+        dw_r = conv_wgrad(dz_r, source, stride, room=room)
+        dz_r = as_finished(dz_r, room)
     dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]
     epilogue = Epilogue(join="add", o=dy, o_mask=y)
     if w_d:

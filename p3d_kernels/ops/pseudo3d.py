@@ -26,9 +26,11 @@ from . import _cuda
 from ._conv import (
     Epilogue,
     Geometry,
+    as_finished,
     conv,
     conv_wgrad,
     cuda_allowed,
+    finished,
     spatial_dgrad,
     spatial_fwd,
     spatial_wgrad,
@@ -224,7 +226,10 @@ def st_bwd(
         outer = join_read(config) in ("join_b", "join_c")
         dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
         if needs_w[1]:
-            dws[1] = conv_wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
+            source = x if config.kind == "B" else a_s
+            room = finished(dz_t, source, temporal())
+            dws[1] = conv_wgrad(dz_t, source, temporal(), room=room)
+            dz_t = as_finished(dz_t, room)
         if config.kind == "B":
             o = conv(dz_t, weights[1], temporal(), out_dims=dims)[0] if needs_x else None
         else:
