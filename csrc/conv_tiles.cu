@@ -8,7 +8,8 @@
 //
 // A block makes one tile, or, where tiles are few, a part of the steps of one, as a cluster of such blocks. A warp
 // brings boxes of the operand's tensors and of weights through a ring. A warpgroup makes 64 rows of the tile: it loads
-// its rows of a step as fragments and applies the read there (reads.cuh), while its products of the step before run.
+// its rows of a step as fragments and applies the read there (reads.cuh), while its products of the step before run. Of
+// raw operands products read the boxes themselves.
 //
 // Sums leave through shared memory, so that a thread finishes four columns of some rows with what it reads and writes
 // of other tensors in whole sectors, and keeps the statistics of its columns. The blocks of a cluster finish equal
@@ -42,6 +43,7 @@ struct TilesArgs {
     int near[4], far[4];            // lengths of a step along these in the two grids
     int width, height, stride;      // of the larger grid
     bool spread;                    // y lies there
+    bool raw;                       // all operands
     int box_bytes, column_tiles, splits, stages;
     int stage_bytes, weights, staging, constants, rows, barriers;  // TilesLayout
 };
@@ -134,6 +136,15 @@ __device__ __forceinline__ void pin_sums(Sums<Shape>& d) {
     for (int c = 0; c < Shape::kSlices; ++c) wgmma_pin(d[c]);
 }
 
+template <typename Shape>
+__device__ __forceinline__ void clear_sums(Sums<Shape>& d) {
+#pragma unroll
+    for (int c = 0; c < Shape::kSlices; ++c)
+#pragma unroll
+        for (int i = 0; i < 32; ++i) d[c][i] = 0;
+    pin_sums<Shape>(d);
+}
+
 // d *= scale of its columns.
 template <typename Shape>
 __device__ __forceinline__ void scale_columns(Sums<Shape>& d, const float* scale, int lane) {
@@ -194,11 +205,7 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
         }
     };
     Fragments even = {}, odd = {};
-#pragma unroll
-    for (int c = 0; c < Shape::kSlices; ++c)
-#pragma unroll
-        for (int i = 0; i < 32; ++i) d[c][i] = 0;
-    pin_sums<Shape>(d);
+    clear_sums<Shape>(d);
 #pragma unroll 1
     for (int step = job.first; step < job.end; step += 2) {
         add(even, odd, step);
@@ -212,6 +219,37 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
         pin_sums<Shape>(d);
         free();
     }
+}
+
+// The same of raw operands.
+template <typename T, typename Shape, bool kBack>
+__device__ __forceinline__ void add_raw_steps(Sums<Shape>& d, Ring& ring, const TilesArgs& a, const Job<Shape>& job,
+                                              int warpgroup, int lane) {
+    clear_sums<Shape>(d);
+#pragma unroll 1
+    for (int step = job.first; step < job.end; ++step) {
+        uint32_t x = ring.take(), w = x + a.weights;
+        x += warpgroup * kBoxBytes;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint64_t rows = swizzled_descriptor(x + 32 * k, 8 * 128);
+#pragma unroll
+            for (int c = 0; c < Shape::kSlices; ++c) {
+                if constexpr (kBack)
+                    wgmma_back<T>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 16 * 128 * k, 8 * 128));
+                else
+                    wgmma<T, 0>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 32 * k, 8 * 128));
+            }
+        }
+        wgmma_commit();
+        if (step == job.first) continue;
+        wgmma_wait<1>();  // the step before has been read
+        ring.free(lane == 0);
+    }
+    wgmma_wait<0>();
+    pin_sums<Shape>(d);
+    ring.free(lane == 0);
 }
 
 // Where the rows of a tile lie: (in the smaller grid or -1, in the larger one, rows and columns there up to the next).
@@ -518,7 +556,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     // This lane's row of a box for ldmatrix; step k is at that address ^ 32 k.
     uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
     Sums<Shape> d;
-    add_steps<T, Shape, kBack, kGram>(d, ring, a, job, base + a.constants, mine, lane);
+    constexpr bool kScaled = kGram && std::is_same_v<T, __half>;
+    if (!kScaled && a.raw)
+        add_raw_steps<T, Shape, kBack>(d, ring, a, job, warp / 4, lane);
+    else
+        add_steps<T, Shape, kBack, kGram>(d, ring, a, job, base + a.constants, mine, lane);
 
     uint32_t staging = base + a.staging;
     auto pair = [&](int j, int m) { return float2{d[j / 8][4 * (j % 8) + 2 * m], d[j / 8][4 * (j % 8) + 2 * m + 1]}; };
@@ -593,6 +635,7 @@ struct Launch {
         args.taps = c.taps;
         args.width = int(s.width), args.height = int(c.frame / s.width), args.stride = s.stride;
         args.spread = c.transposed && !s.gram && s.stride > 1;
+        args.raw = !s.gram && c.read == Read::raw;
         args.box_bytes = kChunk * 2;
         int64_t tiles = c.out_channels / tile.columns;
         args.column_tiles = int(tiles);
