@@ -337,8 +337,8 @@ PYBIND11_MODULE(_C, module) {
         "conv_wgrad",
         [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
            uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t centre,
-           uintptr_t partials, uintptr_t finished, const ConvWgradSizes& sizes, const std::string& dtype_name,
-           uintptr_t stream) {
+           uintptr_t partials, uintptr_t finished_g, uintptr_t finished_x, const ConvWgradSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvWgrad p{};
             p.shape = conv_wgrad_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -356,13 +356,15 @@ PYBIND11_MODULE(_C, module) {
                    pointer<const float>(x_sums)};
             p.centre = pointer<const float>(centre);
             p.partials = pointer<float>(partials);
-            p.finished = pointer<void>(finished);
+            p.finished_g = pointer<void>(finished_g);
+            p.finished_x = pointer<void>(finished_x);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::conv_wgrad(p));
         },
         py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
         py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("centre"),
-        py::arg("partials"), py::arg("finished"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+        py::arg("partials"), py::arg("finished_g"), py::arg("finished_x"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"));
 
     m.def(
         "conv_wgrad_why_not",
@@ -449,7 +451,7 @@ PYBIND11_MODULE(_C, module) {
         "gram_dgrad",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
            uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
-           uintptr_t partials_a, uintptr_t partials_b, int c_parts, const ConvTrainSizes& sizes,
+           uintptr_t partials_a, uintptr_t partials_b, uintptr_t finished, int c_parts, const ConvTrainSizes& sizes,
            const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
             p3d::GramDgrad p{};
             p.shape = conv_train_shape(sizes);
@@ -458,6 +460,7 @@ PYBIND11_MODULE(_C, module) {
             p.g = pointer<const void>(g);
             p.y = pointer<const void>(y);
             p.affine = pointer<const float>(affine);
+            p.finished = pointer<const void>(finished);
             p.w = pointer<const void>(w);
             p.q = pointer<const void>(q);
             p.q_scale = pointer<const float>(q_scale);
@@ -473,8 +476,8 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
         py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
-        py::arg("partials_a"), py::arg("partials_b"), py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"),
-        py::arg("stream"), py::arg("tiles") = ConvTiles{});
+        py::arg("partials_a"), py::arg("partials_b"), py::arg("finished"), py::arg("c_parts"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"), py::arg("tiles") = ConvTiles{});
 
     auto train_shape = [&](const char* why_not_name, const char* (*why_not)(const p3d::ConvTrainShape&),
                            const char* partials_name, int (*partials)(const p3d::ConvTrainShape&)) {
@@ -494,23 +497,25 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "conv_tiles_why_not",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram) {
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
+            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram, finished}, {});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"));
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"));
 
     // A plan and the rows of the partials it leaves.
     m.def(
         "conv_tiles_plan",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, const ConvInferTile& wish) {
-            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram};
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished,
+           const ConvInferTile& wish) {
+            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram, finished};
             p3d::ConvInferPlan plan{};
             check(p3d::conv_tiles_plan(plan, shape, {wish[0], wish[1], wish[2]}));
             return std::tuple(conv_plan(plan), p3d::conv_tiles_partials(shape, plan));
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("wish") = ConvInferTile{});
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"),
+        py::arg("wish") = ConvInferTile{});
 
     m.def(
         "point_dgrad",

@@ -28,6 +28,7 @@ struct TilesMaps {
 
 struct TilesArgs {
     Source x[2];                // the second of the Gram identity
+    Read join;                  // of the identity: how X is read, also if x[0] has what that gave
     const float* affine;        // [3, Co] of y; or nullptr
     const float* second;        // [3, Co] of o or of below; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
@@ -321,7 +322,7 @@ struct Finish {
           channel(job.column + 4 * (thread % Shape::kQuads)),
           first(thread / Shape::kQuads) {
         if constexpr (kGram) {
-            float factor = a.x[0].read == Read::join_c ? 0.5f : 1;
+            float factor = a.join == Read::join_c ? 0.5f : 1;
             if (a.x[0].affine_a) own.load(a.x[0].affine_a, channel, a.out_channels, factor);
             if (a.x[0].affine_b) other.load(a.x[0].affine_b, channel, a.out_channels, factor);
 #pragma unroll 4
@@ -351,7 +352,7 @@ struct Finish {
         float v[4] = {sum.x, sum.y, sum.z, sum.w}, rounded[4];
         uint2 y;
         if constexpr (kGram) {
-            Read read = a.x[0].read;
+            Read read = a.join;
             bool outer = read == Read::join_b || read == Read::join_c;
             float z[4], w[4];
             unpack4<T>(z, loads[0]), unpack4<T>(w, loads[1]);
@@ -618,7 +619,8 @@ struct Launch {
     int shared = 0;
     const char* failed;
 
-    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y)
+    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y,
+           const void* finished = nullptr)
         : op(s.gram ? "gram_tiles" : "conv_tiles"),
           shape(s),
           plan(plan),
@@ -630,12 +632,14 @@ struct Launch {
         args.x[0] = {c.read, int((s.gram ? c.out_channels : c.in_channels) / kChunk), x.affine_a, x.affine_b, x.sums};
         args.x[1] = {};
         if (s.gram) args.x[1].read = Read::masked, args.x[1].chunks = int(c.in_channels / kChunk);
+        args.join = c.read;
+        if (s.finished) args.x[0].read = args.x[1].read = Read::raw;
         args.y = static_cast<char*>(y);
         args.out_channels = int(c.out_channels);
         args.taps = c.taps;
         args.width = int(s.width), args.height = int(c.frame / s.width), args.stride = s.stride;
         args.spread = c.transposed && !s.gram && s.stride > 1;
-        args.raw = !s.gram && c.read == Read::raw;
+        args.raw = s.finished || (!s.gram && c.read == Read::raw);
         args.box_bytes = kChunk * 2;
         int64_t tiles = c.out_channels / tile.columns;
         args.column_tiles = int(tiles);
@@ -655,7 +659,7 @@ struct Launch {
         if (!failed && (plan.blocks != tiles * tile.splits || shared > kSharedLimit))
             failed = fail("%s: plan: expected conv_tiles_plan's for this shape", op);
         bool strided = s.gram || !c.transposed;
-        positions(maps.a[0], x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
+        positions(maps.a[0], finished ? finished : x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
         positions(maps.b[0], x.b, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
     }
     void positions(CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {
@@ -712,7 +716,7 @@ int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan) 
 const char* conv_tiles(const ConvTiles& t) {
     const ConvTrain& p = t.conv;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, false};
+    ConvTilesShape shape{s, t.width, t.stride, false, false};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
         return "conv_tiles: expected the loads and sums of the shape";
@@ -739,15 +743,17 @@ const char* conv_tiles(const ConvTiles& t) {
 const char* gram_tiles(const GramTiles& t) {
     const GramDgrad& p = t.gram;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, true};
+    ConvTilesShape shape{s, t.width, t.stride, true, p.finished != nullptr};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
-    if (!p.q || !p.c || p.c_parts < 1 || !p.affine || s.sums != (p.partials_a || p.partials_b))
-        return "gram_tiles: expected q, c, the affine, and the sums of the shape";
+    if (!p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
+        return "gram_tiles: expected q, c, and the sums of the shape";
+    if (shape.finished ? p.y || p.affine || p.dtype != DType::bf16 : !p.y || !p.affine)
+        return "gram_tiles: expected y and the affine or, of bfloat16, what X reads";
     if (p.q_scale && p.dtype != DType::fp16) return "gram_tiles: expected a q_scale of float16 alone";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
         return "gram_tiles: expected sums of tensors that the read normalises";
     if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_tiles: expected an activation for x";
-    Launch launch(shape, t.plan, p.dtype, p.x, p.da);
+    Launch launch(shape, t.plan, p.dtype, p.x, p.da, p.finished);
     launch.positions(launch.maps.a[1], p.g, launch.grid.near, s.in_channels);
     launch.positions(launch.maps.b[1], p.y, launch.grid.near, s.in_channels);
     launch.weights(launch.maps.w[0], p.q, s.out_channels, s.out_channels);

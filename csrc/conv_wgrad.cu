@@ -18,8 +18,8 @@
 // Its centre, if there is one, is taken off what the read has rounded: sums of products of values far from zero lose in
 // float32 what the values vary by.
 //
-// What G reads can be stored on the way, for a product that would otherwise read it anew for each tile of its columns.
-// The blocks that have the same positions and rows of dW share out the chunks of 64 channels.
+// What G and X read can be stored on the way, for a product that would otherwise read it anew for each tile of its
+// columns. The blocks that have the same positions and rows, or columns, of dW share out the chunks of 64 channels.
 #include <algorithm>
 #include <iterator>
 
@@ -65,14 +65,15 @@ struct WgradArgs {
     Reader g, x;
     const float* centre;  // [C]
     float* partials;      // [splits, Co * taps * Ci + totals * Co]
-    char* finished;       // [positions, Co] what G reads; or nullptr
+    char* finished_g;     // [positions, Co] what G reads; or nullptr
+    char* finished_x;     // [positions, Ci]
     int in_channels, out_channels, taps;
     bool totals, same;
     int width, height;          // of the positions
     int box_width, box_height;  // powers of two
     int w_boxes, h_boxes;
-    int boxes, turns;         // in all and, at most, of a block
-    int column_tiles, tiles;  // of dW
+    int boxes, turns;                    // in all and, at most, of a block
+    int row_tiles, column_tiles, tiles;  // of dW
     int stages, stage_bytes;
 };
 
@@ -80,14 +81,15 @@ struct WgradArgs {
 template <typename Shape>
 struct Job {
     int cout, channel;  // the first of its rows and of its columns
-    int column;         // of the tiles with these rows, which one
+    int row, column;    // of the tiles of dW, which one
     int split, first, count;
     bool aliased;  // X is part of G
     bool leads;    // of the tiles with these rows, it stores their totals
 
     __device__ __forceinline__ explicit Job(const WgradArgs& a) {
         split = blockIdx.x / a.tiles;
-        int tile = blockIdx.x - split * a.tiles, row = tile / a.column_tiles;
+        int tile = blockIdx.x - split * a.tiles;
+        row = tile / a.column_tiles;
         column = tile - row * a.column_tiles;
         cout = row * Shape::kRows * kChunk;
         channel = column * (a.taps == 1 ? Shape::kColumns : 1) * kChunk;
@@ -258,7 +260,7 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     return v;
 }
 
-// Where a lane's rows of what G reads are stored, too: the first of them, the bytes to the next, how many there are.
+// Where 16 rows of what an operand reads are stored, too: the first, its bytes, and how many there are.
 struct Finished {
     char* to = nullptr;
     int64_t pitch = 0;
@@ -286,8 +288,9 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& 
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
             uint2 packed{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
                          pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
-            if (begin + k < finished.rows)
-                *reinterpret_cast<uint2*>(finished.to + (begin + k) * finished.pitch) = packed;
+            int row = lane / 16 + 2 * (begin + k);
+            if (row < finished.rows)
+                *reinterpret_cast<uint2*>(finished.to + row * finished.pitch + lane % 16 * 8) = packed;
             if (kCentred) packed = {subtract<T>(packed.x, centre.x), subtract<T>(packed.y, centre.y)};
             store_shared(a + piece(lane, begin + k), packed);
         }
@@ -329,9 +332,13 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
         for (int k = 0; k < 4; ++k)
             v[k] = load_shared(a + 16 * lane + 512 * k), w[k] = load_shared(b + 16 * lane + 512 * k);
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-            store_shared(a + 16 * lane + 512 * k, uint4{masked<T>(v[k].x, w[k].x), masked<T>(v[k].y, w[k].y),
-                                                        masked<T>(v[k].z, w[k].z), masked<T>(v[k].w, w[k].w)});
+        for (int k = 0; k < 4; ++k) {
+            uint4 g{masked<T>(v[k].x, w[k].x), masked<T>(v[k].y, w[k].y), masked<T>(v[k].z, w[k].z),
+                    masked<T>(v[k].w, w[k].w)};
+            store_shared(a + 16 * lane + 512 * k, g);
+            int row = lane / 8 + 4 * k, piece = lane % 8 ^ row % 8;
+            if (row < finished.rows) *reinterpret_cast<uint4*>(finished.to + row * finished.pitch + 16 * piece) = g;
+        }
         return;
     }
     if (read == Read::bn_bwd || read == Read::bn_bwd_open) {
@@ -374,12 +381,13 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
             Finished finished;
-            if (a.finished && of_g && box % a.column_tiles == job.column) {  // the rows of a box lie together
-                int first = at.w + row + lane / 16, channel = job.cout + box * kChunk + lane % 16 * 4;
-                int64_t position = (int64_t(at.f) * a.height + h) * a.width + first;
-                finished.pitch = 4 * int64_t(a.out_channels);
-                finished.to = a.finished + 2 * (position * a.out_channels + channel);
-                finished.rows = (a.width - first + 1) / 2;
+            char* to = of_g ? a.finished_g : a.finished_x;
+            if (to && (of_g ? box % a.column_tiles == job.column : column % a.row_tiles == job.row)) {
+                int first = at.w + row, channel = of_g ? job.cout + box * kChunk : job.channel + column * kChunk;
+                int64_t position = (int64_t(at.f) * a.height + at.h) * a.width + first;  // rows of a box lie together
+                finished.pitch = 2 * int64_t(of_g ? a.out_channels : a.in_channels);
+                finished.to = to + position * finished.pitch + 2 * channel;
+                finished.rows = a.width - first;
             }
             finish<T>(read, a.centre != nullptr, target,
                       shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128, finished,
@@ -677,8 +685,9 @@ const char* conv_wgrad(const ConvWgrad& p) {
         return "conv_wgrad: same: expected one operand, 1x1x1";
     if (p.centre && (!s.same || !(s.g_read == Read::bn_relu || joins(s.g_read))))
         return "conv_wgrad: centre: expected one operand, read bn_relu or as a join";
-    if (p.finished && (s.g_read == Read::raw || s.g_read == Read::masked || s.stride > 1))
-        return "conv_wgrad: finished: expected a read of G that normalises, and stride 1";
+    if ((p.finished_g && (s.g_read == Read::raw || s.stride > 1)) ||
+        (p.finished_x && (s.x_read == Read::raw || s.same || s.taps != 1 || s.stride > 1)))
+        return "conv_wgrad: finished: expected a read that is not raw, and stride 1; of X, 1x1x1 and another G";
     WgradPlan plan;
     if (const char* error = wgrad_plan(plan, s)) return error;
     WgradMaps maps{};
@@ -697,7 +706,8 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.x = {p.x.read, p.x.affine_a, p.x.affine_b, p.x.sums};
     args.centre = p.centre;
     args.partials = p.partials;
-    args.finished = static_cast<char*>(p.finished);
+    args.finished_g = static_cast<char*>(p.finished_g);
+    args.finished_x = static_cast<char*>(p.finished_x);
     args.in_channels = int(s.in_channels);
     args.out_channels = int(s.out_channels);
     args.taps = s.taps;
@@ -711,6 +721,7 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.h_boxes = int(ceil_divide(grid.height, plan.box_height));
     args.boxes = int(plan.boxes);
     args.turns = plan.turns;
+    args.row_tiles = plan.row_tiles;
     args.column_tiles = plan.column_tiles;
     args.tiles = plan.row_tiles * plan.column_tiles;
     args.stages = plan.stages;

@@ -144,8 +144,8 @@ struct ConvWgrad {
     const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
                           // the differences rounded to the dtype; or nullptr
     float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
-    void* finished;       // like g.a: what G reads, before the centre, if its read normalises and the stride is 1; or
-                          // nullptr
+    void* finished_g;     // like g.a: what G reads, before the centre, if that is not raw and the stride 1; or nullptr
+    void* finished_x;     // like x.a: likewise of X, if it is not G and of 1x1x1
     CUstream_st* stream;
 };
 
@@ -213,6 +213,8 @@ struct GramDgrad {
     const void* g;         // [N, T, H, W, Ci]
     const void* y;         // like g
     const float* affine;   // [3, Ci], of which row 1, scale, is read
+    const void* finished;  // like X, of gram_tiles and bfloat16: what X reads. Then w has the scale and g is masked
+                           // already: y and affine are nullptr; or nullptr
     const void* w;         // [Ci, Co]
     const void* q;         // [Co, Co]
     const float* q_scale;  // [Co]; or nullptr: 1
@@ -491,6 +493,7 @@ struct ConvTilesShape {
     int64_t width;        // W
     int stride;           // in space; without o_mask and below, if not 1 and transposed
     bool gram;
+    bool finished;  // of the identity: with a GramDgrad::finished
 };
 
 struct ConvTiles {

@@ -712,19 +712,19 @@ FINISHED = 32 << 20  # bytes that a finished operand may have: beside it the sec
 
 
 def finished(
-    g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
 ) -> Tensor | None:
-    """Room for what g reads, if `conv_wgrad` of these can leave it there and a product of it then gains; else None.
+    """Room for what o, g or x, reads, if `conv_wgrad` can leave it there and a product of it then gains; else None.
 
     Up to 128 channels `_cuda.conv_train` reads an element once or twice. Beyond, it is read for each tile of 64 to 256
     output channels.
     """
-    fits = g.read not in ("raw", "masked") and geometry.stride == (1, 1)
-    if not fits or g.channels <= 128 or g.a.numel() * g.a.element_size() > FINISHED or not cuda_allowed(x.a):
+    fits = o.read != "raw" and o.channels > 128 and o.a.numel() * o.a.element_size() <= FINISHED
+    if not fits or geometry.stride != (1, 1) or not cuda_allowed(o.a):
         return None
     if _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is not None:
         return None
-    return empty_ndhwc(g.a.shape, g.a)
+    return empty_ndhwc(o.a.shape, o.a)
 
 
 def as_finished(g: Operand, room: Tensor | None) -> Operand:
@@ -739,16 +739,17 @@ def conv_wgrad(
     totals: bool = False,
     centre: Tensor | None = None,
     room: Tensor | None = None,
+    room_x: Tensor | None = None,
 ) -> Splits:
     """dw [Co * taps * Ci], with totals followed by the sums of g over positions [Co]; split over positions.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
     centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
-    room: by `finished`, where what g reads, before the centre, is stored.
+    room, room_x: by `finished`, where what g reads, before the centre, and x is stored.
     The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
     """
     if cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None:
-        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre, room)
+        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre, room, room_x)
     else:
         part = _conv_wgrad(g, x, *geometry, totals, centre)
     kt, kh, kw = geometry.taps

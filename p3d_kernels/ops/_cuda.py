@@ -287,15 +287,16 @@ def conv_wgrad(
     stride: tuple[int, int],
     totals: bool = False,
     centre: Tensor | None = None,  # [Ci] float32, values of the dtype
-    finished: Tensor | None = None,  # like g.a
+    finished_g: Tensor | None = None,  # like g.a
+    finished_x: Tensor | None = None,  # like x.a
 ) -> Tensor:
     """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of a 1x1x1 or 3x1x1 convolution, in parts.
 
     `stride`: (time, space), (1, 1), or (1, 2) of 1x1x1; g on the grid of x is read with it too. An operand is what its
     read makes of its tensors, rounded to the dtype, once an element and block; float32 accumulation. `totals`: also sum
     g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be. `centre`: taken off
-    that one operand, the differences rounded to the dtype. `finished`, where the read of g normalises and the stride is
-    1: is given what g reads, before the centre.
+    that one operand, the differences rounded to the dtype. `finished_g`, `finished_x`, with stride 1, the latter of
+    1x1x1: are given what g and x, which is not g, read, if that is not raw; before the centre.
 
     Returns:
         float32 [R, Co * taps * Ci], or with `totals` [R, Co * Ci + Co], each row [Co, taps, Ci], then [Co], the sum
@@ -320,10 +321,11 @@ def conv_wgrad(
         out = grid
     _check_operand("x", x, tuple(x.a.shape), dtype)
     _check_operand("g", g, (n, co, *out), dtype)
-    if finished is not None:
-        if g.read in ("raw", "masked") or stride != (1, 1):
-            raise ValueError(f"finished: expected None of read {g.read}, stride {stride}")
-        _check_activation("finished", finished, tuple(g.a.shape), dtype)
+    for name, o, tensor in (("finished_g", g, finished_g), ("finished_x", x, finished_x)):
+        if tensor is not None:
+            if o.read == "raw" or stride != (1, 1) or (name == "finished_x" and (g is x or taps != (1, 1, 1))):
+                raise ValueError(f"{name}: expected None of read {o.read}, taps {taps}, stride {stride}")
+            _check_activation(name, tensor, tuple(o.a.shape), dtype)
     outputs = co * (taps[0] * ci + totals)
     if x.a.numel() == 0:
         return torch.zeros(1, outputs, device=x.a.device)
@@ -340,7 +342,7 @@ def conv_wgrad(
 
     plan = plan_for(("conv_wgrad in CUDA", sizes, dtype, x.a.device), build)
     part = alloc((plan.rows, outputs), x.a.device)
-    plan(*g.args(), *x.args(), centre, part, finished)
+    plan(*g.args(), *x.args(), centre, part, finished_g, finished_x)
     return part
 
 
@@ -499,11 +501,11 @@ def conv_train_why_not(
 def _tiles_sizes(
     x: Operand, w: Tensor, transposed: bool, stride: int, dims: Sequence[int] | None, loads: tuple, sums: bool
 ) -> tuple:
-    """(sizes, W, stride, gram) as the kernel by tiles takes them: of the larger grid, `dims` if transposed."""
+    """(sizes, W, stride, gram, finished) as the kernel by tiles takes them: of the larger grid, `dims` transposed."""
     n, ci, *size = x.a.shape
     t, h, width = dims if transposed and dims is not None else size
     sizes = n, t, h * width, ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read
-    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False
+    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False, False
 
 
 def conv_tiles_why_not(
@@ -624,10 +626,10 @@ def conv_train(
 
 def _train_kernel(native, name: str, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
     """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
-    sizes, width, stride, gram = tiles
-    if tile is None and stride == 1 and getattr(native, f"{name}_why_not")(sizes) is None:
+    sizes, width, stride, _, finished = tiles
+    if tile is None and stride == 1 and not finished and getattr(native, f"{name}_why_not")(sizes) is None:
         return getattr(native, f"{name}_partials")(sizes), None
-    plan, rows = native.conv_tiles_plan(sizes, width, stride, gram, tile or (0, 0, 0))
+    plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
     return rows, (width, stride, plan)
 
 
@@ -648,24 +650,30 @@ def gram_dgrad_why_not(x: Operand, g: Tensor) -> str | None:
     return native if isinstance(native, str) else native.gram_dgrad_why_not(_gram_dgrad_sizes(x, g, False))
 
 
-def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int) -> tuple:
-    return _gram_dgrad_sizes(x, g, sums), x.a.size(4), stride, True
+def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int, finished: bool) -> tuple:
+    return _gram_dgrad_sizes(x, g, sums), x.a.size(4), stride, True, finished
 
 
-def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1) -> str | None:
+def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1, finished: bool = False) -> str | None:
     """Why `gram_dgrad` has no kernel by tiles for these, or None."""
+    if finished and g.dtype != torch.bfloat16:
+        return f"gram_tiles: finished of {g.dtype} (expected bfloat16)"
     if g.dtype not in _DTYPES:
         return f"gram_tiles: dtype {g.dtype} (expected bfloat16 or float16)"
     if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
         return f"gram_tiles: read {x.read} (expected an activation)"
     native = _backends.native()
-    return native if isinstance(native, str) else native.conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride))
+    return (
+        native
+        if isinstance(native, str)
+        else native.conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride, finished))
+    )
 
 
 def gram_dgrad(
     g: Tensor,  # [N, Co, T, H, W]
-    y: Tensor,  # like g
-    record: Tensor,  # [3, Co] or more rows
+    y: Tensor | None,  # like g
+    record: Tensor | None,  # [3, Co] or more rows
     w: Tensor,  # [Co, M]
     x: Operand,  # [N, M, T, H, W], with a stride on the larger grid
     q: Tensor,  # [M, M]
@@ -675,12 +683,14 @@ def gram_dgrad(
     sums_b: bool = False,
     stride: int = 1,
     tile: tuple[int, int, int] | None = None,
+    finished: Tensor | None = None,  # like x
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
 
     v = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
     join da is what its outer ReLU passes of v, times 0.5 in join_c. With a stride in space all of x is read at every
     stride-th row and column. q_scale is of float16 alone. Two kernels, as of `conv_train`; float32 accumulation.
+    `finished`, with bfloat16: what x reads, and then g is masked already and W has the scale; y and record are None.
 
     Returns:
         da [N, M, *grid of g] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
@@ -696,9 +706,13 @@ def gram_dgrad(
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
-    for name, tensor in (("g", g), ("y", y)):
-        _check_activation(name, tensor, (n, co, *dims), dtype)
-    _check_rows("record", record, 3, co)
+    if len({finished is None, y is not None, record is not None}) > 1 or (finished is not None and q_scale is not None):
+        raise ValueError("finished: expected None with y, record or q_scale, or a tensor without them")
+    for name, tensor, shape in (("g", g, (n, co, *dims)), ("y", y, (n, co, *dims)), ("finished", finished, x.a.shape)):
+        if tensor is not None:
+            _check_activation(name, tensor, tuple(shape), dtype)
+    if record is not None:
+        _check_rows("record", record, 3, co)
     _check_matrix("w", w, (co, m), dtype)
     _check_matrix("q", q, (m, m), dtype)
     _check_rows("c", c, 1, m)
@@ -710,7 +724,7 @@ def gram_dgrad(
     da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
         return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
-    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride)
+    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride, finished is not None)
 
     def build() -> NativePlan:
         native = _backends.native()
@@ -725,7 +739,7 @@ def gram_dgrad(
 
     plan = plan_for(("gram_dgrad in CUDA", tiles, tile, c.size(0), dtype, device), build)
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
-    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
+    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts, finished)
     return da, parts
 
 

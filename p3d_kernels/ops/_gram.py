@@ -16,7 +16,8 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
     da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T mean_a - W^T (s sum_g / P)
 
 so da is one kernel with two products. Q is rounded to the dtype, and c is of the rounded Q: over all positions da then
-sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out.
+sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out. Where
+the pass for M leaves g and a, da is of these and of s W, rounded, of which then c is, too.
 
 Sums of products in float32 lose what a varies by where that is small beside a, so they are formed about a centre: the
 mean of some positions, in steps of a power of two near the deviation. Of so few bits, a - centre is exact in the dtype
@@ -287,7 +288,8 @@ def gram_operands_kernel(
     sums,  # [4, CO] rows (s q, most of |W|, dweight, dbias)
     dw_ptr,  # [CO, CI] float32
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
-    wg_ptr,  # [programs, CI]: W^T (s sum_g / P) in parts, with qw
+    wg_ptr,  # [programs, CI]: (s W)^T (sum_g / P) in parts, with qw
+    sw_ptr,  # [CO, CI]: s W, with qw; or None: c is of s W as it is
     P,
     splits,
     CI: tl.constexpr,
@@ -330,7 +332,12 @@ def gram_operands_kernel(
         dw -= sq[:, None] * tl.load(wc_ptr + offsets, mask=mask, other=0.0)
     tl.store(dw_ptr + offsets, dw, mask=mask)
     if qw_ptr is not None:
-        tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(w * (scale * g / P)[:, None], 0), mask=k < CI)
+        sw = w * scale[:, None]
+        if sw_ptr is not None:
+            rounded = sw.to(sw_ptr.dtype.element_ty)
+            tl.store(sw_ptr + offsets, rounded, mask=mask)
+            sw = rounded.to(tl.float32)
+        tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(sw * (g / P)[:, None], 0), mask=k < CI)
         store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
 
@@ -427,7 +434,7 @@ def gram(
 
 def gram_room(x: Operand) -> Tensor | None:
     """`finished` of `gram`."""
-    return finished(x, x, pointwise(), True, x.centre)
+    return finished(x, x, x, pointwise(), True, x.centre)
 
 
 def _precision(x: Tensor) -> str:
@@ -496,31 +503,48 @@ def gram_bwd(
     """
     n, co, *out = dy.shape
     ci = x.channels
-    part = conv_wgrad(Operand("masked", dy, y), x, pointwise(stride), totals=True).part  # of M and sum g
+    g = Operand("masked", dy, y)
+    left = _left(g, x, stride) if norm.training and needs_x else (None, None)
+    rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
+    part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0)
+    key = "gram_bwd", *key, part.size(0), left[0] is None
     operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, x, stride, part.size(0)))
-    wc = mean_a = qw = wg = q = q_scale = c = None
+    wc = mean_a = qw = wg = sw = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
         if needs_x:
             qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.rows, ci), dy.device)
             q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
             c = alloc((products.rows, ci), dy.device)
-    operands(part, wc, mean_a, w, record, sums, dw, qw, wg)
+            sw = None if left[0] is None else alloc((co, ci), dy.device, dy.dtype)
+    operands(part, wc, mean_a, w, record, sums, dw, qw, wg, sw)
     if not needs_x:
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
+    sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
+    if sw is not None:
+        g, a = left
+        return *_cuda.gram_dgrad(g, None, None, sw, x, q, None, c, *sums_of, stride, finished=a), dw, sums
     if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         scale = q_scale if dy.dtype == torch.float16 else None
-        sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
     return da, parts, dw, sums
+
+
+def _left(g: Operand, x: Operand, stride: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where what g and x read lies, or the pass for M leaves it, if da is then made of that; else two None."""
+    if not cuda_allowed(g.a) or _cuda.gram_dgrad_why_not(x, g.a) is None:  # which reads an element once or twice
+        return None, None
+    if _cuda.gram_tiles_why_not(x, g.a, stride, finished=True) is not None:
+        return None, None
+    left = tuple([o.a if o.read == "raw" else finished(o, g, x, pointwise(stride), True) for o in (g, x)])
+    return (None, None) if any(o is None for o in left) else left
 
 
 def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:

@@ -82,7 +82,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
     dw_r = None
     if needs_w[0]:
-        room = finished(dz_r, source, stride) if needs_x else None
+        room = finished(dz_r, dz_r, source, stride) if needs_x else None
         dw_r = conv_wgrad(dz_r, source, stride, room=room)
         dz_r = as_finished(dz_r, room)
     dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]

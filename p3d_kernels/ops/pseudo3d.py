@@ -227,7 +227,7 @@ def st_bwd(
         dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
         if needs_w[1]:
             source = x if config.kind == "B" else a_s
-            room = finished(dz_t, source, temporal())
+            room = finished(dz_t, dz_t, source, temporal())
             dws[1] = conv_wgrad(dz_t, source, temporal(), room=room)
             dz_t = as_finished(dz_t, room)
         if config.kind == "B":
