@@ -77,7 +77,15 @@ p3d::ConvTrainShape conv_train_shape(const ConvTrainSizes& sizes) {
     return {clips, time, frame, ci, co, taps, transposed, read(x_read), loads, sums};
 }
 
-// (W, stride in space, plan) of conv_tiles and gram_tiles, which take the place of conv_train and gram_dgrad
+// (positions, M, Co, read, whether there is y)
+using GramBwdSizes = std::tuple<int64_t, int64_t, int64_t, std::string, bool>;
+
+p3d::GramBwdShape gram_bwd_shape(const GramBwdSizes& sizes) {
+    const auto& [positions, m, co, x_read, masked] = sizes;
+    return {positions, m, co, read(x_read), masked};
+}
+
+// (W, stride in space, plan) of conv_tiles, which takes the place of conv_train
 using ConvTiles = std::optional<std::tuple<int64_t, int, ConvInferPlan>>;
 
 p3d::ConvInferPlan conv_plan(const ConvInferPlan& plan) {
@@ -448,11 +456,71 @@ PYBIND11_MODULE(_C, module) {
         py::arg("stream"), py::arg("tiles") = ConvTiles{});
 
     m.def(
-        "gram_dgrad",
+        "gram_bwd",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
+           uintptr_t affine, uintptr_t w, uintptr_t v, uintptr_t scales, uintptr_t partials, const GramBwdSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramBwd p{};
+            p.shape = gram_bwd_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, 0);
+            p.g = pointer<const void>(g);
+            p.y = pointer<const void>(y);
+            p.affine = pointer<const float>(affine);
+            p.w = pointer<const void>(w);
+            p.v = pointer<void>(v);
+            p.scales = pointer<float>(scales);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_bwd(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
+        py::arg("affine"), py::arg("w"), py::arg("v"), py::arg("scales"), py::arg("partials"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "gram_bwd_why_not",
+        [](const GramBwdSizes& sizes) {
+            const char* why = p3d::gram_bwd_why_not(gram_bwd_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "gram_bwd_partials", [](const GramBwdSizes& sizes) { return p3d::gram_bwd_partials(gram_bwd_shape(sizes)); },
+        py::arg("sizes"));
+
+    m.def(
+        "gram_add",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t v, uintptr_t scales,
+           uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da, uintptr_t partials_a, uintptr_t partials_b,
+           int c_parts, const ConvTrainSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramAdd p{};
+            p.shape = conv_train_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, 0);
+            p.v = pointer<const void>(v);
+            p.scales = pointer<const float>(scales);
+            p.q = pointer<const void>(q);
+            p.q_scale = pointer<const float>(q_scale);
+            p.c = pointer<const float>(c);
+            p.c_parts = c_parts;
+            p.da = pointer<void>(da);
+            p.partials_a = pointer<float>(partials_a);
+            p.partials_b = pointer<float>(partials_b);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_add(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("v"), py::arg("scales"),
+        py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"), py::arg("partials_a"), py::arg("partials_b"),
+        py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "gram_tiles",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
            uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
            uintptr_t partials_a, uintptr_t partials_b, uintptr_t finished, int c_parts, const ConvTrainSizes& sizes,
-           const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
+           const std::string& dtype_name, uintptr_t stream, int64_t width, int stride, const ConvInferPlan& plan) {
             p3d::GramDgrad p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -470,30 +538,25 @@ PYBIND11_MODULE(_C, module) {
             p.partials_a = pointer<float>(partials_a);
             p.partials_b = pointer<float>(partials_b);
             p.stream = pointer<CUstream_st>(stream);
-            if (!tiles) return check(p3d::gram_dgrad(p));
-            const auto& [width, stride, plan] = *tiles;
             check(p3d::gram_tiles({p, width, stride, conv_plan(plan)}));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
         py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
         py::arg("partials_a"), py::arg("partials_b"), py::arg("finished"), py::arg("c_parts"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("stream"), py::arg("tiles") = ConvTiles{});
+        py::arg("dtype"), py::arg("stream"), py::arg("width"), py::arg("stride"), py::arg("plan"));
 
-    auto train_shape = [&](const char* why_not_name, const char* (*why_not)(const p3d::ConvTrainShape&),
-                           const char* partials_name, int (*partials)(const p3d::ConvTrainShape&)) {
-        m.def(
-            why_not_name,
-            [why_not](const ConvTrainSizes& sizes) {
-                const char* why = why_not(conv_train_shape(sizes));
-                return why ? std::optional<std::string>(why) : std::nullopt;
-            },
-            py::arg("sizes"));
-        m.def(
-            partials_name, [partials](const ConvTrainSizes& sizes) { return partials(conv_train_shape(sizes)); },
-            py::arg("sizes"));
-    };
-    train_shape("conv_train_why_not", p3d::conv_train_why_not, "conv_train_partials", p3d::conv_train_partials);
-    train_shape("gram_dgrad_why_not", p3d::gram_dgrad_why_not, "gram_dgrad_partials", p3d::gram_dgrad_partials);
+    m.def(
+        "conv_train_why_not",
+        [](const ConvTrainSizes& sizes) {
+            const char* why = p3d::conv_train_why_not(conv_train_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "conv_train_partials",
+        [](const ConvTrainSizes& sizes) { return p3d::conv_train_partials(conv_train_shape(sizes)); },
+        py::arg("sizes"));
 
     m.def(
         "conv_tiles_why_not",

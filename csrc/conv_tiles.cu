@@ -187,8 +187,7 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
 #pragma unroll
             for (int k = 0; k < 4; ++k) load_fragment(b[k], box ^ (32 * k));
         }
-        apply<T>(x.read, own, b,
-                 Constants(constants + (second ? constants_before(a.x, 1) : 0), x.chunks * kChunk, chunk));
+        apply<T>(x.read, own, b, Constants(constants + (second ? constants_of(a.x[0]) : 0), x.chunks * kChunk, chunk));
         pin(own);
         wgmma_fence();
 #pragma unroll
@@ -540,7 +539,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
 
     int thread = threadIdx.x, rows = Shape::kRows / a.splits, begin = job.rank * rows;
     prepare_source(base + a.constants, a.x[0], thread, Shape::kConsumers);
-    if (kGram) prepare_source(base + a.constants + constants_before(a.x, 1), a.x[1], thread, Shape::kConsumers);
+    if (kGram) prepare_source(base + a.constants + constants_of(a.x[0]), a.x[1], thread, Shape::kConsumers);
     if (thread < Shape::kRows) {
         int4 row = row_of(a, job, thread);
         store_shared(base + a.rows + 16 * thread,
@@ -631,9 +630,9 @@ struct Launch {
         const ConvInferTile& tile = plan.tile;
         args.x[0] = {c.read, int((s.gram ? c.out_channels : c.in_channels) / kChunk), x.affine_a, x.affine_b, x.sums};
         args.x[1] = {};
-        if (s.gram) args.x[1].read = Read::masked, args.x[1].chunks = int(c.in_channels / kChunk);
+        if (s.gram) args.x[1].chunks = int(c.in_channels / kChunk);
         args.join = c.read;
-        if (s.finished) args.x[0].read = args.x[1].read = Read::raw;
+        if (s.finished) args.x[0].read = Read::raw;
         args.y = static_cast<char*>(y);
         args.out_channels = int(c.out_channels);
         args.taps = c.taps;
@@ -747,8 +746,8 @@ const char* gram_tiles(const GramTiles& t) {
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (!p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
         return "gram_tiles: expected q, c, and the sums of the shape";
-    if (shape.finished ? p.y || p.affine || p.dtype != DType::bf16 : !p.y || !p.affine)
-        return "gram_tiles: expected y and the affine or, of bfloat16, what X reads";
+    if (shape.finished ? p.y || p.affine || p.dtype != DType::bf16 : !p.affine)
+        return "gram_tiles: expected the affine or, of bfloat16 and without y, what X reads";
     if (p.q_scale && p.dtype != DType::fp16) return "gram_tiles: expected a q_scale of float16 alone";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
         return "gram_tiles: expected sums of tensors that the read normalises";
@@ -759,6 +758,7 @@ const char* gram_tiles(const GramTiles& t) {
     launch.weights(launch.maps.w[0], p.q, s.out_channels, s.out_channels);
     launch.weights(launch.maps.w[1], p.w, s.in_channels, s.out_channels);
     TilesArgs& args = launch.args;
+    args.x[1].read = p.finished ? Read::raw : p.y ? Read::masked : Read::scaled;
     args.x[1].affine_b = p.affine;
     args.c = p.c, args.c_parts = p.c_parts;
     args.column_scale = p.q_scale;

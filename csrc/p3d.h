@@ -115,6 +115,7 @@ enum class Read : int {
     masked = 5,       // a where not b <= 0, else 0
     bn_bwd = 6,       // scale_b * ([u_b > 0] a - c0 - (b - mean_b) * c1)
     bn_bwd_open = 7,  // scale_b * (a - c0 - (b - mean_b) * c1)
+    scaled = 8,       // scale_b * a; of `gram_tiles` alone
 };
 
 struct WgradOperand {  // what its read does not name is nullptr
@@ -198,20 +199,77 @@ const char* conv_train(const ConvTrain& p);
 const char* conv_train_why_not(const ConvTrainShape& shape);
 int conv_train_partials(const ConvTrainShape& shape);
 
-// The gradient da of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), with g the
-// gradient of y where y is not <= 0, else 0, and scale_g g rounded to the dtype:
+// The gradient of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), w of 1x1x1, X
+// raw, bn_relu or a join. Let g be the gradient of y where y is not <= 0, else 0; without `y` that of y is masked
+// already.
 //
-//     v[p,m] = sum over co of scale[co] g[p,co] w[co,m] + q_scale[m] sum over k of X[p,k] q[k,m] + c[m]
+// gram_bwd is the pass over g, for 64 or 128 channels of X and 256 or 512 of g:
 //
-// and, X being a join, what its outer ReLU passes of that: join_b: v where relu(u_a) + u_b is not <= 0; join_c: v / 2
-// there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = v where u_a is not <= 0, and for z = b, t = v or,
-// of join_port, v where u_b is not <= 0. The shape is that of a gradient: Ci of g, Co of X, no loads.
-struct GramDgrad {
-    ConvTrainShape shape;
+//     M[co,m] = sum over p of g[p,co] * X[p,m], and sum over p of g[p,co], of each of R parts of the positions
+//     v[p,m] = sum over co of g[p,co] * (scale[co] w[co,m]), the factor rounded, of each 256 couts
+//
+// v is kept as float16 with a power of two for each 16 positions and 64 channels: rounded to bfloat16 it would make da
+// a fifth less exact.
+//
+// gram_add makes da of what is known once these are summed; gram_tiles does without v, for any channels in multiples of
+// 64, X read at every stride-th row and column, scale g rounded:
+//
+//     u[p,m] = sum over parts of v[p,m]       + q_scale[m] sum over k of X[p,k] q[k,m] + c[m]      gram_add
+//     u[p,m] = sum over co of (scale[co] g[p,co]) w[co,m]             + the same                   gram_tiles
+//
+// da, X being a join, is what its outer ReLU passes of u: join_b: u where relu(u_a) + u_b is not <= 0; join_c: u / 2
+// there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = da where u_a is not <= 0, and for z = b, t = da
+// or, of join_port, da where u_b is not <= 0.
+struct GramBwdShape {
+    int64_t positions, channels, out_channels;  // P, M of X, Co of g
+    Read read;                                  // of X
+    bool masked;                                // whether there is y
+};
+
+struct GramBwd {
+    GramBwdShape shape;
+    DType dtype;          // of the tensors; sums are float32
+    WgradOperand x;       // [P, M]
+    const void* g;        // [P, Co]  16-byte aligned, as all pointers are
+    const void* y;        // like g; or nullptr
+    const float* affine;  // [3, Co], of which row 1, scale, is read
+    const void* w;        // [Co, M]
+    void* v;              // [Co / 256, P, M] float16
+    float* scales;        // [Co / 256, ceil(P / 64), M / 64, 4]: v times these, for each 16 of 64 positions
+    float* partials;      // [R, Co * M + Co], R = gram_bwd_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* gram_bwd(const GramBwd& p);
+
+// Why gram_bwd cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* gram_bwd_why_not(const GramBwdShape& shape);
+int gram_bwd_partials(const GramBwdShape& shape);
+
+struct GramAdd {
+    ConvTrainShape shape;  // transposed, M to M channels of 1x1x1, as many loads as v has parts
     DType dtype;
-    WgradOperand x;        // raw, bn_relu or a join, [N, T, H, W, Co]
+    WgradOperand x;        // [N, T, H, W, M]
+    const void* v;         // [parts, N, T, H, W, M] float16
+    const float* scales;   // as in GramBwd
+    const void* q;         // [M, M]
+    const float* q_scale;  // [M]; or nullptr: 1
+    const float* c;        // [c_parts, M], to be added up
+    int c_parts;
+    void* da;           // like X
+    float* partials_a;  // [R, 2, M], R = conv_train_partials(shape); or nullptr
+    float* partials_b;
+    CUstream_st* stream;
+};
+
+const char* gram_add(const GramAdd& p);
+
+struct GramDgrad {
+    ConvTrainShape shape;  // that of a gradient of 1x1x1: Ci of g, Co of X; no loads
+    DType dtype;
+    WgradOperand x;        // [N, T, H, W, Co]
     const void* g;         // [N, T, H, W, Ci]
-    const void* y;         // like g
+    const void* y;         // like g; or nullptr
     const float* affine;   // [3, Ci], of which row 1, scale, is read
     const void* finished;  // like X, of gram_tiles and bfloat16: what X reads. Then w has the scale and g is masked
                            // already: y and affine are nullptr; or nullptr
@@ -221,14 +279,10 @@ struct GramDgrad {
     const float* c;        // [c_parts, Co], to be added up
     int c_parts;
     void* da;           // like X
-    float* partials_a;  // [R, 2, Co], R = gram_dgrad_partials(shape); or nullptr
+    float* partials_a;  // [R, 2, Co], R = conv_tiles_partials(shape); or nullptr
     float* partials_b;
     CUstream_st* stream;
 };
-
-const char* gram_dgrad(const GramDgrad& p);
-const char* gram_dgrad_why_not(const ConvTrainShape& shape);
-int gram_dgrad_partials(const ConvTrainShape& shape);
 
 // The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
 // torch.nn.BatchNorm3d has it.
@@ -484,8 +538,8 @@ struct PointDgrad {
 const char* point_dgrad(const PointDgrad& p);
 const char* point_dgrad_plan(ConvInferPlan& plan, const PointDgradShape& shape, const ConvInferTile& wish);
 
-// ConvTrain and GramDgrad of any channels in multiples of 64, by another kernel, and of 1x1x1 with a stride in space: H
-// and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
+// ConvTrain of any channels in multiples of 64, by another kernel, and GramDgrad; of 1x1x1 with a stride in space, too:
+// H and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
 // reads X, the identity the operand X, at every stride-th row and column; the gradient has its sum, and o, which lies
 // on the smaller grid, at those of y, and y is zero elsewhere.
 struct ConvTilesShape {

@@ -5,19 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import operand, record, value
+from operands import normalised, operand, record, value
 from p3d_kernels import Norm
 from p3d_kernels.ops import _conv, _cuda, _gram
 from p3d_kernels.ops._triton import Operand
 from test_cuda_conv_train import (
-    ACTIVATIONS,
     DTYPES,
     READS,
     _check_statistics,
     _check_sums,
     _expected,
-    _gram_arguments,
-    _gram_expected,
     _like,
     _weight,
     _x,
@@ -30,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("hopper")
 # has multiprocessors.
 SIZES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 1, 9, 5), (5, 2, 10, 10), (32, 1, 5, 5), (17, 8, 11, 13)]
 CHANNELS = [(64, 64), (256, 256), (512, 192), (192, 640)]  # Ci, Co
+ACTIVATIONS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
 TILES = [(rows, columns, splits) for rows, columns in ((64, 64), (64, 128), (128, 128)) for splits in (1, 2, 4, 8)]
 
 
@@ -184,10 +182,32 @@ def test_a_nan_stays_where_it_is(tile):
             assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()
 
 
+def _gram_arguments(read, size, m, co, dtype, kind=None):
+    x, g, y = _x(read, size, m, dtype), _like(size, co, dtype), _like(size, co, dtype)
+    w = (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
+    q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
+    scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None
+    return g, y, record(co), w, x, q, scale, c, kind is not None and kind != "C", kind is not None and x.b is not None
+
+
+def _gram_expected(g, y, rows, w, x, q, q_scale, c, *_):
+    scaled = (torch.where(y <= 0, 0, g).float() * rows[1].view(1, -1, 1, 1, 1)).to(g.dtype).double()
+    v = torch.einsum("ncthw,cm->nmthw", value(x), q.double())
+    if q_scale is not None:
+        v = v * q_scale.double().view(1, -1, 1, 1, 1)
+    v = v + torch.einsum("ncthw,cm->nmthw", scaled, w.double()) + c.double().sum(0).view(1, -1, 1, 1, 1)
+    if x.read in ("join_b", "join_c"):
+        u_a, u_b = normalised(x.a, x.record_a).float(), normalised(x.b, x.record_b).float()
+        v = torch.where(torch.relu(u_a) + u_b <= 0, 0, v)
+    return 0.5 * v if x.read == "join_c" else v
+
+
 def _judge_gram(*arguments, stride=1, tile=(0, 0, 0)):
     g, y, rows, w, x, *rest = arguments
     g, y = (z[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last_3d) for z in (g, y))
     da, (part_a, part_b) = _cuda.gram_dgrad(g, y, rows, w, x, *rest, stride=stride, tile=tile)
+    masked, _ = _cuda.gram_dgrad(torch.where(y <= 0, 0, g), None, rows, w, x, *rest, stride=stride, tile=tile)
+    assert torch.equal(masked, da)
     x = _thin(x, stride)
     check(da, _gram_expected(g, y, rows, w, x, *rest), x.a.dtype)
     assert (part_a is not None, part_b is not None) == arguments[-2:]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backends, reference
 from .._norm import Norm
-from ._tape import NativePlan, alloc, plan_for
+from ._tape import NativePlan, alloc, cdiv, plan_for
 from ._triton import Operand
 from .max_pool import out_sizes
 
@@ -612,7 +612,7 @@ def conv_train(
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(device):
-            rows, by_tiles = _train_kernel(native, "conv_train", tiles, tile)
+            rows, by_tiles = _train_kernel(native, tiles, tile)
         rest = tiles[0], relu, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream, by_tiles))
         plan.rows = rows
@@ -624,50 +624,170 @@ def conv_train(
     return y, part
 
 
-def _train_kernel(native, name: str, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
+def _train_kernel(native, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
     """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
-    sizes, width, stride, _, finished = tiles
-    if tile is None and stride == 1 and not finished and getattr(native, f"{name}_why_not")(sizes) is None:
-        return getattr(native, f"{name}_partials")(sizes), None
+    sizes, width, stride, _, _ = tiles
+    if tile is None and stride == 1 and native.conv_train_why_not(sizes) is None:
+        return native.conv_train_partials(sizes), None
     plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
     return rows, (width, stride, plan)
 
 
-def _gram_dgrad_sizes(x: Operand, g: Tensor, sums: bool) -> tuple:
+def _gram_sizes(x: Operand, ci: int, loads: int, sums: bool) -> tuple:
+    """Those of the gradient of a convolution of x to the `ci` channels of g."""
     n, m, t, *size = x.a.shape
-    return n, t, size[0] * size[1], g.size(1), m, 1, True, x.read, 0, sums
+    return n, t, size[0] * size[1], ci, m, 1, True, x.read, loads, sums
 
 
-def gram_dgrad_why_not(x: Operand, g: Tensor) -> str | None:
-    """Why `gram_dgrad` cannot run these, or None."""
-    if g.dtype not in _DTYPES:
-        return f"gram_dgrad: dtype {g.dtype} (expected bfloat16 or float16)"
+def _gram_operand_why_not(name: str, x: Operand) -> str | None:
+    if x.a.dtype not in _DTYPES:
+        return f"{name}: dtype {x.a.dtype} (expected bfloat16 or float16)"
     if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
-        return f"gram_dgrad: read {x.read} (expected an activation)"
-    if g.shape[2:] != x.a.shape[2:]:
-        return "gram_dgrad: a stride (expected 1)"
+        return f"{name}: read {x.read} (expected an activation)"
     native = _backends.native()
-    return native if isinstance(native, str) else native.gram_dgrad_why_not(_gram_dgrad_sizes(x, g, False))
+    return native if isinstance(native, str) else None
+
+
+def _gram_bwd_sizes(x: Operand, g: Tensor, y: Tensor | None) -> tuple:
+    co = g.size(1)
+    return g.numel() // co, x.channels, co, x.read, y is not None
+
+
+def gram_bwd_why_not(x: Operand, g: Tensor, y: Tensor | None) -> str | None:
+    """Why `gram_bwd`, or `gram_add` after it, cannot run these, or None."""
+    if g.shape[2:] != x.a.shape[2:]:
+        return "gram_bwd: a stride (expected 1)"
+    if why := _gram_operand_why_not("gram_bwd", x):
+        return why
+    native = _backends.native()
+    why = native.gram_bwd_why_not(_gram_bwd_sizes(x, g, y))
+    return why or native.conv_train_why_not(_gram_sizes(x, x.channels, g.size(1) // GRAM_COUTS, False))
+
+
+GRAM_COUTS = 256  # of g, of which `gram_bwd` makes one v
+
+
+def gram_bwd(
+    g: Tensor,  # [N, Co, T, H, W]
+    y: Tensor | None,  # like g
+    record: Tensor,  # [3, Co] or more rows
+    w: Tensor,  # [Co, M]
+    x: Operand,  # [N, M, T, H, W]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, scales, part): the Gram identity's pass over the wide gradient, ops/_gram.py; M is 64 or 128, Co 256 or 512.
+
+    With g counted where not y <= 0 (everywhere without y) and a what x reads, part has M = g^T a and the sums of g, and
+    v is g (scale w), scale of `record`, the factor rounded; float32 accumulation.
+
+    Returns:
+        v float16 [Co / 256 parts to be added up, N, M, T, H, W], each channels_last_3d, which is to be multiplied with
+        scales, float32 [parts, ceil(P / 64), M / 64, 4], powers of two for each 16 of 64 positions; and float32
+        [R, Co * M + Co], to be summed. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `gram_bwd_why_not` says), or CUDA failed.
+    """
+    (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    for name, tensor in (("g", g), ("y", y)):
+        if tensor is not None:
+            _check_activation(name, tensor, (n, co, *dims), dtype)
+    _check_rows("record", record, 3, co)
+    _check_matrix("w", w, (co, m), dtype)
+    sizes = _gram_bwd_sizes(x, g, y)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.gram_bwd_partials(sizes)
+        return plan
+
+    v = alloc((max(1, co // GRAM_COUTS), n, *dims, m), device, torch.float16)
+    scales = alloc((v.size(0), cdiv(sizes[0], 64), m // 64, 4), device)
+    if g.numel() == 0:
+        return v.movedim(-1, 2), scales, torch.zeros(1, co * m + co, device=device)
+    plan = plan_for(("gram_bwd", sizes, dtype, device), build)
+    part = alloc((plan.rows, co * m + co), device)
+    plan(*x.args()[:4], g, y, record, w, v, scales, part)
+    return v.movedim(-1, 2), scales, part
+
+
+def gram_add(
+    v: Tensor,  # float16 [parts, N, M, T, H, W]
+    scales: Tensor,  # [parts, ceil(P / 64), M / 64, 4]
+    x: Operand,  # [N, M, T, H, W]
+    q: Tensor,  # [M, M]
+    q_scale: Tensor | None,  # [M] float32
+    c: Tensor,  # [parts, M] float32
+    sums_a: bool = False,
+    sums_b: bool = False,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """(da, partial sums for the norms of x's a and b): the end of the gradient through the Gram identity, ops/_gram.py.
+
+    u = sum of v, scaled, + (a q) q_scale + sum of c, a what x reads, rounded; da is, of a join, what its outer ReLU
+    passes of u, times 0.5 in join_c. float32 accumulation. v and scales: by `gram_bwd`.
+
+    Returns and Raises: as `gram_dgrad`.
+    """
+    (n, m, *dims), dtype, device = x.a.shape, x.a.dtype, x.a.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    for part in v:
+        _check_activation("v", part, x.a.shape, torch.float16)
+    if v.size(0) not in (1, 2) or (v.size(0) == 2 and v.stride(0) != x.a.numel()):
+        raise ValueError(f"v: expected one part or two that follow one another, got {v.size(0)}")
+    _check_matrix("scales", scales, (v.size(0), cdiv(x.a.numel() // m, 64), m // 64, 4), torch.float32)
+    _check_gram(x, q, q_scale, c, sums_a, sums_b)
+    da = alloc((n, m, *dims), device, dtype)
+    if da.numel() == 0:
+        return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
+    sizes = _gram_sizes(x, m, v.size(0), sums_a or sums_b)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = c.size(0), sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_add(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.conv_train_partials(sizes)
+        return plan
+
+    plan = plan_for(("gram_add", sizes, c.size(0), dtype, device), build)
+    parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
+    plan(*x.args()[:4], v, scales, q, q_scale, c, da, *parts)
+    return da, parts
+
+
+def _check_gram(x: Operand, q: Tensor, q_scale: Tensor | None, c: Tensor, sums_a: bool, sums_b: bool) -> None:
+    m, dtype = x.channels, x.a.dtype
+    _check_matrix("q", q, (m, m), dtype)
+    _check_rows("c", c, 1, m)
+    if q_scale is not None:
+        _check_matrix("q_scale", q_scale, (m,), torch.float32)
+    if (sums_a and x.record_a is None) or (sums_b and x.b is None):
+        raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
 
 
 def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int, finished: bool) -> tuple:
-    return _gram_dgrad_sizes(x, g, sums), x.a.size(4), stride, True, finished
+    return _gram_sizes(x, g.size(1), 0, sums), x.a.size(4), stride, True, finished
 
 
 def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1, finished: bool = False) -> str | None:
-    """Why `gram_dgrad` has no kernel by tiles for these, or None."""
+    """Why `gram_dgrad` cannot run these, or None."""
     if finished and g.dtype != torch.bfloat16:
         return f"gram_tiles: finished of {g.dtype} (expected bfloat16)"
-    if g.dtype not in _DTYPES:
-        return f"gram_tiles: dtype {g.dtype} (expected bfloat16 or float16)"
-    if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
-        return f"gram_tiles: read {x.read} (expected an activation)"
-    native = _backends.native()
-    return (
-        native
-        if isinstance(native, str)
-        else native.conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride, finished))
-    )
+    if why := _gram_operand_why_not("gram_tiles", x):
+        return why
+    return _backends.native().conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride, finished))
 
 
 def gram_dgrad(
@@ -682,15 +802,16 @@ def gram_dgrad(
     sums_a: bool = False,
     sums_b: bool = False,
     stride: int = 1,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int, int] = (0, 0, 0),
     finished: Tensor | None = None,  # like x
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
 
-    v = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
-    join da is what its outer ReLU passes of v, times 0.5 in join_c. With a stride in space all of x is read at every
-    stride-th row and column. q_scale is of float16 alone. Two kernels, as of `conv_train`; float32 accumulation.
-    `finished`, with bfloat16: what x reads, and then g is masked already and W has the scale; y and record are None.
+    u = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
+    join da is what its outer ReLU passes of u, times 0.5 in join_c. Without y, g is masked already. With a stride in
+    space all of x is read at every stride-th row and column. q_scale is of float16 alone. `tile`: (rows, columns,
+    splits) of the plan, 0 for any. float32 accumulation. `finished`, with bfloat16: what x reads, and then g is masked
+    already and W has the scale; y and record are None.
 
     Returns:
         da [N, M, *grid of g] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
@@ -699,27 +820,22 @@ def gram_dgrad(
 
     Raises:
         ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
-        RuntimeError: neither kernel can run (what `gram_dgrad_why_not` and `gram_tiles_why_not` say), or CUDA failed.
+        RuntimeError: the kernel cannot run (what `gram_tiles_why_not` says), or CUDA failed.
     """
     (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
     dims = _conv_wgrad_out(dims, (1, stride))
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
-    if len({finished is None, y is not None, record is not None}) > 1 or (finished is not None and q_scale is not None):
-        raise ValueError("finished: expected None with y, record or q_scale, or a tensor without them")
+    if (finished is None) != (record is not None) or (finished is not None and not (y is None and q_scale is None)):
+        raise ValueError("finished: expected None with record, or a tensor without record, y and q_scale")
     for name, tensor, shape in (("g", g, (n, co, *dims)), ("y", y, (n, co, *dims)), ("finished", finished, x.a.shape)):
         if tensor is not None:
             _check_activation(name, tensor, tuple(shape), dtype)
     if record is not None:
         _check_rows("record", record, 3, co)
     _check_matrix("w", w, (co, m), dtype)
-    _check_matrix("q", q, (m, m), dtype)
-    _check_rows("c", c, 1, m)
-    if q_scale is not None:
-        _check_matrix("q_scale", q_scale, (m,), torch.float32)
-    if (sums_a and x.record_a is None) or (sums_b and x.b is None):
-        raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
+    _check_gram(x, q, q_scale, c, sums_a, sums_b)
 
     da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
@@ -731,9 +847,10 @@ def gram_dgrad(
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(device):
-            rows, by_tiles = _train_kernel(native, "gram_dgrad", tiles, tile)
-        rest = c.size(0), tiles[0], _DTYPES[dtype]
-        plan = NativePlan(lambda stream, *addresses: native.gram_dgrad(*addresses, *rest, stream, by_tiles))
+            how, rows = native.conv_tiles_plan(*tiles, tile)
+        sizes, width, *_ = tiles
+        rest, where = (c.size(0), sizes, _DTYPES[dtype]), (width, stride, how)
+        plan = NativePlan(lambda stream, *addresses: native.gram_tiles(*addresses, *rest, stream, *where))
         plan.rows = rows
         return plan
 

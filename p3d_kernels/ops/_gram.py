@@ -15,9 +15,11 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
     dW      = s * (M - sum_g mean_a^T - q W C),   q = dweight * invstd / P
     da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T mean_a - W^T (s sum_g / P)
 
-so da is one kernel with two products. Q is rounded to the dtype, and c is of the rounded Q: over all positions da then
-sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out. Where
-the pass for M leaves g and a, da is of these and of s W, rounded, of which then c is, too.
+so da is one kernel with two products; or, where the pass over g has room for it, that makes v = g (s W) beside M, s W
+rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`); or that pass leaves g and a,
+and da is of these and of s W, rounded. Q is rounded to the dtype, and c is of Q and s W as rounded: over all positions
+da then sums to zero as it must. The error of a constant would grow from block to block; that of a position averages
+out.
 
 Sums of products in float32 lose what a varies by where that is small beside a, so they are formed about a centre: the
 mean of some positions, in steps of a power of two near the deviation. Of so few bits, a - centre is exact in the dtype
@@ -196,7 +198,7 @@ def write_moments(record, mean, m2, P, weight, bias, eps, c, c_mask, C: tl.const
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
 def gram_dgrad_kernel(
     g_ptr,  # [N, To, Ho, Wo, CO] gradient of y
-    y_ptr,  # like g
+    y_ptr,  # like g; None where g is masked already
     record,  # [5, CO] of the BN after W
     w_ptr,  # [CO, CI]
     a_ptr,  # operand: [N, T, H, W, CI]
@@ -220,6 +222,7 @@ def gram_dgrad_kernel(
     CO: tl.constexpr,
     SH: tl.constexpr,
     READ: tl.constexpr,
+    READ_G: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
     C_PARTS: tl.constexpr,
@@ -262,7 +265,7 @@ def gram_dgrad_kernel(
         k = start + tl.arange(0, BLOCK_K)
         offsets = p.to(tl.int64)[:, None] * CO + k[None, :]
         mask = p_mask[:, None] & (k < CO)[None, :]
-        g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
+        g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, READ_G)
         w = tl.load(w_ptr + k[:, None] * CI + ci[None, :], mask=(k < CO)[:, None] & ci_mask[None, :], other=0.0)
         acc = dot(g, w, acc, PRECISION)
     if q_ptr is not None:
@@ -289,12 +292,13 @@ def gram_operands_kernel(
     dw_ptr,  # [CO, CI] float32
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
     wg_ptr,  # [programs, CI]: (s W)^T (sum_g / P) in parts, with qw
-    sw_ptr,  # [CO, CI]: s W, with qw; or None: c is of s W as it is
+    sw_ptr,  # [CO, CI]: s W, with qw and ROUNDED; or None
     P,
     splits,
     CI: tl.constexpr,
     CO: tl.constexpr,
     PARTS: tl.constexpr,
+    ROUNDED: tl.constexpr,  # s W is, in what c goes with
     PDL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -333,10 +337,10 @@ def gram_operands_kernel(
     tl.store(dw_ptr + offsets, dw, mask=mask)
     if qw_ptr is not None:
         sw = w * scale[:, None]
+        if ROUNDED:  # TF32 keeps as many digits as float16
+            sw = to_tf32(sw) if w_ptr.dtype.element_ty == tl.float16 else sw.to(w_ptr.dtype.element_ty).to(tl.float32)
         if sw_ptr is not None:
-            rounded = sw.to(sw_ptr.dtype.element_ty)
-            tl.store(sw_ptr + offsets, rounded, mask=mask)
-            sw = rounded.to(tl.float32)
+            tl.store(sw_ptr + offsets, sw, mask=mask)
         tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(sw * (g / P)[:, None], 0), mask=k < CI)
         store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
@@ -486,7 +490,7 @@ def _rows_tile(rows: int, columns: int, splits: int) -> dict:
 
 def gram_bwd(
     dy: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     w: Tensor,
     norm: Norm,
     record: Tensor,
@@ -498,19 +502,26 @@ def gram_bwd(
 ) -> tuple[Tensor | None, tuple, Tensor, Tensor]:
     """(da, its partial sums, dW, sums [4, Co]) of y = relu(bn(W a) + ...) for the operand a, W [Co, Ci] packed.
 
-    kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is one, whose norms then get their
-    partial sums; None for a plain operand.
+    Without y, dy is masked already. kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is
+    one, whose norms then get their partial sums; None for a plain operand.
     """
     n, co, *out = dy.shape
     ci = x.channels
-    g = Operand("masked", dy, y)
-    left = _left(g, x, stride) if norm.training and needs_x else (None, None)
-    rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
-    part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
+    fused = norm.training and needs_x and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
+    left = None, None
+    if fused:
+        *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
+    else:
+        g = Operand("raw", dy) if y is None else Operand("masked", dy, y)
+        if norm.training and needs_x:
+            left = _left(g, x, stride)
+        rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
+        part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
+    rounded = fused or left[0] is not None
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0), left[0] is None
-    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, x, stride, part.size(0)))
+    key = "gram_bwd", *key, part.size(0), y is None, fused, rounded
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, part.size(0), rounded))
     wc = mean_a = qw = wg = sw = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
@@ -524,12 +535,14 @@ def gram_bwd(
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
+    scale = q_scale if dy.dtype == torch.float16 else None
     sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
+    if fused:
+        return *_cuda.gram_add(*v, x, q, scale, c, *sums_of), dw, sums
     if sw is not None:
         g, a = left
         return *_cuda.gram_dgrad(g, None, None, sw, x, q, None, c, *sums_of, stride, finished=a), dw, sums
     if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
-        scale = q_scale if dy.dtype == torch.float16 else None
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
@@ -539,19 +552,19 @@ def gram_bwd(
 
 def _left(g: Operand, x: Operand, stride: int) -> tuple[Tensor | None, Tensor | None]:
     """Where what g and x read lies, or the pass for M leaves it, if da is then made of that; else two None."""
-    if not cuda_allowed(g.a) or _cuda.gram_dgrad_why_not(x, g.a) is None:  # which reads an element once or twice
-        return None, None
-    if _cuda.gram_tiles_why_not(x, g.a, stride, finished=True) is not None:
+    if not cuda_allowed(g.a) or _cuda.gram_tiles_why_not(x, g.a, stride, finished=True) is not None:
         return None, None
     left = tuple([o.a if o.read == "raw" else finished(o, g, x, pointwise(stride), True) for o in (g, x)])
     return (None, None) if any(o is None for o in left) else left
 
 
 def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:
-    return _cuda.gram_dgrad_why_not(x, dy) is None or _cuda.gram_tiles_why_not(x, dy, stride) is None
+    return _cuda.gram_tiles_why_not(x, dy, stride) is None
 
 
-def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[Plan, Plan, Plan]:
+def _gram_bwd_plans(
+    dy: Tensor, y: Tensor | None, x: Operand, stride: int, splits: int, rounded: bool
+) -> tuple[Plan, Plan, Plan]:
     """The launches of `gram_bwd`: gram_operands_kernel, gram_q_kernel, gram_dgrad_kernel. `rows`: their row tiles."""
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
     parts = 2 if dy.dtype == torch.bfloat16 else 1
@@ -559,7 +572,7 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
     pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, splits)
     operands = Plan(
         gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(positions), splits),
-        CI=ci, CO=co, PARTS=parts, **pdl, **tile,
+        CI=ci, CO=co, PARTS=parts, ROUNDED=rounded, **pdl, **tile,
     )  # fmt: skip
     operands.rows, operands.parts = operands.grid[0], parts
     operands.dtype = torch.bfloat16 if parts > 1 else torch.float32
@@ -575,7 +588,8 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
     rows = cdiv(positions, tile["BLOCK_P"])
     dgrad = Plan(
         gram_dgrad_kernel, (rows * cdiv(ci, tile["BLOCK_CI"]),), (positions, *x.a.shape[2:], *dy.shape[2:]),
-        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_rows, **tile,
+        CI=ci, CO=co, SH=stride, READ=x.read, READ_G="scaled" if y is None else "masked_scaled",
+        PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_rows, **tile,
     )  # fmt: skip
     dgrad.rows = rows
     return operands, products, dgrad
