@@ -195,7 +195,7 @@ def write_moments(record, mean, m2, P, weight, bias, eps, c, c_mask, C: tl.const
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
 def gram_dgrad_kernel(
     g_ptr,  # [N, To, Ho, Wo, CO] gradient of y
-    y_ptr,  # like g
+    y_ptr,  # like g; or None: g is masked by it already
     record,  # [5, CO] of the BN after W
     w_ptr,  # [CO, CI]
     a_ptr,  # operand: [N, T, H, W, CI]
@@ -261,7 +261,10 @@ def gram_dgrad_kernel(
         k = start + tl.arange(0, BLOCK_K)
         offsets = p.to(tl.int64)[:, None] * CO + k[None, :]
         mask = p_mask[:, None] & (k < CO)[None, :]
-        g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
+        if y_ptr is None:
+            g = read_operand(g_ptr, None, None, record, None, offsets, mask, k, k < CO, CO, "scaled")
+        else:
+            g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
         w = tl.load(w_ptr + k[:, None] * CI + ci[None, :], mask=(k < CO)[:, None] & ci_mask[None, :], other=0.0)
         acc = dot(g, w, acc, PRECISION)
     if q_ptr is not None:
@@ -472,7 +475,7 @@ def _rows_tile(rows: int, columns: int, splits: int) -> dict:
 
 def gram_bwd(
     dy: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     w: Tensor,
     norm: Norm,
     record: Tensor,
@@ -484,15 +487,16 @@ def gram_bwd(
 ) -> tuple[Tensor | None, tuple, Tensor, Tensor]:
     """(da, its partial sums, dW, sums [4, Co]) of y = relu(bn(W a) + ...) for the operand a, W [Co, Ci] packed.
 
-    kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is one, whose norms then get their
-    partial sums; None for a plain operand.
+    y: None where dy is masked by it already. kept: by `gram`; None when BN is frozen. kind: that of the join when the
+    operand is one, whose norms then get their partial sums; None for a plain operand.
     """
     n, co, *out = dy.shape
     ci = x.channels
-    part = conv_wgrad(Operand("masked", dy, y), x, pointwise(stride), totals=True).part  # of M and sum g
+    g = Operand("raw", dy) if y is None else Operand("masked", dy, y)
+    part = conv_wgrad(g, x, pointwise(stride), totals=True).part  # of M and sum g
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0)
+    key = "gram_bwd", *key, part.size(0), y is None
     operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, x, stride, part.size(0)))
     wc = mean_a = qw = wg = q = q_scale = c = None
     if norm.training:
@@ -506,7 +510,7 @@ def gram_bwd(
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
-    if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
+    if norm.training and y is not None and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         scale = q_scale if dy.dtype == torch.float16 else None
         sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
