@@ -619,6 +619,47 @@ PYBIND11_MODULE(_C, module) {
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 
     m.def(
+        "reduce_bwd",
+        [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t x, uintptr_t w, uintptr_t o,
+           uintptr_t o_mask, uintptr_t dx, uintptr_t partials, int64_t positions, int64_t in_channels,
+           int64_t out_channels, bool mask_x, const std::string& dtype_name, uintptr_t stream) {
+            p3d::ReduceBwd p{};
+            p.shape = {positions, in_channels, out_channels};
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.z = pointer<const void>(z);
+            p.affine = pointer<const float>(affine);
+            p.sums = pointer<const float>(sums);
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.o_mask = pointer<const void>(o_mask);
+            p.mask_x = mask_x;
+            p.dx = pointer<void>(dx);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::reduce_bwd(p));
+        },
+        py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("x"), py::arg("w"), py::arg("o"),
+        py::arg("o_mask"), py::arg("dx"), py::arg("partials"), py::arg("positions"), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("mask_x"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "reduce_bwd_why_not",
+        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
+            const char* why = p3d::reduce_bwd_why_not({positions, in_channels, out_channels});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
+
+    m.def(
+        "reduce_bwd_partials",
+        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
+            return p3d::reduce_bwd_partials({positions, in_channels, out_channels});
+        },
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
+
+    m.def(
         "stem_infer",
         [](uintptr_t x, uintptr_t w, uintptr_t affine, uintptr_t y, int64_t clips, int64_t channels, int64_t frames,
            int64_t height, int64_t width, const std::array<int64_t, 5>& strides, const std::string& x_type,

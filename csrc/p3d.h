@@ -284,6 +284,40 @@ struct GramDgrad {
     CUstream_st* stream;
 };
 
+// Both gradients of a 1x1x1 convolution of stride 1, w [Co, Ci], from dz = scale * ([u > 0] g - c0 - (z - mean) * c1)
+// rounded to the dtype, u = (z - mean) * scale + bias:
+//
+//     dx[p,ci] = sum over co of dz[p,co] * w[co,ci] + o[p,ci]     o where not o_mask <= 0, if that is given; rounded;
+//                                                                 with mask_x zero where x <= 0
+//     dw[co,ci] = sum over p of dz[p,co] * x[p,ci] = sum over R rows of `partials`, each of a part of the positions
+struct ReduceBwdShape {
+    int64_t positions;                  // P = N * T * H * W
+    int64_t in_channels, out_channels;  // Ci of x, a multiple of 256; Co of z, 64 or 128
+};
+
+struct ReduceBwd {
+    ReduceBwdShape shape;
+    DType dtype;          // of the tensors; sums are float32
+    const void* g;        // [P, Co]; 16-byte aligned, as all pointers are
+    const void* z;        // [P, Co]
+    const float* affine;  // [3, Co] rows mean, scale, bias
+    const float* sums;    // [2, Co] rows c0, c1
+    const void* x;        // [P, Ci]
+    const void* w;        // [Co, Ci]
+    const void* o;        // [P, Ci]
+    const void* o_mask;   // [P, Ci]; or nullptr
+    bool mask_x;
+    void* dx;         // [P, Ci]
+    float* partials;  // [R, Co, Ci], R = reduce_bwd_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* reduce_bwd(const ReduceBwd& p);
+
+// Why reduce_bwd cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* reduce_bwd_why_not(const ReduceBwdShape& shape);
+int reduce_bwd_partials(const ReduceBwdShape& shape);
+
 // The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
 // torch.nn.BatchNorm3d has it.
 struct RunningNorm {

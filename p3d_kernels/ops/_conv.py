@@ -92,6 +92,7 @@ def conv_kernel(
     w_ptr,  # [CO, taps, CI], or [CI, taps, CO] when TRANSPOSED
     y_ptr,  # [N, To, Ho, Wo, CO], or None: not stored
     y_record,  # [5, CO] or None: normalises the result
+    y_mask,  # like y, which is zero unless this is positive; or None
     o_ptr,  # like y, joined to it as JOIN says
     o_mask,  # like y: o counts where this is positive
     o_record,  # [5, CO] or None: normalises o
@@ -208,6 +209,8 @@ def conv_kernel(
         else:
             tl.static_assert(JOIN == "mean_relu")
             acc = relu(0.5 * acc + 0.5 * o)
+    if y_mask is not None:
+        acc = tl.where(tl.load(y_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, acc)
     if y_ptr is not None:
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=mask)
@@ -450,6 +453,7 @@ class Epilogue:
     join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
                 "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
     o           joined tensor, normalised by o_record, counted where o_mask > 0
+    mask        y is zero unless this is > 0
     stats       partial statistics of y
     below       raw output of the layer below and its record: partial sums for that layer's BN backward
     store       whether y is written at all
@@ -460,13 +464,14 @@ class Epilogue:
     o: Tensor | None = None
     o_record: Tensor | None = None
     o_mask: Tensor | None = None
+    mask: Tensor | None = None
     stats: bool = False
     below: tuple[Tensor, Tensor] | None = None
     store: bool = True
 
     def key(self) -> tuple:
         """What a compiled kernel depends on."""
-        o = self.o is not None, self.o_record is not None, self.o_mask is not None
+        o = self.o is not None, self.o_record is not None, self.o_mask is not None, self.mask is not None
         return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
 
 
@@ -668,7 +673,7 @@ def conv(
     shares = arrived = None
     if plan.shares is not None:
         shares, arrived = alloc(plan.shares, device), zeroed_counters(device)
-    joined = epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record
+    joined = epilogue.record, epilogue.mask, epilogue.o, epilogue.o_mask, epilogue.o_record
     plan(*x.args(), w, y, *joined, part, z, z_record, shares, arrived)
     return y, part
 
@@ -831,7 +836,7 @@ def taps_of(w: Tensor) -> Tensor:
 def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether the CUDA kernel for inference takes this forward convolution."""
     e = epilogue
-    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None
+    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None and e.mask is None
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
@@ -854,7 +859,7 @@ def _train_arguments(
     temporal, pointwise = geometry.taps == (3, 1, 1), geometry.taps == (1, 1, 1)
     stride = geometry.stride[1]
     fits = temporal and geometry.stride == (1, 1) or pointwise and geometry.stride[0] == 1
-    if not fits or not e.store or not cuda_allowed(x.a):
+    if not fits or not e.store or e.mask is not None or not cuda_allowed(x.a):
         return None
     if back:
         joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
@@ -900,7 +905,7 @@ def spatial_dgrad(
     epilogue = epilogue or Epilogue()
     plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
     plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
-    if plain and cuda_allowed(dz.a):
+    if plain and epilogue.mask is None and cuda_allowed(dz.a):
         if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
             return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps_of(w), epilogue.o, epilogue.below)
     return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))

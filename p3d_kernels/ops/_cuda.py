@@ -919,6 +919,66 @@ def point_dgrad(
     return dx
 
 
+def reduce_bwd_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, co: int) -> str | None:
+    """Why `reduce_bwd` cannot run for x [N, Ci, T, H, W] and Co channels on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"reduce_bwd: dtype {dtype} (expected bfloat16 or float16)"
+    native = _backends.native()
+    n, ci, t, h, w = x_shape
+    return native if isinstance(native, str) else native.reduce_bwd_why_not(n * t * h * w, ci, co)
+
+
+def reduce_bwd(
+    dz: Operand,  # read bn_bwd, [N, Co, T, H, W]
+    x: Tensor,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Co, Ci]
+    o: Tensor,  # like x
+    o_mask: Tensor | None = None,  # like x
+    mask_x: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(dx, part): both gradients of a 1x1x1 convolution of stride 1, x to z = w x, from dz; float32 accumulation.
+
+    dx = dz w + o, o counted where not o_mask <= 0, if that is given. `mask_x`: dx is zero where x <= 0, which makes it
+    the gradient before the ReLU whose output x is. dz is rounded to the dtype; it and x are read once.
+
+    Returns:
+        dx like x, channels_last_3d, and float32 [R, Co * Ci], each row [Co, Ci] the sum of dz[co] x[ci] over a part of
+        the positions. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of the read differ from the above.
+        RuntimeError: the kernel cannot run (what `reduce_bwd_why_not` says), or CUDA failed.
+    """
+    (n, ci, *dims), co, dtype, device = x.shape, dz.channels, x.dtype, x.device
+    if dtype not in _DTYPES or dz.read != "bn_bwd":
+        raise ValueError(f"x, dz: expected bfloat16 or float16 and the read bn_bwd, got {dtype}, {dz.read!r}")
+    _check_activation("x", x, x.shape, dtype)
+    _check_operand("dz", dz, (n, co, *dims), dtype)
+    _check_matrix("w", w, (co, ci), dtype)
+    for name, tensor in (("o", o), ("o_mask", o_mask)):
+        if tensor is not None:
+            _check_activation(name, tensor, x.shape, dtype)
+    dx = alloc((n, ci, *dims), device, dtype)
+    if x.numel() == 0:
+        return dx, torch.zeros(1, co * ci, device=device)
+    sizes = x.numel() // ci, ci, co
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = *sizes, mask_x, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.reduce_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.reduce_bwd_partials(*sizes)
+        return plan
+
+    plan = plan_for(("reduce_bwd", sizes, mask_x, dtype, device), build)
+    part = alloc((plan.rows, co * ci), device)
+    plan(*dz.args()[:2], dz.record_b, dz.sums, x, w, o, o_mask, dx, part)
+    return dx, part
+
+
 def moves(norms: Sequence[Norm]) -> bool:
     """Whether `running_stats` can move the running statistics of those norms that have any to move."""
     live = [n for n in norms if n.updates]

@@ -56,7 +56,7 @@ class Operand:
     join_c        relu(0.5 relu(u_a) + 0.5 u_b)
     masked        a * [b > 0]                          a: gradient of relu's output b
     masked_scaled a * [b > 0] * scale_b
-    scaled        a * scale_b                          likewise, masked already
+    scaled        a * scale_b
     bn_bwd        scale_b (a [u_b > 0] - c0 - (b - mean_b) c1)      a: gradient of relu(u_b)
     bn_bwd_open   scale_b (a           - c0 - (b - mean_b) c1)      a: gradient of u_b
     """
@@ -143,7 +143,7 @@ def read_operand(a_ptr, b_ptr, record_a, record_b, sums, offsets, mask, c, c_mas
         if READ == "bn_relu":
             v = activation(affine(v, record_a, c, c_mask, C), None, READ)
         elif READ == "scaled":
-            v *= tl.load(record_b + C + c, mask=c_mask, other=0.0)[None, :]
+            v = v * tl.load(record_b + C + c, mask=c_mask, other=0.0)[None, :]
         else:
             b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             if READ == "join_port" or READ == "join_b" or READ == "join_c":
