@@ -97,8 +97,8 @@ ConvInferPlan conv_plan(const p3d::ConvInferPlan& plan) {
     return {tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
 }
 
-// (N, T * H * W, Ci, Co, masked)
-using PointDgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+// (N, T * H * W, Ci, Co, masks)
+using PointDgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;
 
 p3d::PointDgradShape point_dgrad_shape(const PointDgradSizes& sizes) {
     return std::apply([](auto... size) { return p3d::PointDgradShape{size...}; }, sizes);
@@ -582,8 +582,8 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "point_dgrad",
-        [](uintptr_t dz, uintptr_t w, uintptr_t o, uintptr_t mask, uintptr_t dx, const PointDgradSizes& sizes,
-           const ConvInferPlan& plan, bool mask_sum, const std::string& dtype_name, uintptr_t stream) {
+        [](uintptr_t dz, uintptr_t w, uintptr_t o, uintptr_t o_mask, uintptr_t mask, uintptr_t dx,
+           const PointDgradSizes& sizes, const ConvInferPlan& plan, const std::string& dtype_name, uintptr_t stream) {
             p3d::PointDgrad p{};
             p.shape = point_dgrad_shape(sizes);
             p.plan = conv_plan(plan);
@@ -591,14 +591,14 @@ PYBIND11_MODULE(_C, module) {
             p.dz = pointer<const void>(dz);
             p.w = pointer<const void>(w);
             p.o = pointer<const void>(o);
+            p.o_mask = pointer<const void>(o_mask);
             p.mask = pointer<const void>(mask);
-            p.mask_sum = mask_sum;
             p.dx = pointer<void>(dx);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::point_dgrad(p));
         },
-        py::arg("dz"), py::arg("w"), py::arg("o"), py::arg("mask"), py::arg("dx"), py::arg("sizes"), py::arg("plan"),
-        py::arg("mask_sum"), py::arg("dtype"), py::arg("stream"));
+        py::arg("dz"), py::arg("w"), py::arg("o"), py::arg("o_mask"), py::arg("mask"), py::arg("dx"), py::arg("sizes"),
+        py::arg("plan"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "point_dgrad_why_not",

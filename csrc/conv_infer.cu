@@ -18,9 +18,9 @@
 //
 // And the input gradient of 1x1x1, of a dz that is in memory as it is:
 //
-//     dx = dz W + o             o where a mask is not <= 0, or the mask applied to the sum; rounded once
+//     dx = dz W + o             o where a mask is not <= 0, the sum where another is not; rounded once
 //
-// W lies with its columns along rows of 64 steps of the sum. After the steps of a tile comes its mask, through the
+// W lies with its columns along rows of 64 steps of the sum. After the steps of a tile come its masks, through the
 // ring.
 #include <algorithm>
 
@@ -32,8 +32,8 @@ namespace {
 struct ConvMaps {
     CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles
     CUtensorMap o, y;          // [positions, Co], likewise, y written; pooled in boxes of half the frames
-    CUtensorMap w;     // [Co, taps * Ci], in boxes of a tile's columns; transposed [Ci, Co], in boxes of 64 x 64
-    CUtensorMap mask;  // like o
+    CUtensorMap w;  // [Co, taps * Ci], in boxes of a tile's columns; transposed [Ci, Co], in boxes of 64 x 64
+    CUtensorMap o_mask, mask;  // like o
 };
 
 struct ConvArgs {
@@ -43,7 +43,7 @@ struct ConvArgs {
     Join join;
     bool joined;  // with o
     bool pooled;
-    bool masked, mask_sum;  // of a gradient: a mask is there; it is of o, or of the sum
+    bool o_masked, masked;  // of a gradient: whether o is, and the sum
     int out_channels, chunks, steps;
     int size[4], box[4], boxes[4];  // along the axes of positions
     int64_t o_stride[4];            // in positions
@@ -171,8 +171,10 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
     int turn = 0;
     for (; tile < a.tiles; tile += clusters) {
         Job<Shape> job(a, tile);
-        if (Shape::kBack && a.masked)
-            for (int c = 0; c < Shape::kChunks; ++c) prefetch_positions(maps.mask, job.column + c * kChunk, job.at);
+        for (int c = 0; Shape::kBack && c < Shape::kChunks; ++c) {
+            if (a.o_masked) prefetch_positions(maps.o_mask, job.column + c * kChunk, job.at);
+            if (a.masked) prefetch_positions(maps.mask, job.column + c * kChunk, job.at);
+        }
         int tap = first / a.chunks, chunk = first - tap * a.chunks;
 #pragma unroll 1
         for (int step = first; step < end; ++step, ++turn, ring.advance()) {
@@ -185,14 +187,16 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
                            job.at[1] + to.step[1], job.at[2] + to.step[2], job.at[3]);
             if (++chunk == a.chunks) chunk = 0, ++tap;
         }
-        if (Shape::kBack && a.masked) {
+        auto bring_mask = [&](const CUtensorMap& map) {
             barrier_wait(ring.full() + 8, ring.parity ^ 1);
             barrier_expect(ring.full(), a.box_bytes * Shape::kChunks);
             for (int c = 0; c < Shape::kChunks; ++c)
-                copy_positions(ring.slot() + c * Shape::kXBytes, maps.mask, ring.full(), job.column + c * kChunk,
-                               job.at[0], job.at[1], job.at[2], job.at[3]);
+                copy_positions(ring.slot() + c * Shape::kXBytes, map, ring.full(), job.column + c * kChunk, job.at[0],
+                               job.at[1], job.at[2], job.at[3]);
             ring.advance();
-        }
+        };
+        if (Shape::kBack && a.o_masked) bring_mask(maps.o_mask);
+        if (Shape::kBack && a.masked) bring_mask(maps.mask);
     }
 }
 
@@ -267,24 +271,25 @@ __device__ __forceinline__ void finish(const float (&d)[Shape::kColumns / 2], co
     }
 }
 
-// The same of a gradient. The mask lies as the staging does, `to_mask` bytes from it.
+// The same of a gradient. Masks lie as the staging does, so many bytes from it.
 template <typename T, typename Shape>
 __device__ __forceinline__ void finish_gradient(const float (&d)[Shape::kColumns / 2], const ConvArgs& a,
-                                                const Place<Shape>& place, uint32_t mine, uint32_t to_mask, int lane) {
+                                                const Place<Shape>& place, uint32_t mine, uint32_t to_o_mask,
+                                                uint32_t to_mask, int lane) {
 #pragma unroll
     for (int c = 0; c < Shape::kChunks; ++c) {
 #pragma unroll
         for (int k = 0; k < kChunk / 16; ++k) {
-            uint32_t v[4], mask[4] = {}, at = (mine + c * Shape::kXBytes) ^ (32 * k);
+            uint32_t v[4], o_mask[4] = {}, mask[4] = {}, at = (mine + c * Shape::kXBytes) ^ (32 * k);
             load_fragment(v, at);
+            if (a.o_masked) load_fragment(o_mask, at + to_o_mask);
             if (a.masked) load_fragment(mask, at + to_mask);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int j = first_of(4 * c + k, i);
-                if (a.masked && !a.mask_sum) v[i] = masked<T>(v[i], mask[i]);
-                float2 o = unpack<T>(v[i]);
+                float2 o = unpack<T>(a.o_masked ? masked<T>(v[i], o_mask[i]) : v[i]);
                 v[i] = pack<T>(d[j] + o.x, d[j + 1] + o.y);
-                if (a.masked && a.mask_sum) v[i] = masked<T>(v[i], mask[i]);
+                if (a.masked) v[i] = masked<T>(v[i], mask[i]);
             }
             store_fragment(at, v);
         }
@@ -531,10 +536,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
             for (; tile < a.tiles; tile += blocks, parity ^= 1) {
                 multiply<T, Shape>(d, ring, a.steps, warpgroup, lane);
                 if constexpr (Shape::kBack) {
-                    uint32_t mask = a.masked ? ring.take() : place.staging;
+                    uint32_t o_mask = a.o_masked ? ring.take() : 0, mask = a.masked ? ring.take() : 0;
                     barrier_wait(place.staged(), parity);
-                    finish_gradient<T>(d, a, place, mine, mask - place.staging, lane);
-                    __syncwarp();  // all lanes have read the mask
+                    finish_gradient<T>(d, a, place, mine, o_mask - place.staging, mask - place.staging, lane);
+                    __syncwarp();  // all lanes have read the masks
+                    if (a.o_masked) ring.free(lane == 0);
                     if (a.masked) ring.free(lane == 0);
                 } else {
                     barrier_wait(place.staged(), parity);
@@ -559,8 +565,9 @@ const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
     for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
     if (!known || (s.pooled_time && plan.box[0] % 2) || box > tile.rows || tile.splits > steps ||
-        plan.stages < conv_least_stages(conv_divide(steps, std::max(1, tile.splits))) || plan.stages > kConvStages ||
-        conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit || plan.blocks < 1)
+        plan.stages < conv_least_stages(conv_divide(steps, std::max(1, tile.splits)), s.masks) ||
+        plan.stages > kConvStages || conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit ||
+        plan.blocks < 1)
         return "conv_infer: plan: expected conv_infer_plan's for this shape";
     return nullptr;
 }
@@ -600,8 +607,8 @@ const char* launch_gradient(const ConvMaps& maps, const ConvArgs& args, const Co
     return launch<T, Tile<64, 64, false, true>>(maps, args, plan.blocks, stream);
 }
 
-// The product of a shape and plan that fit it; a gradient's with its mask, if there is one.
-const char* run(const ConvInfer& p, const void* mask = nullptr, bool mask_sum = false) {
+// The product of a shape and plan that fit it; a gradient's with its masks, as far as there are any.
+const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* mask = nullptr) {
     const ConvInferShape& s = p.shape;
     const ConvInferPlan& plan = p.plan;
     ConvGrid grid(s);
@@ -612,7 +619,7 @@ const char* run(const ConvInfer& p, const void* mask = nullptr, bool mask_sum = 
     args.y = static_cast<char*>(p.y);
     args.join = p.join;
     args.joined = s.joined;
-    args.masked = mask != nullptr, args.mask_sum = mask_sum;
+    args.o_masked = o_mask != nullptr, args.masked = mask != nullptr;
     args.out_channels = int(s.out_channels);
     args.chunks = int(s.in_channels / kChunk);
     args.steps = args.chunks * s.taps_time * s.taps_space * s.taps_space;
@@ -649,6 +656,7 @@ const char* run(const ConvInfer& p, const void* mask = nullptr, bool mask_sum = 
     for (int view = 0; view < kConvMaps; ++view)
         if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels, plan.box);
     if (s.joined) positions(maps.o, p.o, grid.o, s.out_channels, plan.box);
+    if (o_mask) positions(maps.o_mask, o_mask, grid.o, s.out_channels, plan.box);
     if (mask) positions(maps.mask, mask, grid.o, s.out_channels, plan.box);
     positions(maps.y, p.y, grid.y, s.out_channels, stored);
     int64_t length = args.steps * kChunk, rows = s.transposed ? length : s.out_channels;
@@ -689,7 +697,7 @@ namespace {
 
 ConvInferShape shape_of(const PointDgradShape& s) {
     ConvInferShape shape{s.clips, 1, 1, s.positions, s.in_channels, s.out_channels, 1, 1, 1, true, 0, 0, 0};
-    shape.transposed = true, shape.masked = s.masked;
+    shape.transposed = true, shape.masks = s.masks;
     return shape;
 }
 
@@ -703,8 +711,9 @@ const char* point_dgrad(const PointDgrad& p) {
     ConvInferShape shape = shape_of(p.shape);
     if (const char* reason = conv_infer_sizes_why_not(shape)) return reason;
     if (const char* reason = plan_why_not(p.plan, shape)) return reason;
-    if (!p.o || p.shape.masked != (p.mask != nullptr)) return "point_dgrad: expected o, and the mask of the shape";
-    return run({shape, p.plan, p.dtype, Join::none, p.dz, p.o, p.w, nullptr, p.dx, p.stream}, p.mask, p.mask_sum);
+    if (!p.o || p.shape.masks != bool(p.o_mask) + bool(p.mask))
+        return "point_dgrad: expected o, and the masks of the shape";
+    return run({shape, p.plan, p.dtype, Join::none, p.dz, p.o, p.w, nullptr, p.dx, p.stream}, p.o_mask, p.mask);
 }
 
 }  // namespace p3d

@@ -511,7 +511,8 @@ struct ConvInferShape {
     bool joined;                         // with an o
     int64_t o_height, o_width;           // of an o that is read at even rows and columns; 0: it lies like y, not pooled
     int64_t pooled_time;                 // To, if y is pooled: T / 2, rounded down or up; else 0
-    bool transposed = false, masked = false;  // of point_dgrad
+    bool transposed = false;             // of point_dgrad, as is the next
+    int masks = 0;
 };
 
 struct ConvInferTile {  // of what a block makes; 0: any
@@ -548,12 +549,12 @@ const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, co
 //
 //     dx[p,co] = sum over ci of dz[p,ci] * w[ci,co] + o[p,co]
 //
-// rounded once. With a mask o or, with mask_sum, the sum counts where it is not <= 0, else 0. w may be read while the
-// kernel before this one in the stream still runs.
+// rounded once. With o_mask o counts where that is not <= 0, with mask the sum where that is not, else 0. w may be read
+// while the kernel before this one in the stream still runs.
 struct PointDgradShape {
     int64_t clips, positions;           // N, T * H * W
     int64_t in_channels, out_channels;  // Ci of dz, Co of dx, multiples of 64
-    bool masked;
+    int masks;                          // how many of o_mask and mask there are
 };
 
 struct PointDgrad {
@@ -563,9 +564,9 @@ struct PointDgrad {
     const void* dz;      // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
     const void* w;       // [Ci, Co]
     const void* o;       // like dx
-    const void* mask;    // like dx, if the shape has one
-    bool mask_sum;
-    void* dx;  // [N, T, H, W, Co]
+    const void* o_mask;  // like dx; or nullptr
+    const void* mask;    // like dx; or nullptr
+    void* dx;            // [N, T, H, W, Co]
     CUstream_st* stream;
 };
 

@@ -213,20 +213,18 @@ def test_conv_takes_it_in_inference(name):
 GRADIENTS = [tile for tile in TILES if tile[2] == 1 and tile[1] <= 128]
 
 
-def _gradient(shape, dtype, masked=True):
-    """dz, w, o and the mask of `point_dgrad`."""
+def _gradient(shape, dtype, o_masked=True, masked=False):
+    """dz, w, o and the masks of `point_dgrad`."""
     n, ci, *dims, co = shape
     w = torch.randn(ci, co, device="cuda", dtype=dtype) / ci**0.5
-    dz, o, mask = (_activation((n, c, *dims), dtype) for c in (ci, co, co))
-    return dz, w, o, mask if masked else None
+    dz, *like = (_activation((n, c, *dims), dtype) for c in (ci, co, co, co))
+    return dz, w, like[0], like[1] if o_masked else None, like[2] if masked else None
 
 
-def _gradient_in_float64(dz, w, o, mask, mask_sum=False):
+def _gradient_in_float64(dz, w, o, o_mask, mask):
     v = torch.einsum("ncthw,co->nothw", dz.double(), w.double())
-    if mask is None:
-        return v + o.double()
-    passes = ~(mask <= 0)
-    return torch.where(passes, v + o.double(), 0) if mask_sum else v + torch.where(passes, o.double(), 0)
+    v = v + (o.double() if o_mask is None else torch.where(o_mask <= 0, 0, o.double()))
+    return v if mask is None else torch.where(mask <= 0, 0, v)
 
 
 @pytest.mark.gpu
@@ -236,17 +234,17 @@ def test_the_gradient_of_a_pointwise_convolution(shape, dtype):
     for tile in ((0, 0, 0), *GRADIENTS):
         if tile[1] and shape[-1] % tile[1]:
             continue
-        for masked, mask_sum in ((False, False), (True, False), (True, True)):
-            arguments = _gradient(shape, dtype, masked)
-            dx = _cuda.point_dgrad(*arguments, mask_sum, tile)
-            check(dx, _gradient_in_float64(*arguments, mask_sum), dtype, name=f"{tile} {masked} {mask_sum}")
+        for masks in ((False, False), (True, False), (False, True), (True, True)):
+            arguments = _gradient(shape, dtype, *masks)
+            dx = _cuda.point_dgrad(*arguments, tile)
+            check(dx, _gradient_in_float64(*arguments), dtype, name=f"{tile} {masks}")
             assert dx.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", [(0, 0, 0), *GRADIENTS], ids=str)
 def test_runs_of_the_gradient_are_equal_and_a_graph_replays_them(tile):
-    arguments = _gradient((13, 256, 4, 21, 13, 512), torch.bfloat16)
+    arguments = _gradient((13, 256, 4, 21, 13, 512), torch.bfloat16, True, True)
     first = _cuda.point_dgrad(*arguments, tile=tile)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -259,18 +257,18 @@ def test_runs_of_the_gradient_are_equal_and_a_graph_replays_them(tile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", GRADIENTS, ids=str)
 def test_a_nan_of_the_gradient_stays_where_it_is(tile):
-    dz, w, o, mask = _gradient((2, 128, 4, 9, 7, 256), torch.bfloat16)
+    dz, w, o, mask, _ = _gradient((2, 128, 4, 9, 7, 256), torch.bfloat16)
     o[1, 7, 2, 4, 3] = torch.nan
     for value, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
         mask[1, 7, 2, 4, 3] = value
-        for mask_sum in (False, True):
-            dx = _cuda.point_dgrad(dz, w, o, mask, mask_sum, tile)
+        for masks in ((mask, None), (None, mask)):
+            dx = _cuda.point_dgrad(dz, w, o, *masks, tile)
             assert dx.isnan().sum() == seen == dx[1, 7, 2, 4, 3].isnan()
 
 
 @pytest.mark.gpu
 def test_conv_takes_the_gradient_and_triton_agrees(monkeypatch):
-    dz, w, o, mask = _gradient((2, 256, 3, 9, 7, 512), torch.bfloat16)
+    dz, w, o, mask, _ = _gradient((2, 256, 3, 9, 7, 512), torch.bfloat16)
     epilogue, dims = Epilogue(join="add", o=o, o_mask=mask), tuple(dz.shape[2:])
     arguments = Operand("raw", dz), w[..., None, None, None], pointwise(), epilogue, dims
     own, part = conv(*arguments)
@@ -289,8 +287,10 @@ def test_arguments_of_the_gradient_are_checked_before_any_launch():
     assert o.is_contiguous(memory_format=torch.channels_last_3d)
     with pytest.raises(ValueError, match=r"o: expected .*\[1, 128, 2, 4, 4\]"):
         _cuda.point_dgrad(dz, w, dz)
-    with pytest.raises(ValueError, match=r"mask: expected .*\[1, 128, 2, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"o_mask: expected .*\[1, 128, 2, 4, 4\]"):
         _cuda.point_dgrad(dz, w, o, dz)
+    with pytest.raises(ValueError, match=r"mask: expected .*\[1, 128, 2, 4, 4\]"):
+        _cuda.point_dgrad(dz, w, o, o, dz)
     assert "float32" in _cuda.point_dgrad_why_not(dz.float(), 128)
 
 

@@ -848,7 +848,7 @@ def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogu
     plain = x.read == "raw" and geometry == pointwise() and e.join == "add" and e.o_record is None
     if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
-    return _cuda.point_dgrad_why_not(x.a, w.size(1), e.o_mask is not None) is None
+    return _cuda.point_dgrad_why_not(x.a, w.size(1)) is None
 
 
 def _train_arguments(

@@ -860,32 +860,32 @@ def gram_dgrad(
     return da, parts
 
 
-def _point_dgrad_sizes(dz: Tensor, co: int, masked: bool) -> tuple:
+def _point_dgrad_sizes(dz: Tensor, co: int, masks: int) -> tuple:
     n, ci, t, h, w = dz.shape
-    return n, t * h * w, ci, co, masked
+    return n, t * h * w, ci, co, masks
 
 
-def point_dgrad_why_not(dz: Tensor, co: int, masked: bool = True) -> str | None:
+def point_dgrad_why_not(dz: Tensor, co: int) -> str | None:
     """Why `point_dgrad` cannot run dz [N, Ci, T, H, W] for Co channels, or None."""
     if dz.dtype not in _DTYPES:
         return f"point_dgrad: dtype {dz.dtype} (expected bfloat16 or float16)"
     native = _backends.native()
-    return native if isinstance(native, str) else native.point_dgrad_why_not(_point_dgrad_sizes(dz, co, masked))
+    return native if isinstance(native, str) else native.point_dgrad_why_not(_point_dgrad_sizes(dz, co, 2))
 
 
 def point_dgrad(
     dz: Tensor,  # [N, Ci, T, H, W]
     w: Tensor,  # [Ci, Co]
     o: Tensor,  # [N, Co, T, H, W]
+    o_mask: Tensor | None = None,  # like o
     mask: Tensor | None = None,  # like o
-    mask_sum: bool = False,
     tile: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
     """dz w + o: the input gradient of a 1x1x1 convolution of stride 1, whose channels are Co to Ci, plus o.
 
-    `mask`: o counts where it is not <= 0, else 0; with `mask_sum` the sum does. float32 accumulation, one rounding.
-    `tile`: (rows, columns, 1) of the plan, 0 for any. w may be read while the kernel before this one in the stream
-    still runs.
+    o counts where not o_mask <= 0, the sum where not mask <= 0, if these are given; else zero does. float32
+    accumulation, one rounding. `tile`: (rows, columns, 1) of the plan, 0 for any. w may be read while the kernel before
+    this one in the stream still runs.
 
     Returns:
         [N, Co, T, H, W], channels_last_3d. Runs of the same shape on the same card give the same bits.
@@ -899,23 +899,23 @@ def point_dgrad(
         raise ValueError(f"dz: expected bfloat16 or float16, got {dtype}")
     _check_activation("dz", dz, dz.shape, dtype)
     _check_matrix("w", w, (ci, co), dtype)
-    for name, tensor in (("o", o), ("mask", mask)):
+    for name, tensor in (("o", o), ("o_mask", o_mask), ("mask", mask)):
         if tensor is not None:
             _check_activation(name, tensor, (n, co, *dims), dtype)
     dx = alloc((n, co, *dims), dz.device, dtype)
     if dx.numel() == 0:
         return dx
-    sizes = _point_dgrad_sizes(dz, co, mask is not None)
+    sizes = _point_dgrad_sizes(dz, co, (o_mask is not None) + (mask is not None))
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(dz.device):
-            rest = sizes, native.point_dgrad_plan(sizes, tile), mask_sum, _DTYPES[dtype]
+            rest = sizes, native.point_dgrad_plan(sizes, tile), _DTYPES[dtype]
         return NativePlan(lambda stream, *addresses: native.point_dgrad(*addresses, *rest, stream))
 
-    plan_for(("point_dgrad", sizes, dtype, dz.device, mask_sum, tile), build)(dz, w, o, mask, dx)
+    plan_for(("point_dgrad", sizes, dtype, dz.device, tile), build)(dz, w, o, o_mask, mask, dx)
     return dx
 
 
