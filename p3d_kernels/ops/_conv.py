@@ -655,7 +655,7 @@ def conv(
     """
     epilogue = epilogue or Epilogue()
     if out_dims is not None and _is_point_dgrad(x, w, geometry, epilogue):
-        return _cuda.point_dgrad(x.a, taps_of(w)[:, 0], epilogue.o, epilogue.o_mask), None
+        return _cuda.point_dgrad(x.a, taps_of(w)[:, 0], epilogue.o, epilogue.o_mask, epilogue.mask), None
     training = _train_arguments(x, w, geometry, epilogue, out_dims)
     if training is not None:
         return _cuda.conv_train(x, taps_of(w), **training)
@@ -719,17 +719,22 @@ FINISHED = 32 << 20  # bytes that a finished operand may have: beside it the sec
 def finished(
     o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
 ) -> Tensor | None:
-    """Room for what o, g or x, reads, if `conv_wgrad` can leave it there and a product of it then gains; else None.
+    """Room for what o reads, if `finishes`; else None."""
+    return empty_ndhwc(o.a.shape, o.a) if finishes(o, g, x, geometry, totals, centre) else None
+
+
+def finishes(
+    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+) -> bool:
+    """Whether `conv_wgrad` can leave what o, g or x, reads, and a product of it then gains.
 
     Up to 128 channels `_cuda.conv_train` reads an element once or twice. Beyond, it is read for each tile of 64 to 256
     output channels.
     """
     fits = o.read != "raw" and o.channels > 128 and o.a.numel() * o.a.element_size() <= FINISHED
     if not fits or geometry.stride != (1, 1) or not cuda_allowed(o.a):
-        return None
-    if _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is not None:
-        return None
-    return empty_ndhwc(o.a.shape, o.a)
+        return False
+    return _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
 
 
 def as_finished(g: Operand, room: Tensor | None) -> Operand:

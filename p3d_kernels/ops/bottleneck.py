@@ -21,7 +21,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._conv import Epilogue, as_finished, conv, conv_wgrad, cuda_allowed, finished, pointwise, taps_of
+from ._conv import Epilogue, as_finished, conv, conv_wgrad, cuda_allowed, finished, finishes, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd, gram_room
 from ._tape import taped
@@ -109,9 +109,15 @@ def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config) -> bool:
     return not w_d and cuda_allowed(x) and _cuda.reduce_bwd_why_not(tuple(x.shape), x.dtype, w_r.size(0)) is None
 
 
-def _can_mask(x: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool]) -> bool:
-    """Whether `_bwd` can mask dx by x: in the kernel for both gradients of R, or in Triton's for dx."""
-    return not cuda_allowed(x) or (needs_w[0] and _reduce_fits(x, weights, config))
+def _can_mask(x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool]) -> bool:
+    """Whether `_bwd` can mask dx by x: in the kernel of both gradients of R, `point_dgrad` or Triton's."""
+    if not cuda_allowed(x):
+        return True
+    if not needs_w[0] or _reduce_fits(x, weights, config):
+        return needs_w[0]
+    dz, stride = Operand("bn_bwd", z_r, z_r), pointwise(config.stride)
+    left = not _split(weights, config)[3] and finishes(dz, dz, Operand("raw", x), stride)
+    return left and _cuda.point_dgrad_why_not(z_r, x.size(1)) is None
 
 
 def _infer(x, weights, records, config):
@@ -331,7 +337,7 @@ def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     dws, sums, masked = [], [], False
     for i, (block, w, n, r, needs) in reversed(list(enumerate(zip(config.blocks, *blocks)))):
         source, *own = raws[i]
-        mask_x = i > 0 and _can_mask(source, w, block, needs)  # then the block below need not read its output
+        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs)  # then the block below need not read its output
         passes = needs_x or i > 0, needs, masked, mask_x
         dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, *passes)
         dws, sums, masked = block_dws + dws, block_sums + sums, mask_x
