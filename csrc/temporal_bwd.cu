@@ -95,31 +95,40 @@ __device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_ar
 // ---- The order of work.
 
 template <int kChunks>
-struct Run {  // of a team
-    int begin, end;
-
-    __device__ __forceinline__ Run(const BwdArgs& a, int team)
-        : begin((int(blockIdx.x) / kChunks * Roles<kChunks>::kTeams + team) * a.length),
-          end(min(begin + a.length, a.steps)) {}
-};
-
-template <int kChunks>
 __device__ __forceinline__ int own_channel() {  // the first of the block's 64
     return int(blockIdx.x) % kChunks * kChunk;
 }
 
-struct Step {
+template <int kChunks>
+struct Walk {  // of a team, over its steps
+    int step, end;
     int time, position, frame;  // t, within the frame, n * T + t
-    bool first;                 // no frame of the step before is of use
-    bool last;                  // nor is one of these to the next step
+    bool first = true;          // no frame of the step before is of use
 
-    __device__ __forceinline__ Step(const BwdArgs& a, int step, int begin, int end) {
+    __device__ __forceinline__ Walk(const BwdArgs& a, int team)
+        : step((int(blockIdx.x) / kChunks * Roles<kChunks>::kTeams + team) * a.length),
+          end(min(step + a.length, a.steps)) {
         int column = step / a.time, clip = column / a.columns;
         time = step - column * a.time;
         position = (column - clip * a.columns) * kUnit;
         frame = clip * a.time + time;
-        first = step == begin || time == 0;
-        last = step + 1 == end || time + 1 == a.time;
+    }
+    __device__ __forceinline__ bool last(const BwdArgs& a) const {  // no frame of this step is of use to the next
+        return step + 1 == end || time + 1 == a.time;
+    }
+    __device__ __forceinline__ int begin() const { return first ? -1 : 1; }  // of the frames that are new, from here
+    __device__ __forceinline__ bool exists(const BwdArgs& a, int ahead) const {
+        return 0 <= time + ahead && time + ahead < a.time;
+    }
+    __device__ __forceinline__ void advance(const BwdArgs& a) {
+        ++step, ++frame;
+        first = ++time == a.time;
+        if (!first) return;
+        time = 0, position += kUnit;
+        if (position < a.limit)
+            frame -= a.time;
+        else
+            position = 0;
     }
 };
 
@@ -146,13 +155,11 @@ template <int kChunks>
 __device__ __forceinline__ void bring_operands(const BwdMaps& maps, const BwdArgs& a, const Place<kChunks>& place,
                                                int team) {
     Ring g = place.g(team), z = place.z(team), x = place.x(team), o = place.o(team);
-    Run<kChunks> run(a, team);
 #pragma unroll 1
-    for (int step = run.begin; step < run.end; ++step) {
-        Step at(a, step, run.begin, run.end);
+    for (Walk<kChunks> at(a, team); at.step < at.end; at.advance(a)) {
 #pragma unroll 1
-        for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead) {
-            if (at.time + ahead < 0 || at.time + ahead >= a.time) continue;
+        for (int ahead = at.begin(); ahead <= 1; ++ahead) {
+            if (!at.exists(a, ahead)) continue;
 #pragma unroll 1
             for (int c = 0; c < kChunks; ++c) {
                 bring(g, maps.g, c * kChunk, at.position, at.frame + ahead);
@@ -195,7 +202,7 @@ struct Input {
           mine((16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
 
     // The next 64 channels of a frame of dz, which replace g. Past the end of a frame they are zero.
-    __device__ __forceinline__ void finish(Fragments& v, int chunk, const bool (&real)[2], bool whole) {
+    __device__ __forceinline__ void finish(Fragments& v, int chunk, int position) {
         Fragments b;
         int slot = g.index, second = z.index;
         uint32_t box = g.take() + mine;
@@ -211,11 +218,12 @@ struct Input {
             for_pairs(v, b, Value<T, Read::bn_bwd>{constants});
         else
             for_pairs(v, b, Value<T, Read::bn_bwd_open>{constants});
-        if (!whole) {
+        if (position + kUnit > a.limit) {
+            int row = position + 16 * warp + lane / 4;
 #pragma unroll
             for (int k = 0; k < 4; ++k)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) v[k][i] = real[i % 2] ? v[k][i] : 0;
+                for (int i = 0; i < 4; ++i) v[k][i] = row + 8 * (i % 2) < a.limit ? v[k][i] : 0;
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) store_fragment(box ^ (32 * k), v[k]);
@@ -224,75 +232,78 @@ struct Input {
         if (leader) barrier_arrive(place.finished(team, slot));
     }
 
-    __device__ __forceinline__ void add(int column, float v, float u, float centred, bool real) {
-        v = real && !(u <= 0) ? v : 0;
-        totals[0][column] += v;
-        totals[1][column] = fmaf(v, real ? centred : 0, totals[1][column]);
-    }
-
-    // Rounds 64 channels of dx, stores them and adds to the totals.
-    __device__ __forceinline__ void store(const float (&d)[32], const Step& at, const bool (&real)[2]) {
+    // Rounds 64 channels of dx, stores them and adds to the totals: nothing past the end of a frame, where dz is zero.
+    template <bool kAdd, bool kSums>
+    __device__ __forceinline__ void store(const float (&d)[32], const Walk<kChunks>& at) {
         Constants constants(place.own_constants, kChunk, 0);
-        uint32_t to = place.dx(team), below = 0, added = 0;
+        uint32_t to = place.dx(team) + mine, below = 0, added = 0;
         int below_slot = x.index, added_slot = o.index;
-        if (a.sums) below = x.take() + mine;
-        if (a.add) added = o.take() + mine;
+        if (kSums) below = x.take() + mine;
+        if (kAdd) added = o.take() + mine;
         if (leader) store_wait<0>();
         __syncwarp();  // the leader has seen what was stored before leave
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            uint32_t y[4], of[4] = {}, more[4] = {};
-            if (a.sums) load_fragment(of, below ^ (32 * k));
-            if (a.add) load_fragment(more, added ^ (32 * k));
+            uint32_t y[4], of[4], more[4];
+            if (kSums) load_fragment(of, below ^ (32 * k));
+            if (kAdd) load_fragment(more, added ^ (32 * k));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 int j = 2 * k + half;
-                Six c(constants, j, a.sums ? 2 : 0);
+                Six c(constants, j, kSums ? 2 : 0);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     int i = 2 * half + m;
-                    float2 v = unpack<T>(more[i]);
-                    v.x += d[4 * j + 2 * m], v.y += d[4 * j + 2 * m + 1];
+                    float2 v{d[4 * j + 2 * m], d[4 * j + 2 * m + 1]};
+                    if (kAdd) {
+                        float2 w = unpack<T>(more[i]);
+                        v.x += w.x, v.y += w.y;
+                    }
                     y[i] = pack<T>(v.x, v.y);
-                    if (a.sums) {
+                    if (kSums) {
                         v = unpack<T>(y[i]);
                         float2 value = unpack<T>(of[i]), u = c.affine(value);
-                        add(2 * j, v.x, u.x, value.x - c.v0.x, real[m]);
-                        add(2 * j + 1, v.y, u.y, value.y - c.v0.y, real[m]);
+                        v.x = u.x <= 0 ? 0 : v.x, v.y = u.y <= 0 ? 0 : v.y;
+                        totals[0][2 * j] += v.x;
+                        totals[0][2 * j + 1] += v.y;
+                        totals[1][2 * j] = fmaf(v.x, value.x - c.v0.x, totals[1][2 * j]);
+                        totals[1][2 * j + 1] = fmaf(v.y, value.y - c.v0.y, totals[1][2 * j + 1]);
                     }
                 }
             }
-            store_fragment((to + mine) ^ (32 * k), y);
+            store_fragment(to ^ (32 * k), y);
         }
         fence_proxy_async();
         __syncwarp();
         if (leader) {
-            if (a.sums) release(x, below_slot);
-            if (a.add) release(o, added_slot);
-            store_box(maps.dx, to + warp * 16 * 128, own_channel<kChunks>(), at.position + 16 * warp, at.frame);
+            if (kSums) release(x, below_slot);
+            if (kAdd) release(o, added_slot);
+            store_box(maps.dx, place.dx(team) + warp * 16 * 128, own_channel<kChunks>(), at.position + 16 * warp,
+                      at.frame);
         }
     }
 
     __device__ __forceinline__ void run() {
-        Run<kChunks> run(a, team);
         Fragments before[kChunks] = {}, centre[kChunks] = {}, after[kChunks] = {};
-        for (int step = run.begin; step < run.end; ++step) {
-            Step at(a, step, run.begin, run.end);
-            int row = at.position + 16 * warp + lane / 4;
-            bool real[2] = {row < a.limit, row + 8 < a.limit}, whole = at.position + kUnit <= a.limit;
+        for (Walk<kChunks> at(a, team); at.step < at.end; at.advance(a)) {
 #pragma unroll 1
-            for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead) {
-                bool exists = 0 <= at.time + ahead && at.time + ahead < a.time;
+            for (int ahead = at.begin(); ahead <= 1; ++ahead) {
 #pragma unroll
                 for (int c = 0; c < kChunks; ++c)
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i], after[c][k][i] = 0;
-                if (exists) {
+                        for (int i = 0; i < 4; ++i) before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i];
+                if (at.exists(a, ahead)) {
 #pragma unroll
-                    for (int c = 0; c < kChunks; ++c) finish(after[c], c, real, whole);
+                    for (int c = 0; c < kChunks; ++c) finish(after[c], c, at.position);
+                } else {
+#pragma unroll
+                    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+                        for (int k = 0; k < 4; ++k)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) after[c][k][i] = 0;
                 }
             }
 #pragma unroll
@@ -312,7 +323,10 @@ struct Input {
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_pin(d);
-            store(d, at, real);
+            if (!a.add)
+                a.sums ? store<false, true>(d, at) : store<false, false>(d, at);
+            else
+                a.sums ? store<true, true>(d, at) : store<true, false>(d, at);
         }
         if (leader) store_wait<0>();
     }
@@ -366,14 +380,15 @@ struct Activation {
     }
 };
 
+template <int kChunks>
 struct Followed {  // a team, as the weight sees it
     int team;
+    Walk<kChunks> at;
     Ring g, x;
     int frames[3] = {-1, -1, -1};  // slots of dz: the frame before, this one, the one after; or -1
 
-    template <int kChunks>
-    __device__ __forceinline__ Followed(const Place<kChunks>& place, int team, int chunk)
-        : team(team), g(place.g(team)), x(place.x(team)) {
+    __device__ __forceinline__ Followed(const BwdArgs& a, const Place<kChunks>& place, int team, int chunk)
+        : team(team), at(a, team), g(place.g(team)), x(place.x(team)) {
         for (int c = 0; c < chunk; ++c) g.advance();
     }
 };
@@ -427,17 +442,14 @@ struct Weight {
             }
     }
 
-    __device__ __forceinline__ void add(Followed& of, int turn) {
-        Run<kChunks> run(a, of.team);
-        int step = run.begin + turn;
-        if (step >= run.end) return;
-        Step at(a, step, run.begin, run.end);
+    __device__ __forceinline__ void add(Followed<kChunks>& of) {
+        if (of.at.step >= of.at.end) return;
         Fragments x;
-        read(x, of.x, at.position);
+        read(x, of.x, of.at.position);
 #pragma unroll 1
-        for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead) {
+        for (int ahead = of.at.begin(); ahead <= 1; ++ahead) {
             of.frames[0] = of.frames[1], of.frames[1] = of.frames[2], of.frames[2] = -1;
-            if (at.time + ahead < 0 || at.time + ahead >= a.time) continue;
+            if (!of.at.exists(a, ahead)) continue;
             of.frames[2] = of.g.index;
             barrier_wait(place.finished(of.team, of.g.index), of.g.parity);
 #pragma unroll
@@ -452,18 +464,20 @@ struct Weight {
                 wgmma_commit();
             }
         wgmma_wait<0>();
+        bool last = of.at.last(a);
 #pragma unroll
         for (int frame = 0; frame < 3; ++frame) {
             wgmma_pin(d[frame]);
-            if (leader && of.frames[frame] >= 0 && (frame == 0 || at.last)) release(of.g, of.frames[frame]);
+            if (leader && of.frames[frame] >= 0 && (frame == 0 || last)) release(of.g, of.frames[frame]);
         }
+        of.at.advance(a);
     }
 
     __device__ __forceinline__ void run() {
-        Followed first(place, 0, chunk), second(place, Roles<kChunks>::kTeams - 1, chunk);
-        for (int turn = 0; turn < a.length; ++turn) {
-            add(first, turn);
-            if constexpr (Roles<kChunks>::kTeams == 2) add(second, turn);
+        Followed<kChunks> first(a, place, 0, chunk), second(a, place, Roles<kChunks>::kTeams - 1, chunk);
+        while (first.at.step < first.at.end) {  // no team has more steps
+            add(first);
+            if constexpr (Roles<kChunks>::kTeams == 2) add(second);
         }
         float* out = a.dw + int64_t(int(blockIdx.x) / kChunks) * 3 * a.channels * a.channels + channel;
 #pragma unroll
