@@ -85,6 +85,13 @@ p3d::GramBwdShape gram_bwd_shape(const GramBwdSizes& sizes) {
     return {positions, m, co, read(x_read), masked};
 }
 
+// (N, T, H * W, C, g is added, sums)
+using TemporalBwdSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, bool>;
+
+p3d::TemporalBwdShape temporal_bwd_shape(const TemporalBwdSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::TemporalBwdShape{size...}; }, sizes);
+}
+
 // (W, stride in space, plan) of conv_tiles, which takes the place of conv_train
 using ConvTiles = std::optional<std::tuple<int64_t, int, ConvInferPlan>>;
 
@@ -864,4 +871,43 @@ PYBIND11_MODULE(_C, module) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
+
+    m.def(
+        "temporal_bwd",
+        [](uintptr_t dz_a, uintptr_t dz_b, uintptr_t dz_affine_a, uintptr_t dz_affine_b, uintptr_t dz_sums,
+           uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
+           uintptr_t dx, uintptr_t partials, uintptr_t dw, const std::string& dz_read, const std::string& x_read,
+           const TemporalBwdSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::TemporalBwd p{};
+            p.shape = temporal_bwd_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.dz = operand(read(dz_read), dz_a, dz_b, dz_affine_a, dz_affine_b, dz_sums);
+            p.x = operand(read(x_read), x_a, x_b, x_affine_a, x_affine_b, x_sums);
+            p.w = pointer<const void>(w);
+            p.dx = pointer<void>(dx);
+            p.partials = pointer<float>(partials);
+            p.dw = pointer<float>(dw);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::temporal_bwd(p));
+        },
+        py::arg("dz_a"), py::arg("dz_b"), py::arg("dz_affine_a"), py::arg("dz_affine_b"), py::arg("dz_sums"),
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
+        py::arg("dx"), py::arg("partials"), py::arg("dw"), py::arg("dz_read"), py::arg("x_read"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "temporal_bwd_why_not",
+        [](const TemporalBwdSizes& sizes) {
+            const char* why = p3d::temporal_bwd_why_not(temporal_bwd_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "temporal_bwd_rows",  // splits of dw, rows of partials
+        [](const TemporalBwdSizes& sizes) {
+            p3d::TemporalBwdShape shape = temporal_bwd_shape(sizes);
+            return std::pair(p3d::temporal_bwd_splits(shape), p3d::temporal_bwd_partials(shape));
+        },
+        py::arg("sizes"));
 }

@@ -496,6 +496,37 @@ const char* temporal_infer_why_not(const TemporalShape& shape);
 const char* temporal_boxes(const TemporalInfer& p);
 const char* temporal_boxes_why_not(const TemporalShape& shape);
 
+// Both gradients of the 3x1x1 convolution of stride 1 and padding 1 in time, with as many channels out as in:
+//
+//     dx[p,ci] = sum over taps and co of dz[p - tap,co] * w[co,tap,ci] + add g[p,ci]
+//     dw[co,tap,ci] = sum over positions p of dz[p,co] * x[p + tap,ci] = sum over the splits of `dw`
+//
+// dz is an operand read bn_bwd or bn_bwd_open, g its a; x one read raw or bn_relu.
+// sums: R rows (sum h, sum h (x.a - mean)), h the rounded dx where the ReLU of x passes it, else 0
+struct TemporalBwdShape {
+    int64_t clips, time, frame;  // N, T, H * W
+    int64_t channels;            // C, 64 or 128
+    bool add, sums;
+};
+
+struct TemporalBwd {
+    TemporalBwdShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    WgradOperand dz, x;
+    const void* w;    // [C, 3, C]  16-byte aligned, as all pointers are
+    void* dx;         // [N, T, H, W, C]
+    float* partials;  // [R, 2, C], R = temporal_bwd_partials(shape), with sums; or nullptr
+    float* dw;        // [temporal_bwd_splits(shape), C, 3, C]
+    CUstream_st* stream;
+};
+
+const char* temporal_bwd(const TemporalBwd& p);
+
+// Why temporal_bwd cannot run this shape on the current device, the splits and R; 0 if it cannot.
+const char* temporal_bwd_why_not(const TemporalBwdShape& shape);
+int temporal_bwd_splits(const TemporalBwdShape& shape);
+int temporal_bwd_partials(const TemporalBwdShape& shape);
+
 // A convolution alone, for inference, 1x1x1, 3x1x1 or 1x3x3 of any of these strides in space, padded by zeros:
 //
 //     y[n,t,h,w,:] = join(bn(sum over dt, dh, dw of w[:,dt,dh,dw,:] x[n,t+dt,stride*h+dh,stride*w+dw,:]), o[n,t,h,w,:])

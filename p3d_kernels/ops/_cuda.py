@@ -1396,3 +1396,77 @@ def temporal_infer(
 
     plan_for(("temporal_infer", x.shape, x.dtype, x.device, join), build)(x, o, w, record, y)
     return y
+
+
+def _temporal_bwd_sizes(dz: Operand, add: bool, sums: bool) -> tuple:
+    n, m, t, h, w = dz.a.shape
+    return n, t, h * w, m, add, sums
+
+
+def temporal_bwd_why_not(dz: Operand, x: Operand, w: Tensor, add: bool = False, sums: bool = False) -> str | None:
+    """Why `temporal_bwd` cannot run these, or None."""
+    m = dz.channels
+    if dz.a.dtype not in _DTYPES:
+        return f"temporal_bwd: dtype {dz.a.dtype} (expected bfloat16 or float16)"
+    if dz.read not in ("bn_bwd", "bn_bwd_open") or x.read not in ("raw", "bn_relu"):
+        return f"temporal_bwd: reads {dz.read}, {x.read} (expected bn_bwd or bn_bwd_open, and raw or bn_relu)"
+    if x.a.shape != dz.a.shape or tuple(w.shape) != (m, 3, m):
+        return f"temporal_bwd: x {list(x.a.shape)}, w {list(w.shape)} (expected {list(dz.a.shape)}, {[m, 3, m]})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.temporal_bwd_why_not(_temporal_bwd_sizes(dz, add, sums))
+
+
+def temporal_bwd(
+    dz: Operand,  # [N, M, T, H, W], read bn_bwd or bn_bwd_open
+    x: Operand,  # like dz, read raw or bn_relu
+    w: Tensor,  # [M, 3, M]
+    add: bool = False,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dx, part, dw) of T x, T the 3x1x1 convolution of stride 1 by w, from the gradient dz of its result.
+
+        dx[p, ci]       = sum_{tap, co} dz[p - tap, co] w[co, tap, ci] + add dz.a[p, ci]
+        dw[co, tap, ci] = sum_p dz[p, co] x[p + tap, ci]
+
+    All that both need is read once, and of 128 channels dz twice. An operand is what its read makes of its tensors,
+    rounded to the dtype; float32 accumulation. `sums`, of x read bn_relu: what the normalisation of x.a needs.
+
+    Returns:
+        dx [N, M, T, H, W] channels_last_3d; with `sums` float32 [R, 2, M] rows (sum g, sum g (x.a - mean)), g the
+        rounded dx where the ReLU of x passes it, else 0; or None; float32 [R', M * 3 * M], each row [M, 3, M] the
+        sum over a part of the positions. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `temporal_bwd_why_not` says), or CUDA failed.
+    """
+    shape, dtype, device, m = tuple(dz.a.shape), dz.a.dtype, dz.a.device, dz.channels
+    if dtype not in _DTYPES or dz.read not in ("bn_bwd", "bn_bwd_open"):
+        raise ValueError(f"dz: expected bfloat16 or float16 read bn_bwd or bn_bwd_open, got {dtype}, {dz.read!r}")
+    if x.read not in ("raw", "bn_relu") or (sums and x.read == "raw"):
+        raise ValueError(f"x: expected to be read bn_relu or, without sums, raw, got {x.read!r}")
+    _check_operand("dz", dz, shape, dtype)
+    _check_operand("x", x, shape, dtype)
+    _check_matrix("w", w, (m, 3, m), dtype)
+    dx = alloc(shape, device, dtype)
+    if dx.numel() == 0:
+        part = torch.zeros(1, 2, m, device=device) if sums else None
+        return dx, part, torch.zeros(1, m * 3 * m, device=device)
+    sizes = _temporal_bwd_sizes(dz, add, sums)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = dz.read, x.read, sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.temporal_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.temporal_bwd_rows(sizes)
+        return plan
+
+    plan = plan_for(("temporal_bwd", sizes, dz.read, x.read, dtype, device), build)
+    splits, rows = plan.rows
+    part = alloc((rows, 2, m), device) if sums else None
+    dw = alloc((splits, m * 3 * m), device)
+    plan(*dz.args(), *x.args(), w, dx, part, dw)
+    return dx, part, dw
