@@ -428,8 +428,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- Host.
 
 // The tile that finishes first on `processors` multiprocessors, or why there is none. In cycles: a step of 16 positions
-// takes the matrix unit 9 * 32; finishing takes about 9.5 a position of dz and 4.4 of a; a multiprocessor is brought
-// about 24 bytes a cycle, after 1200; all of them write and sum 2700 bytes of partial sums.
+// takes the matrix unit 9 * 32; finishing takes about 9.5 a position of dz and 4.4 of a; the two share shared memory, so
+// that a turn takes 0.93 of both and 500 (within 2 % of seven measured tiles of P3D-63's stages); a multiprocessor is
+// brought about 24 bytes a cycle, after 1200; all of them write and sum 2700 bytes of partial sums.
 const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
     if (const char* reason = sizes_why_not("spatial_wgrad", s)) return reason;
     int64_t blocks = s.in_channels / kChunk * (s.out_channels / kChunk);
@@ -457,7 +458,7 @@ const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
             if (bytes > kSharedLimit) continue;
             double brought = double(2 * dz_box + a_box) * kRow / 24, finished = 9.5 * dz_box + 4.4 * a_box + 300;
             double multiplied = 288.0 * steps + 200, whole = 1200 + brought + finished + multiplied;
-            double turn = std::max({brought, finished, multiplied, whole / stages});
+            double turn = std::max({brought, 0.93 * (finished + multiplied) + 500, whole / stages});
             int64_t tiles = parts(s.frames, frames) * row_tiles * column_tiles;
             // More splits than this write more than they save.
             int64_t useful = std::max<int64_t>(1, std::llround(std::sqrt(tiles * turn / split_cost)));
