@@ -567,6 +567,8 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
 def _q_tile(ci: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if ci > 512 and dtype == torch.bfloat16:  # as many products as W C, and as it is divided
+        return _gram_tile(ci, dtype)
     return {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}  # of a sweep on an H200
 
 
