@@ -48,8 +48,10 @@ from ._triton import (
     dot,
     empty_ndhwc,
     input_precision,
+    load_affine,
     read_operand,
     relu,
+    split_blocks,
     sum_of_splits,
     tl,
     to_tf32,
@@ -89,6 +91,7 @@ def gram_sum_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,  # covers CI
+    STAGES: tl.constexpr,
 ):
     N: tl.constexpr = CI * CI + CI
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -101,8 +104,12 @@ def gram_sum_kernel(
         if tl.program_id(0) == 0:
             tile = tl.arange(0, triton.next_power_of_2(TILES))
             tl.store(arrived + tile, tl.zeros_like(tile), mask=tile < TILES)
-    total = sum_of_splits(part + CI * CI, j, j < CI, splits, N, BLOCK_S, BLOCK_K)
-    s = sum_of_splits(part, row * CI + column, (row < CI) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    if centre is not None:
+        about = tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
+    exists = (row < CI) & (column < CI)
+    s, total = sum_of_splits(
+        part, row * CI + column, exists, CI * CI + j, j < CI, splits, N, BLOCK_S, BLOCK_R * BLOCK_K, BLOCK_K, STAGES
+    )
     s = tl.reshape(s, (BLOCK_R, BLOCK_K))
     total_i = tl.sum(tl.where(i[:, None] == j[None, :], total[None, :], 0.0), 1)
     s -= (total_i / P)[:, None] * total[None, :]
@@ -111,7 +118,7 @@ def gram_sum_kernel(
     if tl.program_id(0) == 0:
         mean = total.to(tl.float64) / P
         if centre is not None:
-            mean += tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
+            mean += about
         tl.store(mean_ptr + j, mean, mask=j < CI)
         tl.store(mean_a + j, mean.to(tl.float32), mask=j < CI)
 
@@ -148,6 +155,10 @@ def gram_kernel(
     j_mask = j < CI
     mask = co_mask[:, None] & j_mask[None, :]
     begin(PDL)
+    if record is not None:
+        scale, shift = load_affine(weight, bias, co, co_mask, BLOCK_M)
+        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
+        w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, CI_END, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -164,14 +175,12 @@ def gram_kernel(
                 acc = tl.dot(w, cov, acc, input_precision="ieee")
     tl.store(wc_ptr + co[:, None] * CI + j[None, :], acc, mask=mask)
     if record is not None:
-        w = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
         if PRECISION == "tf32":
-            w = to_tf32(w)
-        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
-        mean = tl.sum(w.to(tl.float64) * mean_j[None, :], 1)
-        m2 = tl.sum(acc * w, 1).to(tl.float64)
+            w_j = to_tf32(w_j)
+        mean = tl.sum(w_j.to(tl.float64) * mean_j[None, :], 1)
+        m2 = tl.sum(acc * w_j, 1).to(tl.float64)
         if COLUMNS == 1:
-            write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+            write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
         else:
             row = shares + column * (2 * CO) + co
             tl.store(row, mean, mask=co_mask)
@@ -184,15 +193,15 @@ def gram_kernel(
                     row = shares + i * (2 * CO) + co
                     mean += tl.load(row, mask=co_mask, other=0.0, cache_modifier=".cg")
                     m2 += tl.load(row + CO, mask=co_mask, other=0.0, cache_modifier=".cg")
-                write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+                write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
 
 
 @triton.jit
-def write_moments(record, mean, m2, P, weight, bias, eps, c, c_mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def write_moments(record, mean, m2, P, scale, shift, eps, c, c_mask, C: tl.constexpr):
     """The record of P values of which m2 is the sum of squares about the mean, but for rounding."""
     m2 = relu(m2)
     count = tl.zeros_like(m2) + P
-    write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), weight, bias, eps, c, c_mask, C, BLOCK_C)
+    write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), scale, shift, eps, c, c_mask, C)
 
 
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
@@ -303,6 +312,7 @@ def gram_operands_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,  # covers CI
+    STAGES: tl.constexpr,
 ):
     N: tl.constexpr = CO * CI + CO
     co = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -317,14 +327,21 @@ def gram_operands_kernel(
     scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
     invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
     w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = sum_of_splits(part + CO * CI, co, co_mask, splits, N, BLOCK_S, BLOCK_R)
-    m = sum_of_splits(part, row * CI + column, (row < CO) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    if wc_ptr is None:
+        mean = tl.load(record + co, mask=co_mask, other=0.0)
+    else:
+        mean = tl.load(mean_a + k, mask=k < CI, other=0.0)
+        wc = tl.load(wc_ptr + offsets, mask=mask, other=0.0)
+    exists = (row < CO) & (column < CI)
+    m, g = sum_of_splits(
+        part, row * CI + column, exists, CO * CI + co, co_mask, splits, N, BLOCK_S, BLOCK_R * BLOCK_K, BLOCK_R, STAGES
+    )
     m = tl.reshape(m, (BLOCK_R, BLOCK_K))
     if wc_ptr is not None:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
-        m -= g[:, None] * tl.load(mean_a + k, mask=k < CI, other=0.0)[None, :]
+        m -= g[:, None] * mean[None, :]
     dot_mw = tl.sum(m * w, 1)
     if wc_ptr is None:
-        dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
+        dot_mw -= mean * g
     dweight = invstd * dot_mw
     sq = scale * (dweight * invstd / P)
     tl.store(sums + co, sq, mask=co_mask)
@@ -333,7 +350,7 @@ def gram_operands_kernel(
     tl.store(sums + 3 * CO + co, g, mask=co_mask)
     dw = scale[:, None] * m
     if wc_ptr is not None:
-        dw -= sq[:, None] * tl.load(wc_ptr + offsets, mask=mask, other=0.0)
+        dw -= sq[:, None] * wc
     tl.store(dw_ptr + offsets, dw, mask=mask)
     if qw_ptr is not None:
         sw = w * scale[:, None]
@@ -457,7 +474,7 @@ def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm | No
         CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
     products.rows, products.columns = rows, columns
-    tile = _rows_tile(ci, ci, splits)
+    tile = _rows_tile(ci, ci, splits, True)
     sums = Plan(
         gram_sum_kernel, (cdiv(ci, tile["BLOCK_R"]),), (positions, splits),
         CI=ci, PARTS=parts, TILES=rows, **pdl, **tile,
@@ -476,16 +493,13 @@ def _gram_tile(ci: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
-def _rows_tile(rows: int, columns: int, splits: int) -> dict:
-    """Whole rows of `columns` to a program and some splits; 4 rows, or of many columns 16, won a sweep on an H200."""
+def _rows_tile(rows: int, columns: int, splits: int, totals: bool = False) -> dict:
+    """Whole rows of `columns` to a program, and with `totals` one more; 4, or of many columns 16, won a sweep on an
+    H200."""
     block_k = block(columns, 16, 1 << 30)
     block_r = block(min(cdiv(rows, 128), 4 if block_k <= 256 else 16, max(1, 8192 // block_k)), 1, 16)
-    return {
-        "BLOCK_S": block(splits, 1, min(64, max(1, 8192 // (block_r * block_k)))),
-        "BLOCK_R": block_r,
-        "BLOCK_K": block_k,
-        "num_warps": 8,
-    }
+    block_s, stages = split_blocks(splits, (block_r + totals) * block_k, 4096)
+    return {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_K": block_k, "STAGES": stages, "num_warps": 8}
 
 
 def gram_bwd(
@@ -598,6 +612,8 @@ def _gram_bwd_plans(
 def _q_tile(ci: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if ci > 512 and dtype == torch.bfloat16:  # as many products as W C, and as it is divided
+        return _gram_tile(ci, dtype)
     return {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}  # of a sweep on an H200
 
 
