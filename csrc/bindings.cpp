@@ -266,14 +266,15 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "running_stats",
         [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
-            // of each norm record, mean, var and count; (channels, momentum)
-            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
+            // of each norm the batch's mean and var, mean, var and count; (channels, momentum)
+            if (addresses.size() != 5 * norms.size()) throw py::value_error("addresses: expected five a norm");
             std::vector<p3d::RunningNorm> p(norms.size());
             for (size_t i = 0; i < p.size(); ++i) {
-                p[i].record = pointer<const float>(addresses[4 * i]);
-                p[i].mean = pointer<float>(addresses[4 * i + 1]);
-                p[i].var = pointer<float>(addresses[4 * i + 2]);
-                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
+                p[i].batch_mean = pointer<const float>(addresses[5 * i]);
+                p[i].batch_var = pointer<const float>(addresses[5 * i + 1]);
+                p[i].mean = pointer<float>(addresses[5 * i + 2]);
+                p[i].var = pointer<float>(addresses[5 * i + 3]);
+                p[i].count = pointer<int64_t>(addresses[5 * i + 4]);
                 std::tie(p[i].channels, p[i].momentum) = norms[i];
             }
             check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));

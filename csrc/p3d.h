@@ -321,11 +321,12 @@ int reduce_bwd_partials(const ReduceBwdShape& shape);
 // The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
 // torch.nn.BatchNorm3d has it.
 struct RunningNorm {
-    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
-    float* mean;          // [C]
-    float* var;           // [C]
-    int64_t* count;       // one; or nullptr
-    int channels;         // C
+    const float* batch_mean;  // [C]
+    const float* batch_var;   // [C], unbiased
+    float* mean;              // [C]
+    float* var;               // [C]
+    int64_t* count;           // one; or nullptr
+    int channels;             // C
     float momentum;
 };
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from .._norm import Norm
 from ._tape import NativePlan, alloc, cdiv, plan_for
 from ._triton import Operand
 from .max_pool import out_sizes
@@ -977,37 +976,6 @@ def reduce_bwd(
     part = alloc((plan.rows, co * ci), device)
     plan(*dz.args()[:2], dz.record_b, dz.sums, x, w, o, o_mask, dx, part)
     return dx, part
-
-
-def moves(norms: Sequence[Norm]) -> bool:
-    """Whether `running_stats` can move the running statistics of those norms that have any to move."""
-    live = [n for n in norms if n.updates]
-    statistics = [t for n in live for t in (n.running_mean, n.running_var)]
-    counters = [n.num_batches_tracked for n in live if n.num_batches_tracked is not None]
-    return (
-        bool(live)
-        and all(n.momentum is not None for n in live)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics)
-        and all(t.dtype == torch.int64 for t in counters)
-    )
-
-
-def running_stats(norms: Sequence[Norm], records: Sequence[Tensor]) -> None:
-    """Move running statistics as BatchNorm3d does, towards the mean and unbiased variance of records [5, C].
-
-    One launch for all norms that `moves` says yes to; those that have nothing to move are passed over.
-    """
-    live = [(n, r) for n, r in zip(norms, records, strict=True) if n.updates]
-    sizes = [(r.size(1), n.momentum) for n, r in live]
-
-    def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
-        return NativePlan(lambda stream, *addresses: native.running_stats(addresses, sizes, stream))
-
-    tensors = [t for n, r in live for t in (r, n.running_mean, n.running_var, n.num_batches_tracked)]
-    plan_for(("running_stats", tuple(sizes), records[0].device), build)(*tensors)
 
 
 STEM_COUTS = 64

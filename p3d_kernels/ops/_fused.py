@@ -13,13 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from .. import _backends
 from .._checks import compute_dtype
-from .._norm import Norm, update_running
-from . import _cuda
-from ._conv import cuda_allowed, pack, pack_weight, packed_in, weight_grad
+from .._norm import Norm, in_one_launch, update_running
+from ._conv import pack, pack_weight, packed_in, weight_grad
 from ._tape import keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
@@ -64,7 +62,7 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
 class _Call:
     """A call whose arguments were checked: the key of its tapes."""
 
-    moves: bool  # the forward's tape moves the running statistics, as its last launch
+    in_one_launch: bool  # for `update_running`
 
 
 _settled: dict[tuple, _Call] = {}  # by what a checked call depends on
@@ -103,8 +101,7 @@ def dispatch(
         if _backends.choose(op, x, lambda _: why_not(x)) == "aten":
             return plain(x)
         if key is not None:
-            present = [n for n in norms if n is not None]
-            settled = keep(_settled, key, _Call(cuda_allowed(x) and _cuda.moves(present)))
+            settled = keep(_settled, key, _Call(in_one_launch([n for n in norms if n is not None], x)))
     present = ([a for a in of if a is not None] for of in (weights, norms))
     return _run(SCHEDULES[op], x, *present, config, settled)
 
@@ -140,25 +137,16 @@ class _Function(torch.autograd.Function):
         def pass_():
             packed, buffer = pack([w.detach() for w in weights], x_in.dtype)
             y, records, raws = schedule.fwd(x_in, packed, norms, config)
-            if key.moves:
-                _cuda.running_stats(norms, records)
             return [y], [*records, *raws, *([] if buffer is None else [buffer])]
 
         def rows():  # mean and unbiased variance of each record [5, C]
             channels = [w.size(0) for w in weights]
             return [(i, row * c, c) for i, c in enumerate(channels) for row in (0, 4)]
 
-        inputs = [x_in, *weights, *_stats(norms)]
-        if key.moves:
-            live = [n for n in norms if n.updates]
-            running = [t for n in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
-            inputs += running
-        (y,), kept, layout = taped(("fwd", key), pass_, inputs)
-        if key.moves:
-            increment_version([t for t in running if t is not None])
-        elif any(norm.updates for norm in norms):
+        (y,), kept, layout = taped(("fwd", key), pass_, [x_in, *weights, *_stats(norms)])
+        if any(norm.updates for norm in norms):
             batch = layout.cut(kept, rows)
-            update_running(norms, batch[::2], batch[1::2])
+            update_running(norms, batch[::2], batch[1::2], key.in_one_launch)
         ctx.save_for_backward(x_in, y, kept, *weights)
         ctx.schedule, ctx.config, ctx.norms, ctx.layout, ctx.key = schedule, config, norms, layout, key
         return y

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_weight, compute_dtype
-from .._norm import Norm, check_norm, update_running
+from .._norm import Norm, check_norm, in_one_launch, update_running
 from . import _cuda
 from ._conv import cuda_allowed
 from ._stem import channels_last, pools_raw, stem_bwd, stem_conv, stem_fwd, stem_pack
@@ -24,7 +24,7 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, weight, bias, norm, wiring, dtype):
         y, record, z, tap, winner = stem_fwd(x, w, norm, wiring, dtype, True)
-        update_running([norm], [record[0]], [record[4]])
+        update_running([norm], [record[0]], [record[4]], in_one_launch([norm], y))
         ctx.save_for_backward(x, w, weight, bias, z, record, tap, winner)
         ctx.mode = norm.training, wiring
         return y
