@@ -25,7 +25,7 @@ constexpr int kFinishers = 3;            // warps
 constexpr int kBoxes = 4;                // of 64 couts
 constexpr int kCouts = kBoxes * kChunk;  // of a block
 constexpr int kMaxParts = 2;             // blocks that share the couts out
-constexpr int kGroups = kUnit / 16;      // of a box, 16 rows each, that a finisher takes
+constexpr int kGroups = kUnit / 16;      // of a box, 16 rows each, which finishers take by turns
 constexpr int kOnesBytes = 16 * 8 * 2;   // the right operand of the sum of g
 constexpr int kMaxXSlots = 4, kMaxGSlots = 24;
 constexpr int kBarrierBytes = 24 * (kMaxXSlots + kMaxGSlots);
@@ -130,7 +130,12 @@ __device__ __forceinline__ void produce(const GramMaps& maps, const GramArgs& a,
     }
 }
 
-// ---- The finishers. Groups of 16 rows go to them by turns, from slot to slot.
+// ---- The finishers.
+
+// How many of them have X; the others have the gradient.
+__host__ __device__ constexpr int x_finishers(Read read, bool masked) {
+    return read == Read::raw ? 0 : masked ? kFinishers - 1 : kFinishers;
+}
 
 // The read of X, applied to 16 rows of a box of `a`, in place.
 template <typename T>
@@ -160,39 +165,42 @@ __device__ __forceinline__ void finish_g(uint32_t g, uint32_t y, int lane) {
                                                     masked<T>(v[k].z, w[k].z), masked<T>(v[k].w, w[k].w)});
 }
 
+// Applies finish(group) to this warp's groups of the next slot: every count-th from `next`, which becomes that of the
+// slot after.
+template <typename Finish>
+__device__ __forceinline__ void finish_slot(Stages& of, int groups, int& next, int count, int lane,
+                                            const Finish& finish) {
+    barrier_wait(of.copied(), of.parity);
+#pragma unroll 1
+    for (; next < groups; next += count) finish(next);
+    next -= groups;
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(of.finished());
+    of.advance();
+}
+
 template <typename T>
 __device__ __forceinline__ void finish_all(const GramArgs& a, const Job& job, Stages x, Stages g, uint32_t constants,
                                            int warp) {
-    int lane = threadIdx.x % 32, next = warp;
-    auto done = [&](Stages& of) {
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(of.finished());
-        of.advance();
-    };
+    int lane = threadIdx.x % 32, of_x = x_finishers(a.x.read, a.masked), next = warp < of_x ? warp : warp - of_x;
+    if (warp < of_x) {
 #pragma unroll 1
-    for (int unit = job.split; unit < a.units; unit += a.splits) {
-        if (a.x.read != Read::raw) {
-            barrier_wait(x.copied(), x.parity);
-#pragma unroll 1
-            for (; next < a.x.chunks * kGroups; next += kFinishers) {
-                int chunk = next / kGroups, row = next % kGroups * 16;
+        for (int unit = job.split; unit < a.units; unit += a.splits)
+            finish_slot(x, a.x.chunks * kGroups, next, of_x, lane, [&](int group) {
+                int chunk = group / kGroups, row = group % kGroups * 16;
                 finish_x<T>(a.x.read, x.slot() + chunk * kBoxBytes + row * 128,
                             x.slot() + (a.x.chunks + chunk) * kBoxBytes + row * 128,
                             Constants(constants, a.x.chunks * kChunk, chunk), lane);
-            }
-            next -= a.x.chunks * kGroups;
-            done(x);
-        }
-        if (!a.masked) continue;
+            });
+    } else if (a.masked) {
 #pragma unroll 1
-        for (int box = 0; box < kBoxes; ++box) {
-            barrier_wait(g.copied(), g.parity);
-            for (; next < kGroups; next += kFinishers)
-                finish_g<T>(g.slot() + next * 16 * 128, g.slot() + kBoxBytes + next * 16 * 128, lane);
-            next -= kGroups;
-            done(g);
-        }
+        for (int unit = job.split; unit < a.units; unit += a.splits)
+#pragma unroll 1
+            for (int box = 0; box < kBoxes; ++box)
+                finish_slot(g, kGroups, next, kFinishers - of_x, lane, [&](int group) {
+                    finish_g<T>(g.slot() + group * 16 * 128, g.slot() + kBoxBytes + group * 16 * 128, lane);
+                });
     }
 }
 
@@ -377,9 +385,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ __align__(1024) char memory[];
     Place place(memory, a);
     if (threadIdx.x == 0) {
+        int of_x = x_finishers(a.x.read, a.masked);
         for (int i = 0; i < a.x_slots + a.g_slots; ++i) {
             barrier_init(place.barriers + 24 * i, 1);
-            barrier_init(place.barriers + 24 * i + 8, kFinishers);
+            barrier_init(place.barriers + 24 * i + 8, max(1, i < a.x_slots ? of_x : kFinishers - of_x));
             barrier_init(place.barriers + 24 * i + 16, 8);  // the warps that multiply
         }
         barrier_init_fence();
