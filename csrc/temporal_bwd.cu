@@ -11,8 +11,8 @@
 //
 // Warpgroups of a block:
 //   the copies  a warp for each team, and one that brings the weights, which stay
-//   the input   one a team: makes dz once an element, keeps the fragments of three frames in registers as the product's
-//               rows, and leaves dz in shared memory, in place of g, for the weights
+//   the input   one a team: makes dz once an element, in place of g in shared memory, while the matrix unit multiplies
+//               the two frames that are there
 //   the weight  one for each 64 channels of dz, for all teams: x is loaded transposed and made there, and is the
 //               product's rows; dz is its columns, positions being the sum's index. A block's sums stay in registers
 //
@@ -25,6 +25,8 @@ namespace p3d {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kCopyRegisters = 40, kComputeRegisters = 152;
+static_assert(kCopyRegisters + 3 * kComputeRegisters <= 65536 / 128, "registers of the block");
 constexpr int kBarrierBytes = 512;
 
 template <int kChunks>
@@ -32,10 +34,7 @@ struct Roles {
     static constexpr int kTeams = 3 - kChunks;
     static constexpr int kWeightBoxes = 3 * kChunks;
     static constexpr int kConstantBytes = (3 * kChunks + 2) * kChunk * 8;  // of dz; of x, these 64 channels
-    static constexpr int kCopyRegisters = 40;
-    static constexpr int kInputRegisters = kChunks == 1 ? 160 : 184, kWeightRegisters = kChunks == 1 ? 152 : 144;
-    static_assert(kCopyRegisters + kTeams * kInputRegisters + kChunks * kWeightRegisters <= 65536 / 128,
-                  "registers of the block");
+    static_assert(kTeams + kChunks == 3, "warpgroups that compute");
 };
 
 struct BwdMaps {
@@ -173,6 +172,25 @@ __device__ __forceinline__ void bring_operands(const BwdMaps& maps, const BwdArg
 
 // ---- The input: a team's warpgroup.
 
+#define P3D_BOXES_WGMMA(TYPE)                                                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
+                 "}, %32, %33, 1, 1, 1, 0, 1;"                                               \
+                 : P3D_OPS_8                                                                 \
+                 : "l"(a), "l"(b))
+
+// d += x * w, boxes in shared memory: rows of x are those of d, rows of w the index of the sum.
+template <typename T>
+__device__ __forceinline__ void multiply_boxes(float (&d)[32], uint32_t x, uint32_t w) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint64_t a = swizzled_descriptor(x + 32 * k, 8 * 128), b = swizzled_descriptor(w + k * 16 * 128, 8 * 128);
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)
+            P3D_BOXES_WGMMA("bf16");
+        else
+            P3D_BOXES_WGMMA("f16");
+    }
+}
+
 template <typename T, int kChunks>
 struct Input {
     static constexpr int kTeams = Roles<kChunks>::kTeams;
@@ -184,6 +202,7 @@ struct Input {
     bool leader;
     Ring g, z, x, o;
     uint32_t mine;  // this lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k
+    int frames[3] = {-1, -1, -1};  // slots of dz, its first 64 channels: the frame before, this one, the one after
     // Sums of g and of g (z - mean) of 16 channels, column 2 j + e of them 8 j + 2 (lane % 4) + e.
     float totals[2][16] = {};
 
@@ -202,8 +221,8 @@ struct Input {
           mine((16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
 
     // The next 64 channels of a frame of dz, which replace g. Past the end of a frame they are zero.
-    __device__ __forceinline__ void finish(Fragments& v, int chunk, int position) {
-        Fragments b;
+    __device__ __forceinline__ void finish(int chunk, int position) {
+        Fragments v, b;
         int slot = g.index, second = z.index;
         uint32_t box = g.take() + mine;
 #pragma unroll
@@ -230,6 +249,27 @@ struct Input {
         fence_proxy_async();
         __syncwarp();
         if (leader) barrier_arrive(place.finished(team, slot));
+    }
+
+    // The frame `ahead` of this one becomes the one after; finish_after forms it.
+    __device__ __forceinline__ void shift(const Walk<kChunks>& at, int ahead) {
+        frames[0] = frames[1], frames[1] = frames[2], frames[2] = at.exists(a, ahead) ? g.index : -1;
+    }
+    __device__ __forceinline__ void finish_after(const Walk<kChunks>& at) {
+        if (frames[2] < 0) return;
+#pragma unroll 1
+        for (int c = 0; c < kChunks; ++c) finish(c, at.position);
+        named_sync(2 + team, 128);  // all rows are there
+    }
+
+    __device__ __forceinline__ void add_frame(float (&d)[32], int frame) const {
+        int slot = frames[frame];
+        if (slot < 0) return;
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+            multiply_boxes<T>(d, g.slots + (slot + c) * kBoxBytes, place.weights + (frame * kChunks + c) * kBoxBytes);
+        wgmma_commit();
     }
 
     // Rounds 64 channels of dx, stores them and adds to the totals: nothing past the end of a frame, where dz is zero.
@@ -284,45 +324,28 @@ struct Input {
     }
 
     __device__ __forceinline__ void run() {
-        Fragments before[kChunks] = {}, centre[kChunks] = {}, after[kChunks] = {};
         for (Walk<kChunks> at(a, team); at.step < at.end; at.advance(a)) {
 #pragma unroll 1
-            for (int ahead = at.begin(); ahead <= 1; ++ahead) {
-#pragma unroll
-                for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-                    for (int k = 0; k < 4; ++k)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i];
-                if (at.exists(a, ahead)) {
-#pragma unroll
-                    for (int c = 0; c < kChunks; ++c) finish(after[c], c, at.position);
-                } else {
-#pragma unroll
-                    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-                        for (int k = 0; k < 4; ++k)
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) after[c][k][i] = 0;
-                }
+            for (int ahead = at.begin(); ahead < 1; ++ahead) {
+                shift(at, ahead);
+                finish_after(at);
             }
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) pin(before[c]), pin(centre[c]), pin(after[c]);
+            shift(at, 1);
             float d[32];
 #pragma unroll
             for (int i = 0; i < 32; ++i) d[i] = 0;
             wgmma_pin(d);
-            wgmma_fence();
-            auto weights = [&](int frame, int c) { return place.weights + (frame * kChunks + c) * kBoxBytes; };
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, true>(d, before[c], weights(0, c));
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, true>(d, centre[c], weights(1, c));
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, true>(d, after[c], weights(2, c));
-            wgmma_commit();
+            add_frame(d, 0);
+            add_frame(d, 1);
+            finish_after(at);  // meanwhile
+            add_frame(d, 2);
             wgmma_wait<0>();
             wgmma_pin(d);
+            bool last = at.last(a);
+#pragma unroll
+            for (int frame = 0; frame < 3; ++frame)
+                if (leader && frames[frame] >= 0 && (frame == 0 || last))
+                    for (int c = 0; c < kChunks; ++c) release(g, frames[frame] + c);
             if (!a.add)
                 a.sums ? store<false, true>(d, at) : store<false, false>(d, at);
             else
@@ -504,7 +527,7 @@ __device__ __forceinline__ void init_barriers(const BwdArgs& a, const Place<kChu
     };
 #pragma unroll 1
     for (int team = 0; team < Roles<kChunks>::kTeams; ++team) {
-        pairs(place.g(team), 4);  // of the warps of one warpgroup of the weight
+        pairs(place.g(team), 8);  // the input's warps, and those of one warpgroup of the weight
         pairs(place.z(team), 4);
         pairs(place.x(team), 4 * kChunks + (a.sums ? 4 : 0));
         pairs(place.o(team), 4);
@@ -522,15 +545,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) init_barriers(a, place);
     __syncthreads();
     dependency_wait();
-    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0),
-        group = warp / 4;  // the same for the warp, as the compiler can tell
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
+    int group = warp / 4;
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Role::kCopyRegisters));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));
         if (threadIdx.x % 32) return;
         if (warp < Role::kTeams) bring_operands(maps, a, place, warp);
         if (warp == 3) bring_weights(maps, a, place);
     } else if (group <= Role::kTeams) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Role::kInputRegisters));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
         prepare_source(place.constants, a.dz, threadIdx.x - 128, 128 * Role::kTeams);
         if (a.sums)
             prepare(place.own_constants, 2, kChunk, threadIdx.x - 128, 128 * Role::kTeams, [&](int row, int channel) {
@@ -542,7 +565,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         input.run();
         if (a.sums) input.send_totals();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Role::kWeightRegisters));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
         Weight<T, kChunks> weight(a, place, group - 1 - Role::kTeams);
         weight.run();
     }
@@ -606,7 +629,8 @@ template <int kChunks>
 constexpr bool fits(Slots slots) {
     using Role = Roles<kChunks>;
     int all = slots.g + slots.z + slots.x + slots.o + 1;
-    return (Role::kWeightBoxes + Role::kTeams * all) * kBoxBytes + Role::kConstantBytes + kBarrierBytes <=
+    return slots.g % kChunks == 0 &&
+           (Role::kWeightBoxes + Role::kTeams * all) * kBoxBytes + Role::kConstantBytes + kBarrierBytes <=
                kSharedLimit &&
            16 * (1 + Role::kTeams * all) + 8 * Role::kTeams * slots.g <= kBarrierBytes;
 }
