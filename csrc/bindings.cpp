@@ -77,7 +77,22 @@ p3d::ConvTrainShape conv_train_shape(const ConvTrainSizes& sizes) {
     return {clips, time, frame, ci, co, taps, transposed, read(x_read), loads, sums};
 }
 
-// (W, stride in space, plan) of conv_tiles and gram_tiles, which take the place of conv_train and gram_dgrad
+// (positions, M, Co, read, whether there is y)
+using GramBwdSizes = std::tuple<int64_t, int64_t, int64_t, std::string, bool>;
+
+p3d::GramBwdShape gram_bwd_shape(const GramBwdSizes& sizes) {
+    const auto& [positions, m, co, x_read, masked] = sizes;
+    return {positions, m, co, read(x_read), masked};
+}
+
+// (N, T, H * W, C, g is added, sums)
+using TemporalBwdSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, bool>;
+
+p3d::TemporalBwdShape temporal_bwd_shape(const TemporalBwdSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::TemporalBwdShape{size...}; }, sizes);
+}
+
+// (W, stride in space, plan) of conv_tiles, which takes the place of conv_train
 using ConvTiles = std::optional<std::tuple<int64_t, int, ConvInferPlan>>;
 
 p3d::ConvInferPlan conv_plan(const ConvInferPlan& plan) {
@@ -87,6 +102,13 @@ p3d::ConvInferPlan conv_plan(const ConvInferPlan& plan) {
 ConvInferPlan conv_plan(const p3d::ConvInferPlan& plan) {
     const auto& [tile, box, stages, blocks] = plan;
     return {tile.rows, tile.columns, tile.splits, box[0], box[1], box[2], box[3], stages, blocks};
+}
+
+// (N, T * H * W, Ci, Co, masks)
+using PointDgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;
+
+p3d::PointDgradShape point_dgrad_shape(const PointDgradSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::PointDgradShape{size...}; }, sizes);
 }
 
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
@@ -244,14 +266,15 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "running_stats",
         [](const Addresses& addresses, const std::vector<std::pair<int, float>>& norms, uintptr_t stream) {
-            // of each norm record, mean, var and count; (channels, momentum)
-            if (addresses.size() != 4 * norms.size()) throw py::value_error("addresses: expected four a norm");
+            // of each norm the batch's mean and var, mean, var and count; (channels, momentum)
+            if (addresses.size() != 5 * norms.size()) throw py::value_error("addresses: expected five a norm");
             std::vector<p3d::RunningNorm> p(norms.size());
             for (size_t i = 0; i < p.size(); ++i) {
-                p[i].record = pointer<const float>(addresses[4 * i]);
-                p[i].mean = pointer<float>(addresses[4 * i + 1]);
-                p[i].var = pointer<float>(addresses[4 * i + 2]);
-                p[i].count = pointer<int64_t>(addresses[4 * i + 3]);
+                p[i].batch_mean = pointer<const float>(addresses[5 * i]);
+                p[i].batch_var = pointer<const float>(addresses[5 * i + 1]);
+                p[i].mean = pointer<float>(addresses[5 * i + 2]);
+                p[i].var = pointer<float>(addresses[5 * i + 3]);
+                p[i].count = pointer<int64_t>(addresses[5 * i + 4]);
                 std::tie(p[i].channels, p[i].momentum) = norms[i];
             }
             check(p3d::running_stats(p.data(), int(p.size()), pointer<CUstream_st>(stream)));
@@ -330,7 +353,8 @@ PYBIND11_MODULE(_C, module) {
         "conv_wgrad",
         [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
            uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t centre,
-           uintptr_t partials, const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+           uintptr_t partials, uintptr_t finished_g, uintptr_t finished_x, const ConvWgradSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvWgrad p{};
             p.shape = conv_wgrad_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -348,12 +372,15 @@ PYBIND11_MODULE(_C, module) {
                    pointer<const float>(x_sums)};
             p.centre = pointer<const float>(centre);
             p.partials = pointer<float>(partials);
+            p.finished_g = pointer<void>(finished_g);
+            p.finished_x = pointer<void>(finished_x);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::conv_wgrad(p));
         },
         py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
         py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("centre"),
-        py::arg("partials"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+        py::arg("partials"), py::arg("finished_g"), py::arg("finished_x"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"));
 
     m.def(
         "conv_wgrad_why_not",
@@ -437,11 +464,71 @@ PYBIND11_MODULE(_C, module) {
         py::arg("stream"), py::arg("tiles") = ConvTiles{});
 
     m.def(
-        "gram_dgrad",
+        "gram_bwd",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
+           uintptr_t affine, uintptr_t w, uintptr_t v, uintptr_t scales, uintptr_t partials, const GramBwdSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramBwd p{};
+            p.shape = gram_bwd_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, 0);
+            p.g = pointer<const void>(g);
+            p.y = pointer<const void>(y);
+            p.affine = pointer<const float>(affine);
+            p.w = pointer<const void>(w);
+            p.v = pointer<void>(v);
+            p.scales = pointer<float>(scales);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_bwd(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
+        py::arg("affine"), py::arg("w"), py::arg("v"), py::arg("scales"), py::arg("partials"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "gram_bwd_why_not",
+        [](const GramBwdSizes& sizes) {
+            const char* why = p3d::gram_bwd_why_not(gram_bwd_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "gram_bwd_partials", [](const GramBwdSizes& sizes) { return p3d::gram_bwd_partials(gram_bwd_shape(sizes)); },
+        py::arg("sizes"));
+
+    m.def(
+        "gram_add",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t v, uintptr_t scales,
+           uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da, uintptr_t partials_a, uintptr_t partials_b,
+           int c_parts, const ConvTrainSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramAdd p{};
+            p.shape = conv_train_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, 0);
+            p.v = pointer<const void>(v);
+            p.scales = pointer<const float>(scales);
+            p.q = pointer<const void>(q);
+            p.q_scale = pointer<const float>(q_scale);
+            p.c = pointer<const float>(c);
+            p.c_parts = c_parts;
+            p.da = pointer<void>(da);
+            p.partials_a = pointer<float>(partials_a);
+            p.partials_b = pointer<float>(partials_b);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_add(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("v"), py::arg("scales"),
+        py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"), py::arg("partials_a"), py::arg("partials_b"),
+        py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "gram_tiles",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
            uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
-           uintptr_t partials_a, uintptr_t partials_b, int c_parts, const ConvTrainSizes& sizes,
-           const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
+           uintptr_t partials_a, uintptr_t partials_b, uintptr_t finished, int c_parts, const ConvTrainSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream, int64_t width, int stride, const ConvInferPlan& plan) {
             p3d::GramDgrad p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -449,6 +536,7 @@ PYBIND11_MODULE(_C, module) {
             p.g = pointer<const void>(g);
             p.y = pointer<const void>(y);
             p.affine = pointer<const float>(affine);
+            p.finished = pointer<const void>(finished);
             p.w = pointer<const void>(w);
             p.q = pointer<const void>(q);
             p.q_scale = pointer<const float>(q_scale);
@@ -458,50 +546,126 @@ PYBIND11_MODULE(_C, module) {
             p.partials_a = pointer<float>(partials_a);
             p.partials_b = pointer<float>(partials_b);
             p.stream = pointer<CUstream_st>(stream);
-            if (!tiles) return check(p3d::gram_dgrad(p));
-            const auto& [width, stride, plan] = *tiles;
             check(p3d::gram_tiles({p, width, stride, conv_plan(plan)}));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
         py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
-        py::arg("partials_a"), py::arg("partials_b"), py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"),
-        py::arg("stream"), py::arg("tiles") = ConvTiles{});
+        py::arg("partials_a"), py::arg("partials_b"), py::arg("finished"), py::arg("c_parts"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"), py::arg("width"), py::arg("stride"), py::arg("plan"));
 
-    auto train_shape = [&](const char* why_not_name, const char* (*why_not)(const p3d::ConvTrainShape&),
-                           const char* partials_name, int (*partials)(const p3d::ConvTrainShape&)) {
-        m.def(
-            why_not_name,
-            [why_not](const ConvTrainSizes& sizes) {
-                const char* why = why_not(conv_train_shape(sizes));
-                return why ? std::optional<std::string>(why) : std::nullopt;
-            },
-            py::arg("sizes"));
-        m.def(
-            partials_name, [partials](const ConvTrainSizes& sizes) { return partials(conv_train_shape(sizes)); },
-            py::arg("sizes"));
-    };
-    train_shape("conv_train_why_not", p3d::conv_train_why_not, "conv_train_partials", p3d::conv_train_partials);
-    train_shape("gram_dgrad_why_not", p3d::gram_dgrad_why_not, "gram_dgrad_partials", p3d::gram_dgrad_partials);
+    m.def(
+        "conv_train_why_not",
+        [](const ConvTrainSizes& sizes) {
+            const char* why = p3d::conv_train_why_not(conv_train_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "conv_train_partials",
+        [](const ConvTrainSizes& sizes) { return p3d::conv_train_partials(conv_train_shape(sizes)); },
+        py::arg("sizes"));
 
     m.def(
         "conv_tiles_why_not",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram) {
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
+            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram, finished}, {});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"));
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"));
 
     // A plan and the rows of the partials it leaves.
     m.def(
         "conv_tiles_plan",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, const ConvInferTile& wish) {
-            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram};
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished,
+           const ConvInferTile& wish) {
+            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram, finished};
             p3d::ConvInferPlan plan{};
             check(p3d::conv_tiles_plan(plan, shape, {wish[0], wish[1], wish[2]}));
             return std::tuple(conv_plan(plan), p3d::conv_tiles_partials(shape, plan));
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("wish") = ConvInferTile{});
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"),
+        py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "point_dgrad",
+        [](uintptr_t dz, uintptr_t w, uintptr_t o, uintptr_t o_mask, uintptr_t mask, uintptr_t dx,
+           const PointDgradSizes& sizes, const ConvInferPlan& plan, const std::string& dtype_name, uintptr_t stream) {
+            p3d::PointDgrad p{};
+            p.shape = point_dgrad_shape(sizes);
+            p.plan = conv_plan(plan);
+            p.dtype = dtype(dtype_name);
+            p.dz = pointer<const void>(dz);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.o_mask = pointer<const void>(o_mask);
+            p.mask = pointer<const void>(mask);
+            p.dx = pointer<void>(dx);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::point_dgrad(p));
+        },
+        py::arg("dz"), py::arg("w"), py::arg("o"), py::arg("o_mask"), py::arg("mask"), py::arg("dx"), py::arg("sizes"),
+        py::arg("plan"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "point_dgrad_why_not",
+        [](const PointDgradSizes& sizes) {
+            p3d::ConvInferPlan plan{};
+            const char* why = p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "point_dgrad_plan",
+        [](const PointDgradSizes& sizes, const ConvInferTile& wish) {
+            p3d::ConvInferPlan plan{};
+            check(p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {wish[0], wish[1], wish[2]}));
+            return conv_plan(plan);
+        },
+        py::arg("sizes"), py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "reduce_bwd",
+        [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t x, uintptr_t w, uintptr_t o,
+           uintptr_t o_mask, uintptr_t dx, uintptr_t partials, int64_t positions, int64_t in_channels,
+           int64_t out_channels, bool mask_x, const std::string& dtype_name, uintptr_t stream) {
+            p3d::ReduceBwd p{};
+            p.shape = {positions, in_channels, out_channels};
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.z = pointer<const void>(z);
+            p.affine = pointer<const float>(affine);
+            p.sums = pointer<const float>(sums);
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.o_mask = pointer<const void>(o_mask);
+            p.mask_x = mask_x;
+            p.dx = pointer<void>(dx);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::reduce_bwd(p));
+        },
+        py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("x"), py::arg("w"), py::arg("o"),
+        py::arg("o_mask"), py::arg("dx"), py::arg("partials"), py::arg("positions"), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("mask_x"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "reduce_bwd_why_not",
+        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
+            const char* why = p3d::reduce_bwd_why_not({positions, in_channels, out_channels});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
+
+    m.def(
+        "reduce_bwd_partials",
+        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
+            return p3d::reduce_bwd_partials({positions, in_channels, out_channels});
+        },
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
 
     m.def(
         "stem_infer",
@@ -736,4 +900,43 @@ PYBIND11_MODULE(_C, module) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
+
+    m.def(
+        "temporal_bwd",
+        [](uintptr_t dz_a, uintptr_t dz_b, uintptr_t dz_affine_a, uintptr_t dz_affine_b, uintptr_t dz_sums,
+           uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
+           uintptr_t dx, uintptr_t partials, uintptr_t dw, const std::string& dz_read, const std::string& x_read,
+           const TemporalBwdSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::TemporalBwd p{};
+            p.shape = temporal_bwd_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.dz = operand(read(dz_read), dz_a, dz_b, dz_affine_a, dz_affine_b, dz_sums);
+            p.x = operand(read(x_read), x_a, x_b, x_affine_a, x_affine_b, x_sums);
+            p.w = pointer<const void>(w);
+            p.dx = pointer<void>(dx);
+            p.partials = pointer<float>(partials);
+            p.dw = pointer<float>(dw);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::temporal_bwd(p));
+        },
+        py::arg("dz_a"), py::arg("dz_b"), py::arg("dz_affine_a"), py::arg("dz_affine_b"), py::arg("dz_sums"),
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
+        py::arg("dx"), py::arg("partials"), py::arg("dw"), py::arg("dz_read"), py::arg("x_read"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "temporal_bwd_why_not",
+        [](const TemporalBwdSizes& sizes) {
+            const char* why = p3d::temporal_bwd_why_not(temporal_bwd_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "temporal_bwd_rows",  // splits of dw, rows of partials
+        [](const TemporalBwdSizes& sizes) {
+            p3d::TemporalBwdShape shape = temporal_bwd_shape(sizes);
+            return std::pair(p3d::temporal_bwd_splits(shape), p3d::temporal_bwd_partials(shape));
+        },
+        py::arg("sizes"));
 }

@@ -78,6 +78,13 @@ __device__ __forceinline__ void copy_positions(uint32_t target, const CUtensorMa
         : "memory");
 }
 
+// To the second-level cache.
+__device__ __forceinline__ void prefetch_positions(const CUtensorMap& map, int channel, const int (&at)[4]) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
+                 "r"(channel), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_positions(const CUtensorMap& map, uint32_t source, int channel,
                                                 const int (&at)[4]) {
     asm volatile(

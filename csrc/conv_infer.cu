@@ -15,6 +15,13 @@
 //          adds up their rows in the order of the blocks, finishes and stores them; one warp less
 // Where y is pooled, the axis of frames comes first and boxes have even lengths along it, so rows 2i and 2i + 1 of a
 // tile become row i.
+//
+// And the input gradient of 1x1x1, of a dz that is in memory as it is:
+//
+//     dx = dz W + o             o where a mask is not <= 0, the sum where another is not; rounded once
+//
+// W lies with its columns along rows of 64 steps of the sum. After the steps of a tile come its masks, through the
+// ring.
 #include <algorithm>
 
 #include "boxes.cuh"
@@ -25,7 +32,8 @@ namespace {
 struct ConvMaps {
     CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles
     CUtensorMap o, y;          // [positions, Co], likewise, y written; pooled in boxes of half the frames
-    CUtensorMap w;             // [Co, taps * Ci], in boxes of a tile's columns
+    CUtensorMap w;  // [Co, taps * Ci], in boxes of a tile's columns; transposed [Ci, Co], in boxes of 64 x 64
+    CUtensorMap o_mask, mask;  // like o
 };
 
 struct ConvArgs {
@@ -35,6 +43,7 @@ struct ConvArgs {
     Join join;
     bool joined;  // with o
     bool pooled;
+    bool o_masked, masked;  // of a gradient: whether o is, and the sum
     int out_channels, chunks, steps;
     int size[4], box[4], boxes[4];  // along the axes of positions
     int64_t o_stride[4];            // in positions
@@ -46,10 +55,10 @@ struct ConvArgs {
     ConvTap taps[kConvTaps];
 };
 
-template <int kTileRows, int kTileColumns, bool kSplitSum>
+template <int kTileRows, int kTileColumns, bool kSplitSum, bool kGradient = false>
 struct Tile {
     static constexpr int kRows = kTileRows, kColumns = kTileColumns, kGroups = kRows / 64;
-    static constexpr bool kSplit = kSplitSum;
+    static constexpr bool kSplit = kSplitSum, kBack = kGradient;
     static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + (kSplit ? 32 : 64);
     static constexpr int kResidents = conv_residents(kRows, kColumns, kSplit);
     static constexpr int kXBytes = kRows * 128, kStageBytes = conv_stage_bytes(kRows, kColumns);
@@ -57,6 +66,7 @@ struct Tile {
     static_assert(kResidents > 0, "one of kConvTiles");
     static_assert(kSplit || kChunks * kChunk == kColumns, "whole tiles are stored in boxes");
     static_assert(kXBytes % 1024 == 0 && kStageBytes % 1024 == 0, "swizzled boxes");
+    static_assert(!kBack || (!kSplit && kChunks * kXBytes <= kStageBytes), "a mask fits in a stage");
 };
 
 // Where everything lies in shared memory.
@@ -109,20 +119,30 @@ struct Job {
 
 // ---- Boxes of weights.
 
-__device__ __forceinline__ void copy_weights(uint32_t target, const CUtensorMap& map, uint32_t barrier, int step,
-                                             int cout) {
+__device__ __forceinline__ void copy_weights(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0,
+                                             int i1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
         "[%2];" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(step * kChunk), "r"(cout)
+        "l"(&map), "r"(barrier), "r"(i0), "r"(i1)
         : "memory");
 }
 
 // To the second-level cache.
-__device__ __forceinline__ void prefetch_weights(const CUtensorMap& map, int step, int cout) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(step * kChunk),
-                 "r"(cout)
+__device__ __forceinline__ void prefetch_weights(const CUtensorMap& map, int i0, int i1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(i0), "r"(i1)
                  : "memory");
+}
+
+// Calls `with` where each box of a step's weights begins, and the bytes before it.
+template <typename Shape, typename With>
+__device__ __forceinline__ void for_weights(int step, int column, const With& with) {
+    if constexpr (Shape::kBack) {
+#pragma unroll
+        for (int c = 0; c < Shape::kChunks; ++c) with(column + c * kChunk, step * kChunk, c * kBoxBytes);
+    } else {
+        with(step * kChunk, column, 0);
+    }
 }
 
 // ---- The warp that brings the ring: one thread. Of each tile, steps `first` up to `end`.
@@ -134,7 +154,9 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
     int bytes = a.box_bytes + Shape::kColumns * 128;
     auto bring_weights = [&](const Ring& to, int step, int column) {
         barrier_expect(to.full(), bytes);
-        copy_weights(to.slot() + Shape::kXBytes, maps.w, to.full(), step, column);
+        for_weights<Shape>(step, column, [&](int i0, int i1, int before) {
+            copy_weights(to.slot() + Shape::kXBytes + before, maps.w, to.full(), i0, i1);
+        });
     };
     Job<Shape> start(a, tile);
     int early = min(end - first, a.stages);
@@ -143,11 +165,16 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
     prefetch_map(maps.x[0]);
     if (start.row_tile == 0)
 #pragma unroll 1
-        for (int step = first + early; step < end; ++step) prefetch_weights(maps.w, step, start.column);
+        for (int step = first + early; step < end; ++step)
+            for_weights<Shape>(step, start.column, [&](int i0, int i1, int) { prefetch_weights(maps.w, i0, i1); });
     dependency_wait();
     int turn = 0;
     for (; tile < a.tiles; tile += clusters) {
         Job<Shape> job(a, tile);
+        for (int c = 0; Shape::kBack && c < Shape::kChunks; ++c) {
+            if (a.o_masked) prefetch_positions(maps.o_mask, job.column + c * kChunk, job.at);
+            if (a.masked) prefetch_positions(maps.mask, job.column + c * kChunk, job.at);
+        }
         int tap = first / a.chunks, chunk = first - tap * a.chunks;
 #pragma unroll 1
         for (int step = first; step < end; ++step, ++turn, ring.advance()) {
@@ -160,6 +187,16 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
                            job.at[1] + to.step[1], job.at[2] + to.step[2], job.at[3]);
             if (++chunk == a.chunks) chunk = 0, ++tap;
         }
+        auto bring_mask = [&](const CUtensorMap& map) {
+            barrier_wait(ring.full() + 8, ring.parity ^ 1);
+            barrier_expect(ring.full(), a.box_bytes * Shape::kChunks);
+            for (int c = 0; c < Shape::kChunks; ++c)
+                copy_positions(ring.slot() + c * Shape::kXBytes, map, ring.full(), job.column + c * kChunk, job.at[0],
+                               job.at[1], job.at[2], job.at[3]);
+            ring.advance();
+        };
+        if (Shape::kBack && a.o_masked) bring_mask(maps.o_mask);
+        if (Shape::kBack && a.masked) bring_mask(maps.mask);
     }
 }
 
@@ -182,8 +219,13 @@ __device__ __forceinline__ void multiply(float (&d)[Shape::kColumns / 2], Ring& 
         x += warpgroup * kBoxBytes;
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k)
-            wgmma<T, 0>(d, swizzled_descriptor(x + 32 * k, 8 * 128), swizzled_descriptor(w + 32 * k, 8 * 128));
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint64_t rows = swizzled_descriptor(x + 32 * k, 8 * 128);
+            if constexpr (Shape::kBack)  // lbo leads to the next 64 columns
+                wgmma_back<T>(d, rows, plain_descriptor(w + 16 * 128 * k, kBoxBytes, 8 * 128) | uint64_t(1) << 62);
+            else
+                wgmma<T, 0>(d, rows, swizzled_descriptor(w + 32 * k, 8 * 128));
+        }
         wgmma_commit();
         if (step == 0) continue;
         wgmma_wait<1>();  // the step before has been read
@@ -222,6 +264,32 @@ __device__ __forceinline__ void finish(const float (&d)[Shape::kColumns / 2], co
                 const float4& f = columns[i / 2];
                 int j = first_of(4 * c + k, i);
                 v[i] = joined<T, kJoin>(fmaf(d[j], f.x, f.z), fmaf(d[j + 1], f.y, f.w), v[i]);
+            }
+            store_fragment(at, v);
+        }
+        place.make(c, lane);
+    }
+}
+
+// The same of a gradient. Masks lie as the staging does, so many bytes from it.
+template <typename T, typename Shape>
+__device__ __forceinline__ void finish_gradient(const float (&d)[Shape::kColumns / 2], const ConvArgs& a,
+                                                const Place<Shape>& place, uint32_t mine, uint32_t to_o_mask,
+                                                uint32_t to_mask, int lane) {
+#pragma unroll
+    for (int c = 0; c < Shape::kChunks; ++c) {
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint32_t v[4], o_mask[4] = {}, mask[4] = {}, at = (mine + c * Shape::kXBytes) ^ (32 * k);
+            load_fragment(v, at);
+            if (a.o_masked) load_fragment(o_mask, at + to_o_mask);
+            if (a.masked) load_fragment(mask, at + to_mask);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int j = first_of(4 * c + k, i);
+                float2 o = unpack<T>(a.o_masked ? masked<T>(v[i], o_mask[i]) : v[i]);
+                v[i] = pack<T>(d[j] + o.x, d[j + 1] + o.y);
+                if (a.masked) v[i] = masked<T>(v[i], mask[i]);
             }
             store_fragment(at, v);
         }
@@ -297,7 +365,7 @@ __device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArg
     for (; tile < a.tiles; tile += blocks, parity ^= 1) {
         Job<Shape> job(a, tile);
         // (scale, scale, shift, shift) of pairs of columns, as rows.cuh's prepare_affine.
-        for (int pair = lane; pair < Shape::kColumns / 2; pair += 32) {
+        for (int pair = lane; !Shape::kBack && pair < Shape::kColumns / 2; pair += 32) {
             auto row = [&](int i) {
                 return reinterpret_cast<const float2*>(a.affine + i * a.out_channels + job.column)[pair];
             };
@@ -467,11 +535,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
             uint32_t parity = 0;
             for (; tile < a.tiles; tile += blocks, parity ^= 1) {
                 multiply<T, Shape>(d, ring, a.steps, warpgroup, lane);
-                barrier_wait(place.staged(), parity);
-                if (a.pooled)
-                    finish_pooled<T>(d, a, place, tile, mine, warp, lane);
-                else
-                    for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
+                if constexpr (Shape::kBack) {
+                    uint32_t o_mask = a.o_masked ? ring.take() : 0, mask = a.masked ? ring.take() : 0;
+                    barrier_wait(place.staged(), parity);
+                    finish_gradient<T>(d, a, place, mine, o_mask - place.staging, mask - place.staging, lane);
+                    __syncwarp();  // all lanes have read the masks
+                    if (a.o_masked) ring.free(lane == 0);
+                    if (a.masked) ring.free(lane == 0);
+                } else {
+                    barrier_wait(place.staged(), parity);
+                    if (a.pooled)
+                        finish_pooled<T>(d, a, place, tile, mine, warp, lane);
+                    else
+                        for_join(a.join, [&](auto join) { finish<T, decltype(join)::value>(d, place, mine, lane); });
+                }
             }
         }
     }
@@ -484,11 +561,13 @@ const char* plan_why_not(const ConvInferPlan& plan, const ConvInferShape& s) {
     const ConvInferTile& tile = plan.tile;
     bool split = tile.splits > 1, known = tile.splits == 1 || tile.splits == 2 || tile.splits == 4 || tile.splits == 8;
     known = known && conv_residents(tile.rows, tile.columns, split) > 0 && s.out_channels % tile.columns == 0;
+    known = known && !(s.transposed && (split || tile.columns > 128));
     int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space, box = 1;
     for (int length : plan.box) known = known && length >= 1 && length <= tile.rows, box *= known ? length : 1;
     if (!known || (s.pooled_time && plan.box[0] % 2) || box > tile.rows || tile.splits > steps ||
-        plan.stages < conv_least_stages(conv_divide(steps, std::max(1, tile.splits))) || plan.stages > kConvStages ||
-        conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit || plan.blocks < 1)
+        plan.stages < conv_least_stages(conv_divide(steps, std::max(1, tile.splits)), s.masks) ||
+        plan.stages > kConvStages || conv_shared_bytes(tile.rows, tile.columns, split, plan.stages) > kSharedLimit ||
+        plan.blocks < 1)
         return "conv_infer: plan: expected conv_infer_plan's for this shape";
     return nullptr;
 }
@@ -520,24 +599,18 @@ const char* launch(const ConvMaps& maps, const ConvArgs& args, const ConvInferPl
     return "conv_infer: no kernel for the planned tile";
 }
 
-}  // namespace
-
-const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? conv_infer_plan(plan, shape, wish, processors) : cudaGetErrorString(error);
+template <typename T>
+const char* launch_gradient(const ConvMaps& maps, const ConvArgs& args, const ConvInferPlan& plan,
+                            cudaStream_t stream) {
+    if (plan.tile.columns == 128) return launch<T, Tile<128, 128, false, true>>(maps, args, plan.blocks, stream);
+    if (plan.tile.rows == 128) return launch<T, Tile<128, 64, false, true>>(maps, args, plan.blocks, stream);
+    return launch<T, Tile<64, 64, false, true>>(maps, args, plan.blocks, stream);
 }
 
-const char* conv_infer(const ConvInfer& p) {
+// The product of a shape and plan that fit it; a gradient's with its masks, as far as there are any.
+const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* mask = nullptr) {
     const ConvInferShape& s = p.shape;
     const ConvInferPlan& plan = p.plan;
-    if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
-    if (const char* reason = plan_why_not(plan, s)) return reason;
-    bool joined = p.join != Join::relu && p.join != Join::none;
-    if (joined != (p.o != nullptr) || joined != s.joined)
-        return "conv_infer: expected o with the joins of one, and with no other";
-    if (s.pooled_time && p.join != Join::add_relu) return "conv_infer: expected add_relu with pooled_time";
     ConvGrid grid(s);
     ConvMaps maps{};
     ConvArgs args{};
@@ -545,7 +618,8 @@ const char* conv_infer(const ConvInfer& p) {
     args.o = static_cast<const char*>(p.o);
     args.y = static_cast<char*>(p.y);
     args.join = p.join;
-    args.joined = joined;
+    args.joined = s.joined;
+    args.o_masked = o_mask != nullptr, args.masked = mask != nullptr;
     args.out_channels = int(s.out_channels);
     args.chunks = int(s.in_channels / kChunk);
     args.steps = args.chunks * s.taps_time * s.taps_space * s.taps_space;
@@ -581,15 +655,65 @@ const char* conv_infer(const ConvInfer& p) {
     };
     for (int view = 0; view < kConvMaps; ++view)
         if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels, plan.box);
-    if (joined) positions(maps.o, p.o, grid.o, s.out_channels, plan.box);
+    if (s.joined) positions(maps.o, p.o, grid.o, s.out_channels, plan.box);
+    if (o_mask) positions(maps.o_mask, o_mask, grid.o, s.out_channels, plan.box);
+    if (mask) positions(maps.mask, mask, grid.o, s.out_channels, plan.box);
     positions(maps.y, p.y, grid.y, s.out_channels, stored);
-    cuuint64_t length = cuuint64_t(args.steps) * kChunk, sizes[] = {length, cuuint64_t(s.out_channels)};
-    cuuint64_t strides[] = {2 * length};
-    cuuint32_t boxes[] = {kChunk, cuuint32_t(plan.tile.columns)};
+    int64_t length = args.steps * kChunk, rows = s.transposed ? length : s.out_channels;
+    int64_t columns = s.transposed ? s.out_channels : length;
+    cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {2 * sizes[0]};
+    cuuint32_t boxes[] = {kChunk, cuuint32_t(s.transposed ? kChunk : plan.tile.columns)};
     if (!failed) failed = tensor_map("conv_infer", maps.w, p.w, p.dtype, 2, sizes, strides, boxes);
     if (failed) return failed;
+    if (s.transposed)
+        return p.dtype == DType::bf16 ? launch_gradient<__nv_bfloat16>(maps, args, plan, p.stream)
+                                      : launch_gradient<__half>(maps, args, plan, p.stream);
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)
                                   : launch<__half>(maps, args, plan, p.stream);
+}
+
+}  // namespace
+
+const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish) {
+    int device, processors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    return error == cudaSuccess ? conv_infer_plan(plan, shape, wish, processors) : cudaGetErrorString(error);
+}
+
+const char* conv_infer(const ConvInfer& p) {
+    const ConvInferShape& s = p.shape;
+    const ConvInferPlan& plan = p.plan;
+    if (const char* reason = conv_infer_sizes_why_not(s)) return reason;
+    if (const char* reason = plan_why_not(plan, s)) return reason;
+    bool joined = p.join != Join::relu && p.join != Join::none;
+    if (joined != (p.o != nullptr) || joined != s.joined)
+        return "conv_infer: expected o with the joins of one, and with no other";
+    if (s.pooled_time && p.join != Join::add_relu) return "conv_infer: expected add_relu with pooled_time";
+    return run(p);
+}
+
+namespace {
+
+ConvInferShape shape_of(const PointDgradShape& s) {
+    ConvInferShape shape{s.clips, 1, 1, s.positions, s.in_channels, s.out_channels, 1, 1, 1, true, 0, 0, 0};
+    shape.transposed = true, shape.masks = s.masks;
+    return shape;
+}
+
+}  // namespace
+
+const char* point_dgrad_plan(ConvInferPlan& plan, const PointDgradShape& shape, const ConvInferTile& wish) {
+    return conv_infer_plan(plan, shape_of(shape), wish);
+}
+
+const char* point_dgrad(const PointDgrad& p) {
+    ConvInferShape shape = shape_of(p.shape);
+    if (const char* reason = conv_infer_sizes_why_not(shape)) return reason;
+    if (const char* reason = plan_why_not(p.plan, shape)) return reason;
+    if (!p.o || p.shape.masks != bool(p.o_mask) + bool(p.mask))
+        return "point_dgrad: expected o, and the masks of the shape";
+    return run({shape, p.plan, p.dtype, Join::none, p.dz, p.o, p.w, nullptr, p.dx, p.stream}, p.o_mask, p.mask);
 }
 
 }  // namespace p3d

@@ -38,8 +38,9 @@ constexpr ConvTileKind kConvTiles[] = {{64, 64, false, 4},   {128, 64, false, 3}
                                        {128, 256, false, 1}, {64, 32, true, 4},   {64, 64, true, 4},
                                        {128, 64, true, 3},   {128, 128, true, 1}};
 
-// Of a ring for a sum of so many steps: a stage is freed by the step after its own, which needs another.
-constexpr int conv_least_stages(int64_t steps) { return steps > 1 ? 2 : 1; }
+// Of a ring for a sum of so many steps: a stage is freed by the step after its own, which needs another. A gradient's
+// masks are there at once.
+constexpr int conv_least_stages(int64_t steps, int masks) { return steps > 1 || masks > 1 ? 2 : 1; }
 
 constexpr int conv_residents(int rows, int columns, bool split) {
     for (const ConvTileKind& kind : kConvTiles)
@@ -217,7 +218,7 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
     int64_t row_tiles = 0;
     for (const ConvTileKind& kind : kConvTiles) {
         if (unwanted(wish.rows, kind.rows) || unwanted(wish.columns, kind.columns)) continue;
-        if (s.out_channels % kind.columns) continue;
+        if (s.out_channels % kind.columns || (s.transposed && (kind.split || kind.columns > 128))) continue;
         if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows, s.pooled_time ? 2 : 1);
         int64_t column_tiles = s.out_channels / kind.columns;
         int filled = box[0] * box[1] * box[2] * box[3];
@@ -229,16 +230,18 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
             // Beside a split tile there is room for one of the next kernel, which fetches its weights meanwhile.
             for (int residents = std::min(kind.residents, 1 + kind.split); residents <= kind.residents; ++residents) {
                 int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);
+                int64_t least = conv_least_stages(int64_t(share), s.masks);
                 int64_t stages = std::min<int64_t>(kConvStages, kind.split ? share : share * turns);
+                stages = std::max(stages, least);
                 auto bytes = [&] { return conv_shared_bytes(kind.rows, kind.columns, kind.split, int(stages)); };
-                while (stages > conv_least_stages(int64_t(share)) && bytes() > limit) --stages;
+                while (stages > least && bytes() > limit) --stages;
                 if (bytes() > limit) continue;
                 double active = std::min(double(residents), turns);
                 double rate = 53.4 * std::min(1.29, std::max(1.0, double(processors) / double(blocks)));
                 double multiply = kind.rows / 16 * std::max(kind.columns / 2, 16 + kind.columns / 4);
                 double brought = 128.0 * (filled + kind.columns), taken = brought / 60;
                 double waited = 1540 / (active * double(stages));
-                double output = 2.0 * filled * kind.columns * (s.joined ? 2 : 1) / splits;
+                double output = 2.0 * filled * kind.columns * (1 + s.joined + s.masks) / splits;
                 double body = turns * std::max({share * multiply, (share * brought + output) / rate, share * taken,
                                                 share * waited});
                 double made = kind.rows * kind.columns, sent = 4 * made * (1 - 1.0 / splits);

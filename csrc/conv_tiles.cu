@@ -8,7 +8,8 @@
 //
 // A block makes one tile, or, where tiles are few, a part of the steps of one, as a cluster of such blocks. A warp
 // brings boxes of the operand's tensors and of weights through a ring. A warpgroup makes 64 rows of the tile: it loads
-// its rows of a step as fragments and applies the read there (reads.cuh), while its products of the step before run.
+// its rows of a step as fragments and applies the read there (reads.cuh), while its products of the step before run. Of
+// raw operands products read the boxes themselves.
 //
 // Sums leave through shared memory, so that a thread finishes four columns of some rows with what it reads and writes
 // of other tensors in whole sectors, and keeps the statistics of its columns. The blocks of a cluster finish equal
@@ -27,6 +28,7 @@ struct TilesMaps {
 
 struct TilesArgs {
     Source x[2];                // the second of the Gram identity
+    Read join;                  // of the identity: how X is read, also if x[0] has what that gave
     const float* affine;        // [3, Co] of y; or nullptr
     const float* second;        // [3, Co] of o or of below; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
@@ -42,6 +44,7 @@ struct TilesArgs {
     int near[4], far[4];            // lengths of a step along these in the two grids
     int width, height, stride;      // of the larger grid
     bool spread;                    // y lies there
+    bool raw;                       // all operands
     int box_bytes, column_tiles, splits, stages;
     int stage_bytes, weights, staging, constants, rows, barriers;  // TilesLayout
 };
@@ -134,6 +137,15 @@ __device__ __forceinline__ void pin_sums(Sums<Shape>& d) {
     for (int c = 0; c < Shape::kSlices; ++c) wgmma_pin(d[c]);
 }
 
+template <typename Shape>
+__device__ __forceinline__ void clear_sums(Sums<Shape>& d) {
+#pragma unroll
+    for (int c = 0; c < Shape::kSlices; ++c)
+#pragma unroll
+        for (int i = 0; i < 32; ++i) d[c][i] = 0;
+    pin_sums<Shape>(d);
+}
+
 // d *= scale of its columns.
 template <typename Shape>
 __device__ __forceinline__ void scale_columns(Sums<Shape>& d, const float* scale, int lane) {
@@ -175,8 +187,7 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
 #pragma unroll
             for (int k = 0; k < 4; ++k) load_fragment(b[k], box ^ (32 * k));
         }
-        apply<T>(x.read, own, b,
-                 Constants(constants + (second ? constants_before(a.x, 1) : 0), x.chunks * kChunk, chunk));
+        apply<T>(x.read, own, b, Constants(constants + (second ? constants_of(a.x[0]) : 0), x.chunks * kChunk, chunk));
         pin(own);
         wgmma_fence();
 #pragma unroll
@@ -194,11 +205,7 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
         }
     };
     Fragments even = {}, odd = {};
-#pragma unroll
-    for (int c = 0; c < Shape::kSlices; ++c)
-#pragma unroll
-        for (int i = 0; i < 32; ++i) d[c][i] = 0;
-    pin_sums<Shape>(d);
+    clear_sums<Shape>(d);
 #pragma unroll 1
     for (int step = job.first; step < job.end; step += 2) {
         add(even, odd, step);
@@ -212,6 +219,37 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
         pin_sums<Shape>(d);
         free();
     }
+}
+
+// The same of raw operands.
+template <typename T, typename Shape, bool kBack>
+__device__ __forceinline__ void add_raw_steps(Sums<Shape>& d, Ring& ring, const TilesArgs& a, const Job<Shape>& job,
+                                              int warpgroup, int lane) {
+    clear_sums<Shape>(d);
+#pragma unroll 1
+    for (int step = job.first; step < job.end; ++step) {
+        uint32_t x = ring.take(), w = x + a.weights;
+        x += warpgroup * kBoxBytes;
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kChunk / 16; ++k) {
+            uint64_t rows = swizzled_descriptor(x + 32 * k, 8 * 128);
+#pragma unroll
+            for (int c = 0; c < Shape::kSlices; ++c) {
+                if constexpr (kBack)
+                    wgmma_back<T>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 16 * 128 * k, 8 * 128));
+                else
+                    wgmma<T, 0>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 32 * k, 8 * 128));
+            }
+        }
+        wgmma_commit();
+        if (step == job.first) continue;
+        wgmma_wait<1>();  // the step before has been read
+        ring.free(lane == 0);
+    }
+    wgmma_wait<0>();
+    pin_sums<Shape>(d);
+    ring.free(lane == 0);
 }
 
 // Where the rows of a tile lie: (in the smaller grid or -1, in the larger one, rows and columns there up to the next).
@@ -283,7 +321,7 @@ struct Finish {
           channel(job.column + 4 * (thread % Shape::kQuads)),
           first(thread / Shape::kQuads) {
         if constexpr (kGram) {
-            float factor = a.x[0].read == Read::join_c ? 0.5f : 1;
+            float factor = a.join == Read::join_c ? 0.5f : 1;
             if (a.x[0].affine_a) own.load(a.x[0].affine_a, channel, a.out_channels, factor);
             if (a.x[0].affine_b) other.load(a.x[0].affine_b, channel, a.out_channels, factor);
 #pragma unroll 4
@@ -313,7 +351,7 @@ struct Finish {
         float v[4] = {sum.x, sum.y, sum.z, sum.w}, rounded[4];
         uint2 y;
         if constexpr (kGram) {
-            Read read = a.x[0].read;
+            Read read = a.join;
             bool outer = read == Read::join_b || read == Read::join_c;
             float z[4], w[4];
             unpack4<T>(z, loads[0]), unpack4<T>(w, loads[1]);
@@ -501,7 +539,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
 
     int thread = threadIdx.x, rows = Shape::kRows / a.splits, begin = job.rank * rows;
     prepare_source(base + a.constants, a.x[0], thread, Shape::kConsumers);
-    if (kGram) prepare_source(base + a.constants + constants_before(a.x, 1), a.x[1], thread, Shape::kConsumers);
+    if (kGram) prepare_source(base + a.constants + constants_of(a.x[0]), a.x[1], thread, Shape::kConsumers);
     if (thread < Shape::kRows) {
         int4 row = row_of(a, job, thread);
         store_shared(base + a.rows + 16 * thread,
@@ -518,7 +556,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     // This lane's row of a box for ldmatrix; step k is at that address ^ 32 k.
     uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
     Sums<Shape> d;
-    add_steps<T, Shape, kBack, kGram>(d, ring, a, job, base + a.constants, mine, lane);
+    constexpr bool kScaled = kGram && std::is_same_v<T, __half>;
+    if (!kScaled && a.raw)
+        add_raw_steps<T, Shape, kBack>(d, ring, a, job, warp / 4, lane);
+    else
+        add_steps<T, Shape, kBack, kGram>(d, ring, a, job, base + a.constants, mine, lane);
 
     uint32_t staging = base + a.staging;
     auto pair = [&](int j, int m) { return float2{d[j / 8][4 * (j % 8) + 2 * m], d[j / 8][4 * (j % 8) + 2 * m + 1]}; };
@@ -576,7 +618,8 @@ struct Launch {
     int shared = 0;
     const char* failed;
 
-    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y)
+    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y,
+           const void* finished = nullptr)
         : op(s.gram ? "gram_tiles" : "conv_tiles"),
           shape(s),
           plan(plan),
@@ -587,12 +630,15 @@ struct Launch {
         const ConvInferTile& tile = plan.tile;
         args.x[0] = {c.read, int((s.gram ? c.out_channels : c.in_channels) / kChunk), x.affine_a, x.affine_b, x.sums};
         args.x[1] = {};
-        if (s.gram) args.x[1].read = Read::masked, args.x[1].chunks = int(c.in_channels / kChunk);
+        if (s.gram) args.x[1].chunks = int(c.in_channels / kChunk);
+        args.join = c.read;
+        if (s.finished) args.x[0].read = Read::raw;
         args.y = static_cast<char*>(y);
         args.out_channels = int(c.out_channels);
         args.taps = c.taps;
         args.width = int(s.width), args.height = int(c.frame / s.width), args.stride = s.stride;
         args.spread = c.transposed && !s.gram && s.stride > 1;
+        args.raw = s.finished || (!s.gram && c.read == Read::raw);
         args.box_bytes = kChunk * 2;
         int64_t tiles = c.out_channels / tile.columns;
         args.column_tiles = int(tiles);
@@ -612,7 +658,7 @@ struct Launch {
         if (!failed && (plan.blocks != tiles * tile.splits || shared > kSharedLimit))
             failed = fail("%s: plan: expected conv_tiles_plan's for this shape", op);
         bool strided = s.gram || !c.transposed;
-        positions(maps.a[0], x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
+        positions(maps.a[0], finished ? finished : x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
         positions(maps.b[0], x.b, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
     }
     void positions(CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {
@@ -669,7 +715,7 @@ int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan) 
 const char* conv_tiles(const ConvTiles& t) {
     const ConvTrain& p = t.conv;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, false};
+    ConvTilesShape shape{s, t.width, t.stride, false, false};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
         return "conv_tiles: expected the loads and sums of the shape";
@@ -696,20 +742,23 @@ const char* conv_tiles(const ConvTiles& t) {
 const char* gram_tiles(const GramTiles& t) {
     const GramDgrad& p = t.gram;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, true};
+    ConvTilesShape shape{s, t.width, t.stride, true, p.finished != nullptr};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
-    if (!p.q || !p.c || p.c_parts < 1 || !p.affine || s.sums != (p.partials_a || p.partials_b))
-        return "gram_tiles: expected q, c, the affine, and the sums of the shape";
+    if (!p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
+        return "gram_tiles: expected q, c, and the sums of the shape";
+    if (shape.finished ? p.y || p.affine || p.dtype != DType::bf16 : !p.affine)
+        return "gram_tiles: expected the affine or, of bfloat16 and without y, what X reads";
     if (p.q_scale && p.dtype != DType::fp16) return "gram_tiles: expected a q_scale of float16 alone";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
         return "gram_tiles: expected sums of tensors that the read normalises";
     if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_tiles: expected an activation for x";
-    Launch launch(shape, t.plan, p.dtype, p.x, p.da);
+    Launch launch(shape, t.plan, p.dtype, p.x, p.da, p.finished);
     launch.positions(launch.maps.a[1], p.g, launch.grid.near, s.in_channels);
     launch.positions(launch.maps.b[1], p.y, launch.grid.near, s.in_channels);
     launch.weights(launch.maps.w[0], p.q, s.out_channels, s.out_channels);
     launch.weights(launch.maps.w[1], p.w, s.in_channels, s.out_channels);
     TilesArgs& args = launch.args;
+    args.x[1].read = p.finished ? Read::raw : p.y ? Read::masked : Read::scaled;
     args.x[1].affine_b = p.affine;
     args.c = p.c, args.c_parts = p.c_parts;
     args.column_scale = p.q_scale;

@@ -1,12 +1,12 @@
-// 1x1x1 and 3x1x1 convolutions of stride 1 in training, forward and input gradient, and the gradient through the Gram
-// identity: y = epilogue(sum over chunks of read(x) w), where the narrower side has 64 or 128 channels.
+// 1x1x1 and 3x1x1 convolutions of stride 1 in training, forward and input gradient, and the end of the gradient through
+// the Gram identity: y = epilogue(sum over chunks of read(x) w), where the narrower side has 64 or 128 channels.
 //
 // Positions are the rows of the matrix unit, output channels its columns (rows.cuh). A *unit* is 64 positions. What is
 // read comes in boxes of 64 positions by 64 channels, a *chunk* of an operand one box or two; a warp loads its 16 rows
 // as fragments and applies the read there, so that the operand of the product is never stored. y is made in *slices* of
 // 64 channels. All weights of a block stay in its shared memory.
 //
-//   narrow    64 or 128 output channels: chunks of one operand, or of two for the Gram identity, add up in a slice
+//   narrow    64 or 128 output channels: chunks add up in a slice
 //   wide      64 or 128 input channels: fragments of all chunks stay in registers, slice follows slice; where weights
 //             are many, blocks share the slices out, a *group* of these each
 //   temporal  64 or 128 channels: fragments of three frames stay in registers while a step walks down a *column*, 64
@@ -36,21 +36,22 @@ constexpr int kTrainBarrierBytes = 16 * 32;  // one for the weights, a pair for 
 enum class Form : int { narrow = 0, wide = 1, temporal = 2 };
 
 struct TrainMaps {
-    CUtensorMap a[2], b[2];      // [F, P, C] of the operands, read in boxes of a unit
-    CUtensorMap w[2];            // weights as they lie, in boxes of 64 rows
+    CUtensorMap a, b;            // [F, P, C] of the operand, read in boxes of a unit
+    CUtensorMap w;               // weights as they lie, in boxes of 64 rows
     CUtensorMap below, mask, o;  // [F, P, Co], read in boxes of a unit
     CUtensorMap y;               // likewise, written in boxes of a warp's 16 positions
 };
 
 struct TrainArgs {
-    Source x[2];                // the second, or no chunks of it, after the first
+    Source x;
     const float* affine;        // [3, Co] of y; or nullptr
     const float* second;        // [3, Co] of o or of below; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
-    const float* column_scale;  // [Co] of the first source's product; or nullptr
+    const float* column_scale;  // [Co] of its product; or nullptr
+    const float* scales;        // [parts, units, Co / 64, 4] of its v
     int c_parts;
-    bool has_below, has_mask, has_o, relu;
-    float *partials, *partials_b;  // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
+    bool has_below, has_mask, has_o, relu;  // the Gram identity adds all that `mask` and `o` have
+    float *partials, *partials_b;           // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
     int out_channels;
     int limit;                         // positions of a frame, or all of them
     int turns, groups;                 // of units: narrow and wide
@@ -65,10 +66,9 @@ struct Teams {
     static constexpr int kColumns = kForm == Form::wide ? kSlices : kParts;  // slices of a block
 };
 
-__host__ __device__ inline int weight_boxes(Form form, int chunks, const Source (&x)[2]) {
+__host__ __device__ inline int weight_boxes(Form form, int chunks, const Source& x) {
     if (form == Form::wide) return kSlices * chunks;
-    if (form == Form::temporal) return 3 * chunks * chunks;
-    return (x[0].chunks + x[1].chunks) * chunks;
+    return (form == Form::temporal ? 3 * chunks : x.chunks) * chunks;
 }
 
 // Where everything lies in shared memory.
@@ -80,7 +80,7 @@ struct Place {
         : weights(shared_address(base)),
           slots(weights + boxes * kBoxBytes),
           constants(slots + (teams * a.in_slots + 2 * a.out_slots) * kBoxBytes),
-          epilogue(constants + constants_before(a.x, 2)),
+          epilogue(constants + constants_of(a.x)),
           barriers(shared_address(base) + kSharedLimit - kTrainBarrierBytes),
           in_slots(a.in_slots),
           out_slots(a.out_slots),
@@ -147,25 +147,22 @@ __device__ __forceinline__ void produce_weights(const TrainMaps& maps, const Tra
 #pragma unroll 1
     for (int box = 0; box < boxes; ++box) {
         int chunk = box / kColumns, out = (column + box % kColumns) * kChunk, skip = 0;
-        const CUtensorMap* map = &maps.w[0];
         if (kForm == Form::temporal) {  // taps of w follow one another within its rows
             int frame = chunk / kChunks;
             chunk -= frame * kChunks;
             skip = (kBack ? 2 - frame : frame) * kChunks * kChunk;
-        } else if (chunk >= a.x[0].chunks) {
-            chunk -= a.x[0].chunks, map = &maps.w[1];
         }
-        copy_box(place.weights + box * kBoxBytes, *map, place.barriers, skip + (kBack ? out : chunk * kChunk),
+        copy_box(place.weights + box * kBoxBytes, maps.w, place.barriers, skip + (kBack ? out : chunk * kChunk),
                  kBack ? chunk * kChunk : out, 0);
     }
 }
 
-__device__ __forceinline__ void bring_source(Ring& ring, const TrainMaps& maps, const TrainArgs& a, int source,
-                                             int position, int frame) {
+__device__ __forceinline__ void bring_source(Ring& ring, const TrainMaps& maps, const TrainArgs& a, int position,
+                                             int frame) {
 #pragma unroll 1
-    for (int c = 0; c < a.x[source].chunks; ++c) {
-        bring(ring, maps.a[source], c * kChunk, position, frame);
-        if (two_tensors(a.x[source].read)) bring(ring, maps.b[source], c * kChunk, position, frame);
+    for (int c = 0; c < a.x.chunks; ++c) {
+        bring(ring, maps.a, c * kChunk, position, frame);
+        if (two_tensors(a.x.read)) bring(ring, maps.b, c * kChunk, position, frame);
     }
 }
 
@@ -181,14 +178,12 @@ __device__ __forceinline__ void produce_operands(const TrainMaps& maps, const Tr
 #pragma unroll 1
             for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead)
                 if (0 <= at.time + ahead && at.time + ahead < a.time)
-                    bring_source(ring, maps, a, 0, at.position, at.frame + ahead);
+                    bring_source(ring, maps, a, at.position, at.frame + ahead);
         }
     } else {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
-#pragma unroll 1
-            for (int source = 0; source < 2; ++source)
-                bring_source(ring, maps, a, source, units.position(turn, team), 0);
+            bring_source(ring, maps, a, units.position(turn, team), 0);
     }
 }
 
@@ -237,7 +232,7 @@ __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, 
 template <Form kForm, int kChunks>
 __device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& place, int thread) {
     constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
-    for (int i = 0; i < 2; ++i) prepare_source(place.constants + constants_before(a.x, i), a.x[i], thread, 256);
+    prepare_source(place.constants, a.x, thread, 256);
     int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices * kChunk : 0;
     prepare(place.epilogue, 3, kColumns * kChunk, thread, 256,
             [&](int row, int channel) { return epilogue_constant(a, row, first + channel); });
@@ -297,13 +292,13 @@ struct Consumer {
           out(place.out(group)),
           mine((16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
 
-    // The next chunk of a source: its boxes as they are.
-    __device__ __forceinline__ void load(const Source& source, Fragments& x, Fragments& b) {
+    // The next chunk of the operand: its boxes as they are.
+    __device__ __forceinline__ void load(Fragments& x, Fragments& b) {
         int first = in.index, second = -1;
         uint32_t box = in.take() + mine;
 #pragma unroll
         for (int k = 0; k < 4; ++k) load_fragment(x[k], box ^ (32 * k));
-        if (two_tensors(source.read)) {
+        if (two_tensors(a.x.read)) {
             second = in.index;
             box = in.take() + mine;
 #pragma unroll
@@ -321,14 +316,14 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ Constants constants(int source, int chunk) const {
-        return {place.constants + constants_before(a.x, source), a.x[source].chunks * kChunk, chunk};
+    __device__ __forceinline__ Constants constants(int chunk) const {
+        return {place.constants, a.x.chunks * kChunk, chunk};
     }
 
     __device__ __forceinline__ void read(Fragments& x, int chunk) {
         Fragments b;
-        load(a.x[0], x, b);
-        apply<T>(a.x[0].read, x, b, constants(0, chunk));
+        load(x, b);
+        apply<T>(a.x.read, x, b, constants(chunk));
     }
 
     __device__ __forceinline__ uint32_t weight(int chunk, int slice) const {
@@ -459,21 +454,25 @@ struct Consumer {
         }
     }
 
-    // The gradient of the join that the first source is, whose boxes of this slice are x and b: its masks, its sums.
+    // The end of the Gram identity: the gradient of what the operand reads, whose boxes of this slice are x and b, with
+    // its masks and sums.
     __device__ __forceinline__ void store_join(const float (&d)[32], const Fragments& x, const Fragments& b,
-                                               int position) {
+                                               float2 scale, int position) {
         if constexpr (kForm == Form::narrow && kBack) {
-            Read read = a.x[0].read;
+            Read read = a.x.read;
             bool outer = read == Read::join_b || read == Read::join_c;
-            Constants own(place.epilogue, Team::kColumns * kChunk, part), of_x = constants(0, part);
+            Constants own(place.epilogue, Team::kColumns * kChunk, part), of_x = constants(part);
             int row = position + 16 * warp + lane / 4;
             bool real[2] = {row < a.limit, row + 8 < a.limit};
-            uint32_t box = out.slot();
-            out.advance();
-            begin_box();
+            int second_slot = out.index;
+            uint32_t second = a.has_mask ? out.take() + mine : 0;
+            int slot = out.index;
+            uint32_t box = out.take();
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                uint32_t y[4];
+                uint32_t y[4], o[4], p[4] = {};
+                load_fragment(o, (box + mine) ^ (32 * k));
+                if (a.has_mask) load_fragment(p, second ^ (32 * k));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     int j = 2 * k + half;
@@ -482,7 +481,10 @@ struct Consumer {
 #pragma unroll
                     for (int m = 0; m < 2; ++m) {
                         int i = 2 * half + m;
-                        float2 v = {d[4 * j + 2 * m] + c.x, d[4 * j + 2 * m + 1] + c.y};
+                        float2 v = {fmaf(d[4 * j + 2 * m], c.z, c.x), fmaf(d[4 * j + 2 * m + 1], c.w, c.y)};
+                        float2 one = unpack<__half>(o[i]), two = unpack<__half>(p[i]);
+                        v.x = fmaf(one.x, scale.x, fmaf(two.x, scale.y, v.x));
+                        v.y = fmaf(one.y, scale.x, fmaf(two.y, scale.y, v.y));
                         float2 z = unpack<T>(x[k][i]), w = unpack<T>(b[k][i]), u = of.affine(z), t = of.other(w);
                         if (outer) {
                             v.x = relu(u.x) + t.x <= 0 ? 0 : v.x, v.y = relu(u.y) + t.y <= 0 ? 0 : v.y;
@@ -503,6 +505,11 @@ struct Consumer {
                 store_fragment((box + mine) ^ (32 * k), y);
             }
             send(box, part * kChunk, position, 0);
+            if (leader) {
+                if (held >= 0) release(out, held);
+                if (a.has_mask) release(out, second_slot);
+            }
+            held = slot;
         }
     }
 
@@ -511,40 +518,34 @@ struct Consumer {
         for (int turn = units.first; turn < a.turns; turn += units.step) {
             int position = units.position(turn, team);
             float d[32];
-            Fragments kept_x, kept_b;  // this slice of the first source, if it is a join whose gradient this is
+            Fragments kept_x, kept_b;  // this slice of the operand, if it is the one whose gradient this is
+            float2 scale = {};
+            if (kBack && a.c && position < a.limit) {
+                int64_t tile = 4 * (int64_t(position / kUnit) * kChunks + part) + warp;
+                scale.x = a.scales[tile];
+                if (a.has_mask) scale.y = a.scales[4 * kChunks * int64_t((a.limit - 1) / kUnit + 1) + tile];
+            }
             zero(d);
 #pragma unroll 1
-            for (int source = 0; source < 2; ++source) {
-#pragma unroll 1
-                for (int chunk = 0; chunk < a.x[source].chunks; ++chunk) {
-                    Fragments x, b;
-                    load(a.x[source], x, b);
-                    if (kBack && a.c && source == 0 && chunk == part) {
+            for (int chunk = 0; chunk < a.x.chunks; ++chunk) {
+                Fragments x, b;
+                load(x, b);
+                if (kBack && a.c && chunk == part) {
 #pragma unroll
-                        for (int k = 0; k < 4; ++k)
+                    for (int k = 0; k < 4; ++k)
 #pragma unroll
-                            for (int i = 0; i < 4; ++i) kept_x[k][i] = x[k][i], kept_b[k][i] = b[k][i];
-                    }
-                    apply<T>(a.x[source].read, x, b, constants(source, chunk));
-                    pin(x);
-                    wgmma_fence();
-                    multiply<T, kBack>(d, x, weight(source * a.x[0].chunks + chunk, part));
-                    wgmma_commit();
-                    wgmma_wait<0>();
-                    wgmma_pin(d);
+                        for (int i = 0; i < 4; ++i) kept_x[k][i] = x[k][i], kept_b[k][i] = b[k][i];
                 }
-                if (kBack && source == 0 && a.column_scale) {
-                    Constants own(place.epilogue, Team::kColumns * kChunk, part);
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) {
-                        float4 c = own(0, j);
-                        d[4 * j] *= c.z, d[4 * j + 1] *= c.w, d[4 * j + 2] *= c.z, d[4 * j + 3] *= c.w;
-                    }
-                    wgmma_pin(d);
-                }
+                apply<T>(a.x.read, x, b, constants(chunk));
+                pin(x);
+                wgmma_fence();
+                multiply<T, kBack>(d, x, weight(chunk, part));
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(d);
             }
             if (kBack && a.c)
-                store_join(d, kept_x, kept_b, position);
+                store_join(d, kept_x, kept_b, scale, position);
             else
                 store(d, part, part * kChunk, position, 0);
         }
@@ -735,24 +736,11 @@ struct TrainPlan {
     int blocks, in_slots, out_slots;
 };
 
-constexpr const char* kOps[2] = {"conv_train", "gram_dgrad"};
-
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The sources of a shape, without their constants: x, and for the Gram identity g after it.
-void sources_of(Source (&x)[2], const ConvTrainShape& s, bool gram) {
-    x[0] = x[1] = {};
-    x[0].read = s.read;
-    x[0].chunks = int((gram ? s.out_channels : s.in_channels) / kChunk);
-    if (!gram) return;
-    x[1].read = Read::masked;
-    x[1].chunks = int(s.in_channels / kChunk);
-}
-
 // How a shape is divided, or why it cannot run.
-const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, bool gram) {
+const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op = "conv_train") {
     using Long = long long;
-    const char* op = kOps[gram];
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
@@ -776,7 +764,7 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, bool gram) {
         plan.form = Form::temporal;
     } else if (few(out)) {
         plan.form = Form::narrow;
-    } else if (few(in) && out % (kSlices * kChunk) == 0 && !s.sums && !gram) {
+    } else if (few(in) && out % (kSlices * kChunk) == 0 && !s.sums) {
         plan.form = Form::wide;
     } else {
         return fail(
@@ -789,12 +777,9 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, bool gram) {
     plan.teams = wide || plan.chunks == 1 ? 2 : 1;
     plan.groups = wide ? int(out / (kSlices * kChunk)) : 1;
 
-    TrainArgs args{};
-    sources_of(args.x, s, gram);
-    static const float present = 0;
-    args.x[1].affine_b = gram ? &present : nullptr;  // its read has constants
-    int boxes = weight_boxes(plan.form, plan.chunks, args.x);
-    int fixed = kTrainBarrierBytes + constants_before(args.x, 2) + 3 * (wide ? kSlices : plan.chunks) * kChunk * 8;
+    Source x{s.read, int(in / kChunk)};
+    int boxes = weight_boxes(plan.form, plan.chunks, x);
+    int fixed = kTrainBarrierBytes + constants_of(x) + 3 * (wide ? kSlices : plan.chunks) * kChunk * 8;
     int slots = boxes > kMaxWeights ? 0 : (kSharedLimit - fixed) / kBoxBytes - boxes;
     int room = slots / plan.teams, writers = 2 / plan.teams;  // of a team
     if (wide) {
@@ -852,25 +837,24 @@ struct Launch {
     TrainPlan plan{};
     TrainMaps maps{};
     TrainArgs args{};
-    int64_t outer, rows;  // of positions
+    int64_t outer = 0, rows = 0;  // of positions
     const char* failed;
 
-    Launch(const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y, bool gram)
-        : op(kOps[gram]), dtype(dtype), failed(check_operand(op, x, s.read)) {
-        if (!failed) failed = train_plan(plan, s, gram);
+    Launch(const char* op, const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y)
+        : op(op), dtype(dtype), failed(check_operand(op, x, s.read)) {
+        if (!failed) failed = train_plan(plan, s, op);
         if (failed) return;
         bool temporal = plan.form == Form::temporal;
         outer = temporal ? s.clips * s.time : 1;
         rows = temporal ? s.frame : s.clips * s.time * s.frame;
-        sources_of(args.x, s, gram);
-        args.x[0].affine_a = x.affine_a, args.x[0].affine_b = x.affine_b, args.x[0].sums = x.sums;
+        args.x = {s.read, int(s.in_channels / kChunk), x.affine_a, x.affine_b, x.sums};
         args.out_channels = int(s.out_channels);
         args.limit = int(rows);
         args.turns = plan.turns, args.groups = plan.groups;
         args.time = int(s.time), args.columns = plan.columns, args.steps = plan.steps, args.length = plan.length;
         args.in_slots = plan.in_slots, args.out_slots = plan.out_slots;
-        positions(maps.a[0], x.a, args.x[0].chunks * kChunk, kUnit);
-        positions(maps.b[0], x.b, args.x[0].chunks * kChunk, kUnit);
+        positions(maps.a, x.a, s.in_channels, kUnit);
+        positions(maps.b, x.b, s.in_channels, kUnit);
         positions(maps.y, y, s.out_channels, 16);
     }
     void encode(CUtensorMap& map, const void* base, int64_t outer, int64_t rows, int64_t columns, int box) {
@@ -886,19 +870,17 @@ struct Launch {
     }
 };
 
-int partials_of(const ConvTrainShape& shape, bool gram) {
-    TrainPlan plan{};
-    return train_plan(plan, shape, gram) ? 0 : plan.blocks * plan.teams;
-}
-
 }  // namespace
 
 const char* conv_train_why_not(const ConvTrainShape& shape) {
     TrainPlan plan{};
-    return train_plan(plan, shape, false);
+    return train_plan(plan, shape);
 }
 
-int conv_train_partials(const ConvTrainShape& shape) { return partials_of(shape, false); }
+int conv_train_partials(const ConvTrainShape& shape) {
+    TrainPlan plan{};
+    return train_plan(plan, shape) ? 0 : plan.blocks * plan.teams;
+}
 
 const char* conv_train(const ConvTrain& p) {
     const ConvTrainShape& s = p.shape;
@@ -908,8 +890,8 @@ const char* conv_train(const ConvTrain& p) {
         return "conv_train: expected below with its affine, and o with its affine or mask";
     if (s.transposed ? p.affine || p.o_affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
         return "conv_train: expected an epilogue of the forward pass, or of the gradient if transposed";
-    Launch launch(s, p.dtype, p.x, p.y, false);
-    launch.encode(launch.maps.w[0], p.w, 1, s.transposed ? s.in_channels : s.out_channels,
+    Launch launch("conv_train", s, p.dtype, p.x, p.y);
+    launch.encode(launch.maps.w, p.w, 1, s.transposed ? s.in_channels : s.out_channels,
                   s.taps * (s.transposed ? s.out_channels : s.in_channels), kChunk);
     launch.positions(launch.maps.below, p.below, s.out_channels, kUnit);
     launch.positions(launch.maps.mask, p.o_mask, s.out_channels, kUnit);
@@ -922,33 +904,25 @@ const char* conv_train(const ConvTrain& p) {
     return launch.run(s.transposed, p.stream);
 }
 
-const char* gram_dgrad_why_not(const ConvTrainShape& shape) {
-    if (shape.taps != 1 || !shape.transposed || shape.loads) return "gram_dgrad: expected the gradient of 1x1x1";
-    TrainPlan plan{};
-    return train_plan(plan, shape, true);
-}
-
-int gram_dgrad_partials(const ConvTrainShape& shape) {
-    return gram_dgrad_why_not(shape) ? 0 : partials_of(shape, true);
-}
-
-const char* gram_dgrad(const GramDgrad& p) {
+const char* gram_add(const GramAdd& p) {
     const ConvTrainShape& s = p.shape;
-    if (const char* reason = gram_dgrad_why_not(s)) return reason;
-    if (!p.q || !p.c || p.c_parts < 1 || !p.affine || s.sums != (p.partials_a || p.partials_b))
-        return "gram_dgrad: expected q, c, the affine, and the sums of the shape";
+    if (s.taps != 1 || !s.transposed || s.in_channels != s.out_channels || s.loads < 1 || s.loads > 2)
+        return "gram_add: expected a gradient of 1x1x1, of as many channels, with one or two loads";
+    if (!p.v || !p.scales || !p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
+        return "gram_add: expected v, scales, q, c, and the sums of the shape";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
-        return "gram_dgrad: expected sums of tensors that the read normalises";
-    if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_dgrad: expected an activation for x";
-    Launch launch(s, p.dtype, p.x, p.da, true);
-    launch.positions(launch.maps.a[1], p.g, s.in_channels, kUnit);
-    launch.positions(launch.maps.b[1], p.y, s.in_channels, kUnit);
-    launch.encode(launch.maps.w[0], p.q, 1, s.out_channels, s.out_channels, kChunk);
-    launch.encode(launch.maps.w[1], p.w, 1, s.in_channels, s.out_channels, kChunk);
+        return "gram_add: expected sums of tensors that the read normalises";
+    if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_add: expected an activation for x";
+    Launch launch("gram_add", s, p.dtype, p.x, p.da);
+    launch.encode(launch.maps.w, p.q, 1, s.out_channels, s.out_channels, kChunk);
     TrainArgs& args = launch.args;
-    args.x[1].affine_b = p.affine;
+    args.has_o = true, args.has_mask = s.loads == 2;
+    auto* v = static_cast<const char*>(p.v);
+    launch.positions(launch.maps.o, v, s.out_channels, kUnit);
+    if (args.has_mask) launch.positions(launch.maps.mask, v + 2 * launch.rows * s.out_channels, s.out_channels, kUnit);
     args.c = p.c, args.c_parts = p.c_parts;
     args.column_scale = p.q_scale;
+    args.scales = p.scales;
     args.partials = p.partials_a, args.partials_b = p.partials_b;
     return launch.run(true, p.stream);
 }

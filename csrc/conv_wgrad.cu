@@ -17,10 +17,16 @@
 // of G, a of X, b of G, b of X. Where G and X are one operand and the tile's columns are among its rows, X's are G's.
 // Its centre, if there is one, is taken off what the read has rounded: sums of products of values far from zero lose in
 // float32 what the values vary by.
+//
+// What G and X read can be stored on the way, for a product that would otherwise read it anew for each tile of its
+// columns. The blocks that have the same positions and rows, or columns, of dW share out the chunks of 64 channels.
+//
+// Two blocks with neighbouring runs of one tile add their sums up before these are written.
 #include <algorithm>
 #include <iterator>
 
 #include "p3d.h"
+#include "pairs.cuh"
 #include "spatial_plan.h"
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -62,13 +68,16 @@ struct WgradArgs {
     Reader g, x;
     const float* centre;  // [C]
     float* partials;      // [splits, Co * taps * Ci + totals * Co]
+    char* finished_g;     // [positions, Co] what G reads; or nullptr
+    char* finished_x;     // [positions, Ci]
     int in_channels, out_channels, taps;
     bool totals, same;
     int width, height;          // of the positions
     int box_width, box_height;  // powers of two
     int w_boxes, h_boxes;
-    int boxes, turns;         // in all and, at most, of a block
-    int column_tiles, tiles;  // of dW
+    int boxes, turns;                    // in all and, at most, of a block
+    int row_tiles, column_tiles, tiles;  // of dW
+    int pair;                            // blocks that make one partial sum
     int stages, stage_bytes;
 };
 
@@ -76,16 +85,20 @@ struct WgradArgs {
 template <typename Shape>
 struct Job {
     int cout, channel;  // the first of its rows and of its columns
+    int row, column;    // of the tiles of dW, which one
     int split, first, count;
     bool aliased;  // X is part of G
     bool leads;    // of the tiles with these rows, it stores their totals
 
     __device__ __forceinline__ explicit Job(const WgradArgs& a) {
-        split = blockIdx.x / a.tiles;
-        int tile = blockIdx.x - split * a.tiles, row = tile / a.column_tiles, column = tile - row * a.column_tiles;
+        int group = blockIdx.x / a.pair, run = blockIdx.x - group * a.pair;
+        split = group / a.tiles;
+        int tile = group - split * a.tiles;
+        row = tile / a.column_tiles;
+        column = tile - row * a.column_tiles;
         cout = row * Shape::kRows * kChunk;
         channel = column * (a.taps == 1 ? Shape::kColumns : 1) * kChunk;
-        first = split * a.turns;
+        first = (split * a.pair + run) * a.turns;
         count = min(a.turns, a.boxes - first);
         aliased = a.same && Shape::kRows % Shape::kColumns == 0 && channel / (Shape::kRows * kChunk) == row;
         leads = column == 0;
@@ -252,10 +265,18 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     return v;
 }
 
+// Where 16 rows of what an operand reads are stored, too: the first, its bytes, and how many there are.
+struct Finished {
+    char* to = nullptr;
+    int64_t pitch = 0;
+    int rows = 0;
+};
+
 // Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu, rounded; with kCentred
-// less `centre`, of the lane's channels. A lane has four channels and every other row.
+// less `centre`, of the lane's channels, which what is `finished` is not. A lane has four channels and every other row.
 template <typename T, bool kTwo, bool kRelu, bool kCentred = false, typename Value>
-__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value, uint2 centre = {}) {
+__device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& finished, int lane, const Value& value,
+                                        uint2 centre = {}) {
     constexpr int kBatch = 4;
 #pragma unroll
     for (int begin = 0; begin < kGroup / 2; begin += kBatch) {
@@ -272,6 +293,9 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const 
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
             uint2 packed{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
                          pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
+            int row = lane / 16 + 2 * (begin + k);
+            if (row < finished.rows)
+                *reinterpret_cast<uint2*>(finished.to + row * finished.pitch + lane % 16 * 8) = packed;
             if (kCentred) packed = {subtract<T>(packed.x, centre.x), subtract<T>(packed.y, centre.y)};
             store_shared(a + piece(lane, begin + k), packed);
         }
@@ -281,7 +305,8 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const 
 // Applies a read of an activation, bn_relu or join_*, to 16 rows of 64 channels, in place. `constants` are those of the
 // channels.
 template <typename T, bool kCentred>
-__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, const Finished& finished,
+                                                  uint32_t constants, int lane) {
     constants += 16 * (lane % 16);
     uint2 c{};
     if (kCentred) {
@@ -290,30 +315,35 @@ __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_
     }
     Affine4 u(constants);
     if (read == Read::bn_relu) {
-        replace<T, false, true, kCentred>(a, b, lane, [&](float v, float, int i) { return u(v, i); }, c);
+        replace<T, false, true, kCentred>(a, b, finished, lane, [&](float v, float, int i) { return u(v, i); }, c);
         return;
     }
     Affine4 other(constants + 12 * kChunk);
     if (read == Read::join_port)
         replace<T, true, false, kCentred>(
-            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
+            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
     else  // join_b and join_c, whose constants differ
         replace<T, true, true, kCentred>(
-            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
+            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
 }
 
 // The same of any read but raw.
 template <typename T>
-__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, uint32_t constants, int lane) {
+__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, const Finished& finished,
+                                       uint32_t constants, int lane) {
     if (read == Read::masked) {  // no channel differs from another
         uint4 v[4], w[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             v[k] = load_shared(a + 16 * lane + 512 * k), w[k] = load_shared(b + 16 * lane + 512 * k);
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-            store_shared(a + 16 * lane + 512 * k, uint4{masked<T>(v[k].x, w[k].x), masked<T>(v[k].y, w[k].y),
-                                                        masked<T>(v[k].z, w[k].z), masked<T>(v[k].w, w[k].w)});
+        for (int k = 0; k < 4; ++k) {
+            uint4 g{masked<T>(v[k].x, w[k].x), masked<T>(v[k].y, w[k].y), masked<T>(v[k].z, w[k].z),
+                    masked<T>(v[k].w, w[k].w)};
+            store_shared(a + 16 * lane + 512 * k, g);
+            int row = lane / 8 + 4 * k, piece = lane % 8 ^ row % 8;
+            if (row < finished.rows) *reinterpret_cast<uint4*>(finished.to + row * finished.pitch + 16 * piece) = g;
+        }
         return;
     }
     if (read == Read::bn_bwd || read == Read::bn_bwd_open) {
@@ -321,15 +351,15 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
         Affine4 u(constants);
         Row4 constant(constants + 12 * kChunk), slope(constants + 16 * kChunk);
         bool open = read == Read::bn_bwd_open;
-        replace<T, true, false>(a, b, lane, [&](float g, float z, int i) {
+        replace<T, true, false>(a, b, finished, lane, [&](float g, float z, int i) {
             float centred = z - u.mean[i];
             bool closed = fmaf(centred, u.scale[i], u.bias[i]) <= 0 && !open;
             return fmaf(centred, slope[i], closed ? constant[i] : fmaf(g, u.scale[i], constant[i]));
         });
     } else if (centred) {
-        finish_activation<T, true>(read, a, b, constants, lane);
+        finish_activation<T, true>(read, a, b, finished, constants, lane);
     } else {
-        finish_activation<T, false>(read, a, b, constants, lane);
+        finish_activation<T, false>(read, a, b, finished, constants, lane);
     }
 }
 
@@ -355,8 +385,17 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
+            Finished finished;
+            char* to = of_g ? a.finished_g : a.finished_x;
+            if (to && (of_g ? box % a.column_tiles == job.column : column % a.row_tiles == job.row)) {
+                int first = at.w + row, channel = of_g ? job.cout + box * kChunk : job.channel + column * kChunk;
+                int64_t position = (int64_t(at.f) * a.height + at.h) * a.width + first;  // rows of a box lie together
+                finished.pitch = 2 * int64_t(of_g ? a.out_channels : a.in_channels);
+                finished.to = to + position * finished.pitch + 2 * channel;
+                finished.rows = a.width - first;
+            }
             finish<T>(read, a.centre != nullptr, target,
-                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
+                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128, finished,
                       shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
             if (whole || read == Read::masked) continue;
@@ -425,25 +464,59 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
     int columns = a.taps * a.in_channels;
     int64_t size = int64_t(a.out_channels) * columns;
     float* out = a.partials + job.split * (size + (a.totals ? a.out_channels : 0));
+    int cout = job.cout + row * kChunk + 16 * warp + lane / 4;
+    // Fours of a part's accumulators: columns 8 * four and on of couts 8 apart.
+    auto put_in = [&](int m, int part) {
+        float* line = out + int64_t(cout + m * kChunk) * columns + job.channel + 2 * (lane % 4);
+        return [=, &a](int four, float4 v) {
+            int chunk = part * (kN / kParts) + four / 8;
+            float* to = line + chunk * (a.taps == 1 ? kChunk : a.in_channels) + four % 8 * 8;
+            *reinterpret_cast<float2*>(to) = {v.x, v.y};
+            *reinterpret_cast<float2*>(to + int64_t(8) * columns) = {v.z, v.w};
+        };
+    };
+    constexpr int kHalf = kWidth / 16, kStride = 16 * 128 * Shape::kConsumers;  // fours that a block of a pair sends
+    int thread = threadIdx.x % 128 + 128 * (row / kM), rank = a.pair > 1 ? pair_rank() : 0;
+    uint32_t staging = shared.box(0, 0) + 16 * thread, sums = staging + kM * kParts * kHalf * kStride;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
         wgmma_pin(total[m]);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) wgmma_pin(d[m][part]);
+    }
+    if (a.pair > 1) {
+        uint32_t there = pair_address(staging, rank), sums_there = pair_address(sums, rank);
+        pair_sync();  // both have read their stages
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int cout = job.cout + (row + m) * kChunk + 16 * warp + 8 * half + lane / 4;
-            float* line = out + int64_t(cout) * columns + job.channel + 2 * (lane % 4);
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
             for (int part = 0; part < kParts; ++part)
+                pair_send(d[m][part], rank, there + (m * kParts + part) * kHalf * kStride, kStride);
+            if (Shape::kTotals)
+                pair_store(sums_there + m * kStride, float4{total[m][0], total[m][1], total[m][2], total[m][3]});
+        }
+        pair_sync();
+    }
 #pragma unroll
-                for (int j = 0; j < kWidth / 8; ++j) {
-                    int chunk = part * (kN / kParts) + j / 8;
-                    int at = chunk * (a.taps == 1 ? kChunk : a.in_channels) + j % 8 * 8;
-                    *reinterpret_cast<float2*>(line + at) = {d[m][part][4 * j + 2 * half],
-                                                             d[m][part][4 * j + 2 * half + 1]};
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            auto put = put_in(m, part);
+            if (a.pair > 1) {
+                pair_add(d[m][part], rank, staging + (m * kParts + part) * kHalf * kStride, kStride, put);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 2 * kHalf; ++i) {
+                    const float* v = &d[m][part][4 * i];
+                    put(i, {v[0], v[1], v[2], v[3]});
                 }
-            if (Shape::kTotals && a.totals && job.leads && lane % 4 == 0) out[size + cout] = total[m][2 * half];
+            }
+        }
+        if (Shape::kTotals && a.totals && job.leads && lane % 4 == 0 && rank == 0) {
+            float4 other{};
+            if (a.pair > 1) other = pair_load(sums + m * kStride);
+            out[size + cout + m * kChunk] = total[m][0] + other.x;
+            out[size + cout + m * kChunk + 8] = total[m][2] + other.z;
         }
     }
 }
@@ -480,6 +553,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else if (threadIdx.x == 0) {
             produce(maps, a, shared, job);
         }
+        if (a.pair > 1) pair_sync(), pair_sync();
     }
 }
 
@@ -489,7 +563,7 @@ struct WgradPlan {
     int kind;  // of kTiles
     int box_width, box_height;
     int64_t boxes;
-    int turns, splits;
+    int turns, splits, pair;
     int row_tiles, column_tiles;
     int stages, stage_bytes, shared;
 };
@@ -520,7 +594,7 @@ Grid grid_of(const ConvWgradShape& s) {
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tile of dW, the box and the number of splits that finish first, or why there are none. A cycle brings a
-// multiprocessor about 24 bytes, and all of them 2700 of partial sums.
+// multiprocessor about 24 bytes, and all of them 2700 of partial sums. A block of a pair sends 16 bytes a cycle.
 const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
     using Long = long long;
     int device, processors;
@@ -569,14 +643,20 @@ const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
         }
         int64_t tiles = int64_t(plan.row_tiles) * plan.column_tiles, most = std::max<int64_t>(1, processors / tiles);
         double stage_cost = plan.stage_bytes / 24.0 + 200;
-        for (int64_t splits = 1; splits <= std::min(most, plan.boxes); ++splits) {
-            int64_t turns = ceil_divide(plan.boxes, splits), used = ceil_divide(plan.boxes, turns);
-            double cost = double(ceil_divide(tiles * used, processors)) * (turns * stage_cost + 4000) +
-                          double(used) * outputs * 8 / 2700;
-            if (best_cost >= 0 && cost >= best_cost) continue;
-            best_cost = cost;
-            plan.turns = int(turns), plan.splits = int(used);
-            best = plan;
+        int half = tile.rows * tile.columns * kChunk * kChunk * 2, sums = tile.rows * kChunk * 32;  // that a pair sends
+        for (int64_t runs = 1; runs <= std::min(most, plan.boxes); ++runs) {
+            int64_t turns = ceil_divide(plan.boxes, runs), used = ceil_divide(plan.boxes, turns);
+            for (int64_t pair : {1, 2}) {
+                if (pair > 1 && (used == 1 || half + sums > plan.stages * plan.stage_bytes)) continue;
+                int64_t splits = ceil_divide(used, pair);
+                double end = pair > 1 ? 5000 + (half + sums) / 16.0 : 4000;
+                double cost = double(ceil_divide(tiles * splits * pair, processors)) * (turns * stage_cost + end) +
+                              double(splits) * outputs * 8 / 2700;
+                if (best_cost >= 0 && cost >= best_cost) continue;
+                best_cost = cost;
+                plan.turns = int(turns), plan.splits = int(splits), plan.pair = int(pair);
+                best = plan;
+            }
         }
     }
     if (best_cost < 0) return "conv_wgrad: no tile fits";
@@ -607,8 +687,8 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Co
 
 template <typename T, typename Shape>
 const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan& plan, cudaStream_t stream) {
-    cudaError_t error = launch_dependent(conv_wgrad_kernel<T, Shape>, dim3(plan.splits * args.tiles), kThreads,
-                                         plan.shared, stream, maps, args);
+    cudaError_t error = launch_dependent(conv_wgrad_kernel<T, Shape>, dim3(plan.splits * args.tiles * plan.pair),
+                                         kThreads, plan.shared, stream, dim3(plan.pair), maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -651,6 +731,9 @@ const char* conv_wgrad(const ConvWgrad& p) {
         return "conv_wgrad: same: expected one operand, 1x1x1";
     if (p.centre && (!s.same || !(s.g_read == Read::bn_relu || joins(s.g_read))))
         return "conv_wgrad: centre: expected one operand, read bn_relu or as a join";
+    if ((p.finished_g && (s.g_read == Read::raw || s.stride > 1)) ||
+        (p.finished_x && (s.x_read == Read::raw || s.same || s.taps != 1 || s.stride > 1)))
+        return "conv_wgrad: finished: expected a read that is not raw, and stride 1; of X, 1x1x1 and another G";
     WgradPlan plan;
     if (const char* error = wgrad_plan(plan, s)) return error;
     WgradMaps maps{};
@@ -669,6 +752,8 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.x = {p.x.read, p.x.affine_a, p.x.affine_b, p.x.sums};
     args.centre = p.centre;
     args.partials = p.partials;
+    args.finished_g = static_cast<char*>(p.finished_g);
+    args.finished_x = static_cast<char*>(p.finished_x);
     args.in_channels = int(s.in_channels);
     args.out_channels = int(s.out_channels);
     args.taps = s.taps;
@@ -682,8 +767,10 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.h_boxes = int(ceil_divide(grid.height, plan.box_height));
     args.boxes = int(plan.boxes);
     args.turns = plan.turns;
+    args.row_tiles = plan.row_tiles;
     args.column_tiles = plan.column_tiles;
     args.tiles = plan.row_tiles * plan.column_tiles;
+    args.pair = plan.pair;
     args.stages = plan.stages;
     args.stage_bytes = plan.stage_bytes;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)

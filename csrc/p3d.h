@@ -115,6 +115,7 @@ enum class Read : int {
     masked = 5,       // a where not b <= 0, else 0
     bn_bwd = 6,       // scale_b * ([u_b > 0] a - c0 - (b - mean_b) * c1)
     bn_bwd_open = 7,  // scale_b * (a - c0 - (b - mean_b) * c1)
+    scaled = 8,       // scale_b * a; of `gram_tiles` alone
 };
 
 struct WgradOperand {  // what its read does not name is nullptr
@@ -144,6 +145,8 @@ struct ConvWgrad {
     const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
                           // the differences rounded to the dtype; or nullptr
     float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
+    void* finished_g;     // like g.a: what G reads, before the centre, if that is not raw and the stride 1; or nullptr
+    void* finished_x;     // like x.a: likewise of X, if it is not G and of 1x1x1
     CUstream_st* stream;
 };
 
@@ -196,44 +199,134 @@ const char* conv_train(const ConvTrain& p);
 const char* conv_train_why_not(const ConvTrainShape& shape);
 int conv_train_partials(const ConvTrainShape& shape);
 
-// The gradient da of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), with g the
-// gradient of y where y is not <= 0, else 0, and scale_g g rounded to the dtype:
+// The gradient of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), w of 1x1x1, X
+// raw, bn_relu or a join. Let g be the gradient of y where y is not <= 0, else 0; without `y` that of y is masked
+// already.
 //
-//     v[p,m] = sum over co of scale[co] g[p,co] w[co,m] + q_scale[m] sum over k of X[p,k] q[k,m] + c[m]
+// gram_bwd is the pass over g, for 64 or 128 channels of X and 256 or 512 of g:
 //
-// and, X being a join, what its outer ReLU passes of that: join_b: v where relu(u_a) + u_b is not <= 0; join_c: v / 2
-// there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = v where u_a is not <= 0, and for z = b, t = v or,
-// of join_port, v where u_b is not <= 0. The shape is that of a gradient: Ci of g, Co of X, no loads.
-struct GramDgrad {
-    ConvTrainShape shape;
+//     M[co,m] = sum over p of g[p,co] * X[p,m], and sum over p of g[p,co], of each of R parts of the positions
+//     v[p,m] = sum over co of g[p,co] * (scale[co] w[co,m]), the factor rounded, of each 256 couts
+//
+// v is kept as float16 with a power of two for each 16 positions and 64 channels: rounded to bfloat16 it would make da
+// a fifth less exact.
+//
+// gram_add makes da of what is known once these are summed; gram_tiles does without v, for any channels in multiples of
+// 64, X read at every stride-th row and column, scale g rounded:
+//
+//     u[p,m] = sum over parts of v[p,m]       + q_scale[m] sum over k of X[p,k] q[k,m] + c[m]      gram_add
+//     u[p,m] = sum over co of (scale[co] g[p,co]) w[co,m]             + the same                   gram_tiles
+//
+// da, X being a join, is what its outer ReLU passes of u: join_b: u where relu(u_a) + u_b is not <= 0; join_c: u / 2
+// there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = da where u_a is not <= 0, and for z = b, t = da
+// or, of join_port, da where u_b is not <= 0.
+struct GramBwdShape {
+    int64_t positions, channels, out_channels;  // P, M of X, Co of g
+    Read read;                                  // of X
+    bool masked;                                // whether there is y
+};
+
+struct GramBwd {
+    GramBwdShape shape;
+    DType dtype;          // of the tensors; sums are float32
+    WgradOperand x;       // [P, M]
+    const void* g;        // [P, Co]  16-byte aligned, as all pointers are
+    const void* y;        // like g; or nullptr
+    const float* affine;  // [3, Co], of which row 1, scale, is read
+    const void* w;        // [Co, M]
+    void* v;              // [Co / 256, P, M] float16
+    float* scales;        // [Co / 256, ceil(P / 64), M / 64, 4]: v times these, for each 16 of 64 positions
+    float* partials;      // [R, Co * M + Co], R = gram_bwd_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* gram_bwd(const GramBwd& p);
+
+// Why gram_bwd cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* gram_bwd_why_not(const GramBwdShape& shape);
+int gram_bwd_partials(const GramBwdShape& shape);
+
+struct GramAdd {
+    ConvTrainShape shape;  // transposed, M to M channels of 1x1x1, as many loads as v has parts
     DType dtype;
-    WgradOperand x;        // raw, bn_relu or a join, [N, T, H, W, Co]
+    WgradOperand x;        // [N, T, H, W, M]
+    const void* v;         // [parts, N, T, H, W, M] float16
+    const float* scales;   // as in GramBwd
+    const void* q;         // [M, M]
+    const float* q_scale;  // [M]; or nullptr: 1
+    const float* c;        // [c_parts, M], to be added up
+    int c_parts;
+    void* da;           // like X
+    float* partials_a;  // [R, 2, M], R = conv_train_partials(shape); or nullptr
+    float* partials_b;
+    CUstream_st* stream;
+};
+
+const char* gram_add(const GramAdd& p);
+
+struct GramDgrad {
+    ConvTrainShape shape;  // that of a gradient of 1x1x1: Ci of g, Co of X; no loads
+    DType dtype;
+    WgradOperand x;        // [N, T, H, W, Co]
     const void* g;         // [N, T, H, W, Ci]
-    const void* y;         // like g
+    const void* y;         // like g; or nullptr
     const float* affine;   // [3, Ci], of which row 1, scale, is read
+    const void* finished;  // like X, of gram_tiles and bfloat16: what X reads. Then w has the scale and g is masked
+                           // already: y and affine are nullptr; or nullptr
     const void* w;         // [Ci, Co]
     const void* q;         // [Co, Co]
     const float* q_scale;  // [Co]; or nullptr: 1
     const float* c;        // [c_parts, Co], to be added up
     int c_parts;
     void* da;           // like X
-    float* partials_a;  // [R, 2, Co], R = gram_dgrad_partials(shape); or nullptr
+    float* partials_a;  // [R, 2, Co], R = conv_tiles_partials(shape); or nullptr
     float* partials_b;
     CUstream_st* stream;
 };
 
-const char* gram_dgrad(const GramDgrad& p);
-const char* gram_dgrad_why_not(const ConvTrainShape& shape);
-int gram_dgrad_partials(const ConvTrainShape& shape);
+// Both gradients of a 1x1x1 convolution of stride 1, w [Co, Ci], from dz = scale * ([u > 0] g - c0 - (z - mean) * c1)
+// rounded to the dtype, u = (z - mean) * scale + bias:
+//
+//     dx[p,ci] = sum over co of dz[p,co] * w[co,ci] + o[p,ci]     o where not o_mask <= 0, if that is given; rounded;
+//                                                                 with mask_x zero where x <= 0
+//     dw[co,ci] = sum over p of dz[p,co] * x[p,ci] = sum over R rows of `partials`, each of a part of the positions
+struct ReduceBwdShape {
+    int64_t positions;                  // P = N * T * H * W
+    int64_t in_channels, out_channels;  // Ci of x, a multiple of 256; Co of z, 64 or 128
+};
+
+struct ReduceBwd {
+    ReduceBwdShape shape;
+    DType dtype;          // of the tensors; sums are float32
+    const void* g;        // [P, Co]; 16-byte aligned, as all pointers are
+    const void* z;        // [P, Co]
+    const float* affine;  // [3, Co] rows mean, scale, bias
+    const float* sums;    // [2, Co] rows c0, c1
+    const void* x;        // [P, Ci]
+    const void* w;        // [Co, Ci]
+    const void* o;        // [P, Ci]
+    const void* o_mask;   // [P, Ci]; or nullptr
+    bool mask_x;
+    void* dx;         // [P, Ci]
+    float* partials;  // [R, Co, Ci], R = reduce_bwd_partials(shape)
+    CUstream_st* stream;
+};
+
+const char* reduce_bwd(const ReduceBwd& p);
+
+// Why reduce_bwd cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
+const char* reduce_bwd_why_not(const ReduceBwdShape& shape);
+int reduce_bwd_partials(const ReduceBwdShape& shape);
 
 // The running statistics of normalisations after a forward: running += momentum * (batch - running), count += 1, as
 // torch.nn.BatchNorm3d has it.
 struct RunningNorm {
-    const float* record;  // [5, C] rows mean, ..., unbiased variance of the batch
-    float* mean;          // [C]
-    float* var;           // [C]
-    int64_t* count;       // one; or nullptr
-    int channels;         // C
+    const float* batch_mean;  // [C]
+    const float* batch_var;   // [C], unbiased
+    float* mean;              // [C]
+    float* var;               // [C]
+    int64_t* count;           // one; or nullptr
+    int channels;             // C
     float momentum;
 };
 
@@ -424,6 +517,37 @@ const char* temporal_infer_why_not(const TemporalShape& shape);
 const char* temporal_boxes(const TemporalInfer& p);
 const char* temporal_boxes_why_not(const TemporalShape& shape);
 
+// Both gradients of the 3x1x1 convolution of stride 1 and padding 1 in time, with as many channels out as in:
+//
+//     dx[p,ci] = sum over taps and co of dz[p - tap,co] * w[co,tap,ci] + add g[p,ci]
+//     dw[co,tap,ci] = sum over positions p of dz[p,co] * x[p + tap,ci] = sum over the splits of `dw`
+//
+// dz is an operand read bn_bwd or bn_bwd_open, g its a; x one read raw or bn_relu.
+// sums: R rows (sum h, sum h (x.a - mean)), h the rounded dx where the ReLU of x passes it, else 0
+struct TemporalBwdShape {
+    int64_t clips, time, frame;  // N, T, H * W
+    int64_t channels;            // C, 64 or 128
+    bool add, sums;
+};
+
+struct TemporalBwd {
+    TemporalBwdShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    WgradOperand dz, x;
+    const void* w;    // [C, 3, C]  16-byte aligned, as all pointers are
+    void* dx;         // [N, T, H, W, C]
+    float* partials;  // [R, 2, C], R = temporal_bwd_partials(shape), with sums; or nullptr
+    float* dw;        // [temporal_bwd_splits(shape), C, 3, C]
+    CUstream_st* stream;
+};
+
+const char* temporal_bwd(const TemporalBwd& p);
+
+// Why temporal_bwd cannot run this shape on the current device, the splits and R; 0 if it cannot.
+const char* temporal_bwd_why_not(const TemporalBwdShape& shape);
+int temporal_bwd_splits(const TemporalBwdShape& shape);
+int temporal_bwd_partials(const TemporalBwdShape& shape);
+
 // A convolution alone, for inference, 1x1x1, 3x1x1 or 1x3x3 of any of these strides in space, padded by zeros:
 //
 //     y[n,t,h,w,:] = join(bn(sum over dt, dh, dw of w[:,dt,dh,dw,:] x[n,t+dt,stride*h+dh,stride*w+dw,:]), o[n,t,h,w,:])
@@ -439,6 +563,8 @@ struct ConvInferShape {
     bool joined;                         // with an o
     int64_t o_height, o_width;           // of an o that is read at even rows and columns; 0: it lies like y, not pooled
     int64_t pooled_time;                 // To, if y is pooled: T / 2, rounded down or up; else 0
+    bool transposed = false;             // of point_dgrad, as is the next
+    int masks = 0;
 };
 
 struct ConvInferTile {  // of what a block makes; 0: any
@@ -471,8 +597,36 @@ const char* conv_infer(const ConvInfer& p);
 // The plan of this shape on the current device, with a tile as wished; or why there is none.
 const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish);
 
-// ConvTrain and GramDgrad of any channels in multiples of 64, by another kernel, and of 1x1x1 with a stride in space: H
-// and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
+// The input gradient of a 1x1x1 convolution of stride 1, of a gradient dz that is in memory as it is, plus o:
+//
+//     dx[p,co] = sum over ci of dz[p,ci] * w[ci,co] + o[p,co]
+//
+// rounded once. With o_mask o counts where that is not <= 0, with mask the sum where that is not, else 0. w may be read
+// while the kernel before this one in the stream still runs.
+struct PointDgradShape {
+    int64_t clips, positions;           // N, T * H * W
+    int64_t in_channels, out_channels;  // Ci of dz, Co of dx, multiples of 64
+    int masks;                          // how many of o_mask and mask there are
+};
+
+struct PointDgrad {
+    PointDgradShape shape;
+    ConvInferPlan plan;  // point_dgrad_plan's for this shape
+    DType dtype;         // of the tensors; sums are float32
+    const void* dz;      // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
+    const void* w;       // [Ci, Co]
+    const void* o;       // like dx
+    const void* o_mask;  // like dx; or nullptr
+    const void* mask;    // like dx; or nullptr
+    void* dx;            // [N, T, H, W, Co]
+    CUstream_st* stream;
+};
+
+const char* point_dgrad(const PointDgrad& p);
+const char* point_dgrad_plan(ConvInferPlan& plan, const PointDgradShape& shape, const ConvInferTile& wish);
+
+// ConvTrain of any channels in multiples of 64, by another kernel, and GramDgrad; of 1x1x1 with a stride in space, too:
+// H and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
 // reads X, the identity the operand X, at every stride-th row and column; the gradient has its sum, and o, which lies
 // on the smaller grid, at those of y, and y is zero elsewhere.
 struct ConvTilesShape {
@@ -480,6 +634,7 @@ struct ConvTilesShape {
     int64_t width;        // W
     int stride;           // in space; without o_mask and below, if not 1 and transposed
     bool gram;
+    bool finished;  // of the identity: with a GramDgrad::finished
 };
 
 struct ConvTiles {

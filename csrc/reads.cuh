@@ -10,20 +10,19 @@ struct Source {
     Read read;
     int chunks;
     const float* affine_a;  // [3, C]
-    const float* affine_b;  // [3, C]; of a masked read, what it multiplies with lies in row 1
+    const float* affine_b;  // [3, C]; of a masked or scaled read, what it multiplies with lies in row 1
     const float* sums;      // [2, C]
 };
 
 // Rows of constants of a read, in pairs.
 __host__ __device__ constexpr int planes_of(Read read, bool scaled) {
-    return read == Read::raw ? 0 : read == Read::masked ? scaled : read == Read::bn_relu ? 2 : 3;
+    if (read == Read::masked || read == Read::scaled) return scaled;
+    return read == Read::raw ? 0 : read == Read::bn_relu ? 2 : 3;
 }
 
-// Bytes of the constants of the sources before `source`.
-__host__ __device__ inline int constants_before(const Source (&x)[2], int source) {
-    int bytes = 0;
-    for (int i = 0; i < source; ++i) bytes += planes_of(x[i].read, x[i].affine_b) * x[i].chunks * kChunk * 8;
-    return bytes;
+// Bytes of the constants of a source.
+__host__ __device__ inline int constants_of(const Source& x) {
+    return planes_of(x.read, x.affine_b) * x.chunks * kChunk * 8;
 }
 
 using Fragments = uint32_t[4][4];  // of 16 rows of a warp by 64 channels
@@ -61,11 +60,12 @@ struct ConstantRow {
 // Row `row` of the constants of a read:
 //   bn_relu  mean, scale and bias of a
 //   join_*   mean, scale and bias of a, then of b; of join_c scale and bias are halved
-//   masked   scale of b
+//   masked, scaled   scale of b
 //   bn_bwd*  mean, scale and bias of b, -scale c0, -scale c1
 __device__ __forceinline__ ConstantRow constant_row(const Source& x, int row, int channels) {
     int at = row % 3 * channels;
-    if (x.read == Read::masked) return {row == 0 && x.affine_b ? x.affine_b + channels : nullptr};
+    if (x.read == Read::masked || x.read == Read::scaled)
+        return {row == 0 && x.affine_b ? x.affine_b + channels : nullptr};
     if (x.read == Read::bn_bwd || x.read == Read::bn_bwd_open) {
         if (row < 3) return {x.affine_b + at};
         return row < 5 ? ConstantRow{x.sums + at, x.affine_b + channels, -1} : ConstantRow{};
@@ -172,13 +172,13 @@ struct Value {
     }
 };
 
-template <typename T>
+template <typename T, bool kMasked>
 struct Scaled {
     Constants constants;
 
     __device__ __forceinline__ float4 load(int j) const { return constants(0, j); }
     __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b, const float4& c) const {
-        float2 v = unpack<T>(masked<T>(a, b));
+        float2 v = unpack<T>(kMasked ? masked<T>(a, b) : a);
         return pack<T>(v.x * c.x, v.y * c.y);
     }
 };
@@ -192,7 +192,9 @@ __device__ __forceinline__ void apply(Read read, Fragments& x, const Fragments& 
     else if (read == Read::join_b || read == Read::join_c)
         for_pairs(x, b, Value<T, Read::join_b>{constants});
     else if (read == Read::masked)
-        for_pairs(x, b, Scaled<T>{constants});
+        for_pairs(x, b, Scaled<T, true>{constants});
+    else if (read == Read::scaled)
+        for_pairs(x, b, Scaled<T, false>{constants});
     else if (read == Read::bn_bwd)
         for_pairs(x, b, Value<T, Read::bn_bwd>{constants});
     else if (read == Read::bn_bwd_open)
@@ -204,7 +206,7 @@ __device__ __forceinline__ void apply(Read read, Fragments& x, const Fragments& 
 // Why x is no operand of this read; nullptr if it is.
 inline const char* check_operand(const char* op, const WgradOperand& x, Read read) {
     bool backward = read == Read::bn_bwd || read == Read::bn_bwd_open;
-    if (x.read != read || read == Read::masked)
+    if (x.read != read || read == Read::masked || read == Read::scaled)
         return fail("%s: x: expected the read of the shape, and not masked", op);
     if (!x.a || two_tensors(read) != bool(x.b) || (joins(read) || read == Read::bn_relu) != bool(x.affine_a) ||
         (joins(read) || backward) != bool(x.affine_b) || backward != bool(x.sums))

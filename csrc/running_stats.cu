@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) running_stats_kernel(const __grid_co
     int c = blockIdx.y * kThreads + threadIdx.x;
     if (c == 0 && norm.count) *norm.count += 1;
     if (c >= norm.channels) return;
-    norm.mean[c] = moved(norm.mean[c], norm.record[c], norm.momentum);
-    norm.var[c] = moved(norm.var[c], norm.record[4 * norm.channels + c], norm.momentum);
+    norm.mean[c] = moved(norm.mean[c], norm.batch_mean[c], norm.momentum);
+    norm.var[c] = moved(norm.var[c], norm.batch_var[c], norm.momentum);
 }
 
 }  // namespace

@@ -257,7 +257,9 @@ struct Gradient4 {
 
 // ---- Reads (p3d.h).
 
-__host__ __device__ constexpr bool two_tensors(Read read) { return read != Read::raw && read != Read::bn_relu; }
+__host__ __device__ constexpr bool two_tensors(Read read) {
+    return read != Read::raw && read != Read::bn_relu && read != Read::scaled;
+}
 __host__ __device__ constexpr bool joins(Read read) {
     return read == Read::join_port || read == Read::join_b || read == Read::join_c;
 }

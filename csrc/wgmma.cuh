@@ -161,28 +161,30 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
         P3D_WGMMA_A_ASM("f16");
 }
 
-// wgmma_outer<T>(d, a, b): d += a * b of an M-major A and an N-major B, both in shared memory.
-#define P3D_OUTER_WGMMA_ASM(N, TYPE, GROUPS, A, B)                                                      \
+// wgmma_outer<T>(d, a, b): d += a * b of an M-major A and an N-major B, both in shared memory. wgmma_back: A K-major.
+#define P3D_OUTER_WGMMA_ASM(N, TYPE, GROUPS, A, B, TRANS_A)                                             \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" P3D_TEXT_##GROUPS \
-                 "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"                                                  \
+                 "}, %" #A ", %" #B ", 1, 1, 1, " #TRANS_A ", 1;"                                       \
                  : P3D_OPS_##GROUPS                                                                     \
                  : "l"(a), "l"(b))
 
-#define P3D_OUTER_WGMMA(N, GROUPS, A, B)                                                     \
-    template <typename T>                                                                    \
-    __device__ __forceinline__ void wgmma_outer(float (&d)[N / 2], uint64_t a, uint64_t b) { \
-        if constexpr (std::is_same_v<T, __nv_bfloat16>)                                      \
-            P3D_OUTER_WGMMA_ASM(N, "bf16", GROUPS, A, B);                                    \
-        else                                                                                 \
-            P3D_OUTER_WGMMA_ASM(N, "f16", GROUPS, A, B);                                     \
+#define P3D_OUTER_WGMMA(NAME, N, GROUPS, A, B, TRANS_A)                               \
+    template <typename T>                                                             \
+    __device__ __forceinline__ void NAME(float (&d)[N / 2], uint64_t a, uint64_t b) { \
+        if constexpr (std::is_same_v<T, __nv_bfloat16>)                               \
+            P3D_OUTER_WGMMA_ASM(N, "bf16", GROUPS, A, B, TRANS_A);                    \
+        else                                                                          \
+            P3D_OUTER_WGMMA_ASM(N, "f16", GROUPS, A, B, TRANS_A);                     \
     }
 
-P3D_OUTER_WGMMA(8, 1, 4, 5)
-P3D_OUTER_WGMMA(56, 7, 28, 29)
-P3D_OUTER_WGMMA(64, 8, 32, 33)
-P3D_OUTER_WGMMA(112, 14, 56, 57)
-P3D_OUTER_WGMMA(128, 16, 64, 65)
-P3D_OUTER_WGMMA(168, 21, 84, 85)
-P3D_OUTER_WGMMA(192, 24, 96, 97)
+P3D_OUTER_WGMMA(wgmma_outer, 8, 1, 4, 5, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 56, 7, 28, 29, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 64, 8, 32, 33, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 112, 14, 56, 57, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 128, 16, 64, 65, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 168, 21, 84, 85, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 192, 24, 96, 97, 1)
+P3D_OUTER_WGMMA(wgmma_back, 64, 8, 32, 33, 0)
+P3D_OUTER_WGMMA(wgmma_back, 128, 16, 64, 65, 0)
 
 }  // namespace p3d

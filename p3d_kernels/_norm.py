@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from . import _backends
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -79,13 +85,104 @@ def check_norm(name: str, norm: Norm, channels: int, x: Tensor) -> None:
         )
 
 
-@torch.no_grad()
-def update_running(norms: list[Norm], means: list[Tensor], variances: list[Tensor]) -> None:
+# --- running statistics ----------------------------------------------------------------------------------------------
+
+
+class _Waiting(threading.local):
+    moves: list | None = None  # of the ops that have run inside `together`, as `_move` takes them
+    before: list  # (tensor, its value then) of what has moved by itself there
+
+
+_waiting = _Waiting()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Inside, the running statistics of our ops wait: all move at the end, or none, if the body fails.
+
+    What PyTorch moves at once, as a `torch.nn.BatchNorm3d` called for itself does, is put back if `remember` was told
+    before. Inner uses join the outermost. A thread's own.
+    """
+    if _waiting.moves is not None:
+        yield
+        return
+    _waiting.moves, _waiting.before = [], []
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in reversed(_waiting.before):
+                tensor.copy_(value)
+        raise
+    else:
+        _move(_waiting.moves)
+    finally:
+        _waiting.moves, _waiting.before = None, []
+
+
+def remember(norm: Norm) -> None:
+    """Have `together`, if it is around, put back what PyTorch is about to move of this norm's statistics."""
+    if torch.compiler.is_compiling() or _waiting.moves is None or not norm.updates:
+        return
+    state = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    _waiting.before += [(t, t.clone()) for t in state if t is not None]
+
+
+def update_running(
+    norms: list[Norm], means: list[Tensor], variances: list[Tensor], in_one_launch: bool = False
+) -> None:
     """Move the running statistics of `norms` towards this batch's means and unbiased variances ([C], float32).
 
-    Called once an op's forward has succeeded, with every norm of the op: nothing is half-updated.
+    Called once an op's forward has succeeded, with every norm of the op: nothing is half-updated. Inside `together`
+    they move at its end. in_one_launch: what the function of that name said of these norms.
     """
     live = [(n, m, v) for n, m, v in zip(norms, means, variances) if n.updates]
+    if torch.compiler.is_compiling():
+        _move_by_foreach(live)
+    elif _waiting.moves is None:
+        _move([(live, in_one_launch)])
+    else:
+        _waiting.moves.append((live, in_one_launch))
+
+
+def in_one_launch(norms: Iterable[Norm], x: Tensor) -> bool:
+    """Whether a kernel of the extension can move the running statistics of an op on x that has these norms."""
+    live = [n for n in norms if n.updates]
+    statistics = [t for n in live for t in (n.running_mean, n.running_var)]
+    counters = [n.num_batches_tracked for n in live if n.num_batches_tracked is not None]
+    return (
+        all(n.momentum is not None for n in live)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics)
+        and all(t.dtype == torch.int64 for t in counters)
+        and _backends.forced() != "triton"
+        and _backends.why_not("cuda", x) is None
+    )
+
+
+@torch.no_grad()
+def _move(moves: list[tuple[list[tuple[Norm, Tensor, Tensor]], bool]]) -> None:
+    """The (norm, mean, variance) of each op, and whether it may be done in one launch, in the order of the ops."""
+    everything = [one for live, _ in moves for one in live]
+    if len({id(n.running_mean) for n, _, _ in everything}) < len(everything):  # shared: by one op after the other
+        groups = [([one], way) for live, way in moves for one in live]
+    else:
+        groups = [([one for live, its_way in moves if its_way == way for one in live], way) for way in (True, False)]
+    for live, way in groups:
+        if live:
+            (_move_in_one_launch if way else _move_by_foreach)(live)
+
+
+def _move_in_one_launch(live: list[tuple[Norm, Tensor, Tensor]]) -> None:
+    tensors = [t for n, m, v in live for t in (m, v, n.running_mean, n.running_var, n.num_batches_tracked)]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    sizes = [(m.numel(), n.momentum) for n, m, _ in live]
+    with torch.cuda.device(tensors[0].device):
+        _backends.native().running_stats(addresses, sizes, torch.cuda.current_stream().cuda_stream)
+    increment_version([t for i, t in enumerate(tensors) if i % 5 > 1 and t is not None])
+
+
+@torch.no_grad()
+def _move_by_foreach(live: list[tuple[Norm, Tensor, Tensor]]) -> None:
     counters = [n.num_batches_tracked for n, _, _ in live if n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)

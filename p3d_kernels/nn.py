@@ -19,7 +19,7 @@ from torch.nn.modules.utils import _triple
 from . import ops
 from ._backends import _warn_once
 from ._checks import check_choice, check_positive
-from ._norm import Norm
+from ._norm import Norm, remember
 from .ops._fused import Config
 from .ops.bottleneck import bottlenecks
 from .reference import KINDS, WIRINGS
@@ -137,6 +137,13 @@ def why_not_fused(layers: Iterable[tuple[str, nn.Module]]) -> str | None:
     return None
 
 
+def remember_norms(module: nn.Module) -> None:
+    """`_norm.remember` of every BatchNorm layer in `module`, which is about to call them one by one."""
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            remember(Norm.of(layer))
+
+
 def explain_unfused(what: str, why: str, x: Tensor) -> None:
     """Warn once a process and reason that a block runs layer by layer, where that costs speed."""
     if x.is_cuda and not torch.compiler.is_compiling():
@@ -186,6 +193,7 @@ class Pseudo3dConv(nn.Module):
         if why is None:
             return ops.pseudo3d_conv(x, *self.arguments(), **how)
         explain_unfused("Pseudo3dConv", why, x)
+        remember_norms(self)
         return _join(x, F.relu(self.bn_s(self.conv_s(x))), lambda y: self.bn_t(self.conv_t(y)), **how, relu=F.relu)
 
     def arguments(self) -> tuple:
@@ -288,6 +296,7 @@ class Bottleneck(nn.Module):
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """Every layer called for itself, so that its hooks run and its own class decides what it computes."""
+        remember_norms(self)
         a = self.relu(self.bn1(self.conv1(x)))
         if self.kind == "2d":
             a = self.relu(self.bn_normal(self.conv_normal(a)))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._norm import Norm, update_running
+from ._norm import Norm, remember, update_running
 
 KINDS = ("A", "B", "C", "2d")
 WIRINGS = ("author", "port")
@@ -44,6 +44,7 @@ def pointwise_conv(x: Tensor, w: Tensor, stride: int = 1) -> Tensor:
 def batch_norm(z: Tensor, norm: Norm) -> Tensor:
     """Batch normalisation of z [N, C, T, H, W] as `torch.nn.BatchNorm3d`; running statistics move if `norm` says so."""
     running = norm.running_mean, norm.running_var
+    remember(norm)
     if norm.updates and norm.momentum is None and z.numel():  # cumulative mean, without reading the counter on the host
         var, mean = torch.var_mean(z.detach().double(), (0, *range(2, z.dim())))
         update_running([norm], [mean], [var])

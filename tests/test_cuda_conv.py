@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from operands import max_of_pairs
-from p3d_kernels.ops import _cuda
+from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._conv import Epilogue, conv, pointwise, spatial, taps_of, temporal
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
@@ -208,6 +208,90 @@ def test_conv_takes_it_in_inference(name):
     assert taps_of(w).data_ptr() == w.data_ptr()
     y, part = conv(Operand("raw", x), w, geometry, Epilogue(record=record, join="add_relu", o=o))
     assert part is None and torch.equal(y, _cuda.conv_infer(*arguments))
+
+
+GRADIENTS = [tile for tile in TILES if tile[2] == 1 and tile[1] <= 128]
+
+
+def _gradient(shape, dtype, o_masked=True, masked=False):
+    """dz, w, o and the masks of `point_dgrad`."""
+    n, ci, *dims, co = shape
+    w = torch.randn(ci, co, device="cuda", dtype=dtype) / ci**0.5
+    dz, *like = (_activation((n, c, *dims), dtype) for c in (ci, co, co, co))
+    return dz, w, like[0], like[1] if o_masked else None, like[2] if masked else None
+
+
+def _gradient_in_float64(dz, w, o, o_mask, mask):
+    v = torch.einsum("ncthw,co->nothw", dz.double(), w.double())
+    v = v + (o.double() if o_mask is None else torch.where(o_mask <= 0, 0, o.double()))
+    return v if mask is None else torch.where(mask <= 0, 0, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_gradient_of_a_pointwise_convolution(shape, dtype):
+    for tile in ((0, 0, 0), *GRADIENTS):
+        if tile[1] and shape[-1] % tile[1]:
+            continue
+        for masks in ((False, False), (True, False), (False, True), (True, True)):
+            arguments = _gradient(shape, dtype, *masks)
+            dx = _cuda.point_dgrad(*arguments, tile)
+            check(dx, _gradient_in_float64(*arguments), dtype, name=f"{tile} {masks}")
+            assert dx.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(0, 0, 0), *GRADIENTS], ids=str)
+def test_runs_of_the_gradient_are_equal_and_a_graph_replays_them(tile):
+    arguments = _gradient((13, 256, 4, 21, 13, 512), torch.bfloat16, True, True)
+    first = _cuda.point_dgrad(*arguments, tile=tile)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [_cuda.point_dgrad(*arguments, tile=tile) for _ in range(3)]
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(first, dx) for dx in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", GRADIENTS, ids=str)
+def test_a_nan_of_the_gradient_stays_where_it_is(tile):
+    dz, w, o, mask, _ = _gradient((2, 128, 4, 9, 7, 256), torch.bfloat16)
+    o[1, 7, 2, 4, 3] = torch.nan
+    for value, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
+        mask[1, 7, 2, 4, 3] = value
+        for masks in ((mask, None), (None, mask)):
+            dx = _cuda.point_dgrad(dz, w, o, *masks, tile)
+            assert dx.isnan().sum() == seen == dx[1, 7, 2, 4, 3].isnan()
+
+
+@pytest.mark.gpu
+def test_conv_takes_the_gradient_and_triton_agrees(monkeypatch):
+    dz, w, o, mask, _ = _gradient((2, 256, 3, 9, 7, 512), torch.bfloat16)
+    epilogue, dims = Epilogue(join="add", o=o, o_mask=mask), tuple(dz.shape[2:])
+    arguments = Operand("raw", dz), w[..., None, None, None], pointwise(), epilogue, dims
+    own, part = conv(*arguments)
+    assert part is None and torch.equal(own, _cuda.point_dgrad(dz, w, o, mask))
+    monkeypatch.setattr(_conv, "cuda_allowed", lambda x: False)
+    check(own, conv(*arguments)[0].double(), torch.bfloat16)
+
+
+def test_arguments_of_the_gradient_are_checked_before_any_launch():
+    dz = torch.zeros(1, 64, 2, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last_3d)
+    w, o = torch.zeros(64, 128, dtype=dz.dtype), torch.cat([dz, dz], 1)
+    with pytest.raises(ValueError, match="dz: expected bfloat16"):
+        _cuda.point_dgrad(dz.float(), w, o)
+    with pytest.raises(ValueError, match=r"w: expected torch.bfloat16 \[64, 64\]"):
+        _cuda.point_dgrad(dz, w[:32, :64], o)
+    assert o.is_contiguous(memory_format=torch.channels_last_3d)
+    with pytest.raises(ValueError, match=r"o: expected .*\[1, 128, 2, 4, 4\]"):
+        _cuda.point_dgrad(dz, w, dz)
+    with pytest.raises(ValueError, match=r"o_mask: expected .*\[1, 128, 2, 4, 4\]"):
+        _cuda.point_dgrad(dz, w, o, dz)
+    with pytest.raises(ValueError, match=r"mask: expected .*\[1, 128, 2, 4, 4\]"):
+        _cuda.point_dgrad(dz, w, o, o, dz)
+    assert "float32" in _cuda.point_dgrad_why_not(dz.float(), 128)
 
 
 @pytest.mark.gpu

@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import operand, record
+from operands import normalised, operand, record, value
+from p3d_kernels import Norm
 from p3d_kernels.ops import _conv, _cuda, _gram
 from p3d_kernels.ops._triton import Operand
 from test_cuda_conv_train import (
-    ACTIVATIONS,
     DTYPES,
     READS,
     _check_statistics,
     _check_sums,
     _expected,
-    _gram_arguments,
-    _gram_expected,
     _like,
     _weight,
     _x,
@@ -29,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("hopper")
 # has multiprocessors.
 SIZES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 1, 9, 5), (5, 2, 10, 10), (32, 1, 5, 5), (17, 8, 11, 13)]
 CHANNELS = [(64, 64), (256, 256), (512, 192), (192, 640)]  # Ci, Co
+ACTIVATIONS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
 TILES = [(rows, columns, splits) for rows, columns in ((64, 64), (64, 128), (128, 128)) for splits in (1, 2, 4, 8)]
 
 
@@ -183,10 +182,32 @@ def test_a_nan_stays_where_it_is(tile):
             assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()
 
 
+def _gram_arguments(read, size, m, co, dtype, kind=None):
+    x, g, y = _x(read, size, m, dtype), _like(size, co, dtype), _like(size, co, dtype)
+    w = (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
+    q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
+    scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None
+    return g, y, record(co), w, x, q, scale, c, kind is not None and kind != "C", kind is not None and x.b is not None
+
+
+def _gram_expected(g, y, rows, w, x, q, q_scale, c, *_):
+    scaled = (torch.where(y <= 0, 0, g).float() * rows[1].view(1, -1, 1, 1, 1)).to(g.dtype).double()
+    v = torch.einsum("ncthw,cm->nmthw", value(x), q.double())
+    if q_scale is not None:
+        v = v * q_scale.double().view(1, -1, 1, 1, 1)
+    v = v + torch.einsum("ncthw,cm->nmthw", scaled, w.double()) + c.double().sum(0).view(1, -1, 1, 1, 1)
+    if x.read in ("join_b", "join_c"):
+        u_a, u_b = normalised(x.a, x.record_a).float(), normalised(x.b, x.record_b).float()
+        v = torch.where(torch.relu(u_a) + u_b <= 0, 0, v)
+    return 0.5 * v if x.read == "join_c" else v
+
+
 def _judge_gram(*arguments, stride=1, tile=(0, 0, 0)):
     g, y, rows, w, x, *rest = arguments
     g, y = (z[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last_3d) for z in (g, y))
     da, (part_a, part_b) = _cuda.gram_dgrad(g, y, rows, w, x, *rest, stride=stride, tile=tile)
+    masked, _ = _cuda.gram_dgrad(torch.where(y <= 0, 0, g), None, rows, w, x, *rest, stride=stride, tile=tile)
+    assert torch.equal(masked, da)
     x = _thin(x, stride)
     check(da, _gram_expected(g, y, rows, w, x, *rest), x.a.dtype)
     assert (part_a is not None, part_b is not None) == arguments[-2:]
@@ -205,6 +226,45 @@ def test_gram(size, channels, dtype):
         _judge_gram(*_gram_arguments(read, size, *channels, dtype, kind))
     for stride in (2, 3):
         _judge_gram(*_gram_arguments("raw", size, *channels, dtype), stride=stride)
+
+
+def _judge_finished(size, m, co, read, kind=None, stride=1, tile=(0, 0, 0)):
+    """g is masked already and w scaled; what x reads is given."""
+    g, y, rows, w, x, q, _, c, *sums = _gram_arguments(read, size, m, co, torch.bfloat16, kind)
+    g, y = (z[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last_3d) for z in (g, y))
+    finished = value(x).bfloat16()
+    da, (part_a, part_b) = _cuda.gram_dgrad(
+        g, None, None, w, x, q, None, c, *sums, stride=stride, tile=tile, finished=finished
+    )
+    x, rows = _thin(x, stride), torch.ones_like(rows)
+    check(da, _gram_expected(g, torch.ones_like(y), rows, w, x, q, None, c), torch.bfloat16)
+    assert [part is not None for part in (part_a, part_b)] == sums
+    if part_a is not None:
+        _check_sums(part_a, da, x.a, x.record_a)
+    if part_b is not None:
+        _check_sums(part_b, da, x.b, x.record_b, x.read == "join_port")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [(256, 1024), (64, 64), (192, 320)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gram_of_finished_operands(size, channels):
+    for read, kind in (("raw", None), ("bn_relu", "A"), ("join_port", "B"), ("join_b", "B"), ("join_c", "C")):
+        _judge_finished(size, *channels, read, kind)
+    _judge_finished(size, *channels, "raw", stride=2)
+    for tile in TILES:
+        if channels[0] % tile[1] == 0 and tile[2] <= sum(channels) // 64:
+            _judge_finished(size, *channels, "join_b", "B", tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_raw_operands_in_every_tile(tile):
+    for size in ((2, 3, 7, 11), (5, 2, 20, 13)):
+        for taps in (1, 3):
+            x, o, below = _x("raw", size, 512), _like(size, 256), (_like(size, 256), record(256))
+            _judge(x, _weight(x, 256, taps), tile=tile, stats=True)
+            _judge(x, _weight(x, 256, taps, True), tile=tile, transposed=True, o=o, below=below)
 
 
 @pytest.mark.gpu
@@ -307,6 +367,27 @@ def test_reasons():
     assert "o_mask" in why(transposed=True, stride=2, dims=(3, 17, 9), below=(x.a, record(256)))
     assert "fit" in _cuda.gram_tiles_why_not(_x("join_b", (2, 3, 9, 5), 8192), _like((2, 3, 9, 5), 8192))
     assert _cuda.gram_tiles_why_not(x, _like((2, 3, 5, 3), 512), 2) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["A", "B", "C"])
+def test_the_gram_identity_of_what_the_pass_for_m_leaves(kind, monkeypatch):
+    size = 4, 3, 9, 7
+    dy, y, x = _like(size, 1024), _like(size, 1024), _x({"A": "bn_relu", "B": "join_b", "C": "join_c"}[kind], size, 256)
+    w, norm = _packed(_weight(x, 1024)), Norm.of(torch.nn.BatchNorm3d(1024).cuda())
+    assert all(left is not None for left in _gram._left(Operand("masked", dy, y), x, 1))
+    kept, rows = _gram.gram(x, w, norm=norm)
+    own = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, kind)
+    monkeypatch.setattr(_gram, "_left", lambda *_: (None, None))
+    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, kind)
+    check(own[0], theirs[0].double(), torch.bfloat16)
+    torch.testing.assert_close(own[2:], theirs[2:])
+    for part, other in zip(own[1], theirs[1]):
+        assert (part is None) == (other is None)
+    # Over all positions the gradient of a constant shift of a plain operand is zero, as BN takes it off.
+    if kind == "A":
+        total = own[0].double().sum((0, 2, 3, 4)).abs()
+        assert (total <= 4e-3 * own[0].double().abs().sum((0, 2, 3, 4))).all()
 
 
 @pytest.mark.gpu

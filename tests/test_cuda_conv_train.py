@@ -1,4 +1,4 @@
-"""The Hopper kernels for 1x1x1 and 3x1x1 convolutions in training and for the Gram identity's gradient."""
+"""The Hopper kernels for 1x1x1 and 3x1x1 convolutions in training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from operands import activation, normalised, operand, record, value
-from p3d_kernels._norm import Norm
-from p3d_kernels.ops import _conv, _cuda, _gram
+from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
 
@@ -15,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
 READS = tuple([read for read in _cuda._TENSORS if read != "masked"])
-ACTIVATIONS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
 # N, T, H, W: one position; one frame; numbers off the 64 of a unit; frames of less than, exactly and more than 64
 # positions; more units than the card has warpgroups; runs that begin within a clip and runs that hold several.
 SIZES = [
@@ -208,55 +206,6 @@ def test_a_nan_stays_where_it_is():
     assert _cuda.conv_train(x, _weight(x, 64), stats=True)[1][:, 1:].isnan().any(0).all()
 
 
-def _gram_arguments(read, size, m, co, dtype, kind=None):
-    x, g, y = _x(read, size, m, dtype), _like(size, co, dtype), _like(size, co, dtype)
-    w = (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
-    q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
-    scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None
-    return g, y, record(co), w, x, q, scale, c, kind is not None and kind != "C", kind is not None and x.b is not None
-
-
-def _gram_expected(g, y, rows, w, x, q, q_scale, c, *_):
-    scaled = (torch.where(y <= 0, 0, g).float() * rows[1].view(1, -1, 1, 1, 1)).to(g.dtype).double()
-    v = torch.einsum("ncthw,cm->nmthw", value(x), q.double())
-    if q_scale is not None:
-        v = v * q_scale.double().view(1, -1, 1, 1, 1)
-    v = v + torch.einsum("ncthw,cm->nmthw", scaled, w.double()) + c.double().sum(0).view(1, -1, 1, 1, 1)
-    if x.read in ("join_b", "join_c"):
-        u_a, u_b = normalised(x.a, x.record_a).float(), normalised(x.b, x.record_b).float()
-        v = torch.where(torch.relu(u_a) + u_b <= 0, 0, v)
-    return 0.5 * v if x.read == "join_c" else v
-
-
-def _judge_gram(*arguments):
-    da, (part_a, part_b) = _cuda.gram_dgrad(*arguments)
-    x = arguments[4]
-    check(da, _gram_expected(*arguments), x.a.dtype)
-    assert (part_a is not None, part_b is not None) == arguments[-2:]
-    if part_a is not None:
-        _check_sums(part_a, da, x.a, x.record_a)
-    if part_b is not None:
-        _check_sums(part_b, da, x.b, x.record_b, x.read == "join_port")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [(64, 256), (128, 512), (64, 64), (128, 192)], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gram(size, channels, dtype):
-    for read, kind in (("raw", None), ("bn_relu", "A"), ("join_b", "B"), ("join_c", "C")):
-        _judge_gram(*_gram_arguments(read, size, *channels, dtype, kind))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("read", ACTIVATIONS)
-def test_gram_of_every_read(read, dtype):
-    for kind in ("B", "C") if "join" in read else ("A",) if read == "bn_relu" else (None,):
-        for channels in ((64, 256), (128, 512)):
-            _judge_gram(*_gram_arguments(read, (3, 2, 11, 13), *channels, dtype, kind))
-
-
 def _runs(size):
     """Launches of each form, with all that they may leave."""
     for ci, co, taps in ((256, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
@@ -269,8 +218,6 @@ def _runs(size):
         rows, w, w_t = record(co), _weight(x, co), _weight(g, co, 1, True)
         yield lambda x=x, w=w, r=rows, o=o: _cuda.conv_train(x, w, record=r, o=o, relu=True)
         yield lambda g=g, w=w_t, o=o, m=mask: _cuda.conv_train(g, w, transposed=True, o=o, o_mask=m)
-        arguments = _gram_arguments("join_b", size, ci, co, torch.bfloat16, "B")
-        yield lambda a=arguments: (lambda da, parts: (da, *parts))(*_cuda.gram_dgrad(*a))
 
 
 @pytest.mark.gpu
@@ -330,20 +277,6 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_gram_identity_takes_the_kernel_and_triton_agrees(monkeypatch):
-    size = 2, 3, 9, 7
-    dy, y, x = _like(size, 256), _like(size, 256), _x("join_c", size, 64)
-    w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
-    norm = Norm.of(torch.nn.BatchNorm3d(256).cuda())
-    kept, rows = _gram.gram(x, w, norm=norm)
-    own = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, "C")
-    monkeypatch.setattr(_gram, "cuda_allowed", lambda x: False)
-    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, "C")
-    check(own[0], theirs[0].double(), torch.bfloat16)
-    assert [p is None for p in own[1]] == [p is None for p in theirs[1]]
-
-
-@pytest.mark.gpu
 def test_reasons():
     def why(ci=64, co=64, taps=1, transposed=False, dtype=torch.bfloat16, **arguments):
         x = Operand("raw", torch.empty(2, ci, 3, 9, 5, dtype=dtype, device="cuda"))
@@ -355,12 +288,6 @@ def test_reasons():
     assert "multiples of 64" in why(96) and "multiples of 64" in why(64, 32)
     assert "multiples of 256" in why(64, 192) and "multiples of 256" in why(64, 256, stats=True)
     assert "3x1x1" in why(64, 128, 3) and "3x1x1" in why(256, 256, 3) and "fit" in why(2048, 128)
-
-    def gram(m=64, co=256, size=(2, 3, 9, 5)):
-        return _cuda.gram_dgrad_why_not(_x("raw", (2, 3, 9, 5), m), _like(size, co))
-
-    assert gram() is None and gram(128, 512) is None
-    assert "multiples of 256" in gram(256, 1024) and "fit" in gram(128, 1024) and "stride" in gram(size=(2, 3, 5, 3))
 
 
 def _zeros(*shape):
@@ -396,18 +323,6 @@ def test_arguments_are_checked_before_any_launch():
         run(below=(a, rows))
     with pytest.raises(ValueError, match="o: expected a tensor"):
         run(transposed=True, o_mask=a)
-
-    q, w_wide = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(128, 64, dtype=torch.bfloat16)
-
-    def gram(g=wide, y=wide, w=w_wide, **arguments):
-        _cuda.gram_dgrad(g, y, torch.zeros(5, 128), w, x, q, None, torch.zeros(2, 64), **arguments)
-
-    with pytest.raises(ValueError, match=r"y: expected .*\[1, 128, 2, 4, 4\]"):
-        gram(y=a)
-    with pytest.raises(ValueError, match=r"w: expected torch.bfloat16 \[128, 64\]"):
-        gram(w=q)
-    with pytest.raises(ValueError, match="sums_a, sums_b"):
-        gram(sums_a=True)
 
 
 def test_no_positions_need_no_launch():

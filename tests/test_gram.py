@@ -12,7 +12,7 @@ from torch import Tensor
 import p3d_kernels as p3d
 from p3d_kernels import Norm
 from p3d_kernels.ops._conv import pack_weight
-from p3d_kernels.ops._gram import gram
+from p3d_kernels.ops._gram import gram, gram_bwd
 from p3d_kernels.ops._triton import Operand, bn_finalise
 
 READS = ("bn_relu", "join_port", "join_b", "join_c")
@@ -125,6 +125,27 @@ def test_a_frozen_norm_costs_no_sums(backend, device, monkeypatch):
     x = torch.randn(1, 32, 2, 5, 5, device=device, requires_grad=True)
     block(x).sum().backward()
     assert x.grad.isfinite().all() and block.conv3.weight.grad is not None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_a_gradient_that_is_masked_already(backend, dtype, stride, training, device):
+    """Without y, `gram_bwd` of the masked gradient is that with y."""
+    shape = (2, 3, 9, 11, 64, 256) if dtype == torch.float16 and backend == "cuda" else SMALL[1]
+    x, _ = operand("join_b" if stride == 1 else "bn_relu", shape, dtype, 0, device)
+    (n, t, *size, _, co), w = shape, weight(shape, dtype, device)
+    dims = n, co, t, *[-(-s // stride) for s in size]
+    dy, y = (torch.randn(dims, device=device).to(dtype).to(memory_format=torch.channels_last_3d) for _ in range(2))
+    record = torch.rand(5, co, device=device) + 0.5
+    norm = Norm(record[1], record[2], record[0], record[4], training=training)
+    kept = gram(with_centre(x), w, stride)[0] if training else None
+    kind = "B" if stride == 1 else None
+    masked = torch.where(y <= 0, 0, dy)
+    with_y, without = (gram_bwd(*g, w, norm, record, x, kept, stride, True, kind) for g in ((dy, y), (masked, None)))
+    for a, b in zip((with_y[0], *with_y[1], *with_y[2:]), (without[0], *without[1], *without[2:])):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_formulas_in_float64():

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from p3d_kernels import Norm
-from p3d_kernels._norm import check_norm, update_running
-from p3d_kernels.ops import _cuda
+from p3d_kernels import Norm, _norm
+from p3d_kernels._norm import check_norm, in_one_launch, update_running
 
 X = torch.randn(2, 6, 3, 4, 5)
 
@@ -99,24 +98,61 @@ def test_one_launch_moves_running_statistics_as_foreach_does():
     modules = [nn.BatchNorm3d(1 + 37 * i % 1100, momentum=(0.1, 0.0, 1.0, 0.7)[i % 4]).cuda() for i in range(150)]
     modules[3].eval()
     modules[70].num_batches_tracked = None
-    twins = copy.deepcopy(modules)
+    twins, x = copy.deepcopy(modules), torch.empty(0, device="cuda", dtype=torch.bfloat16)
     for _ in range(2):
-        records = [torch.randn(5, m.num_features, device="cuda") for m in modules]
-        norms = [Norm.of(m) for m in modules]
-        assert _cuda.moves(norms)
-        _cuda.running_stats(norms, records)
-        update_running([Norm.of(t) for t in twins], [r[0] for r in records], [r[4] for r in records])
+        batch = [torch.randn(2, m.num_features, device="cuda") for m in modules]
+        norms, version = [Norm.of(m) for m in modules], modules[0].running_mean._version
+        assert in_one_launch(norms, x)
+        update_running(norms, [b[0] for b in batch], [b[1] for b in batch], True)
+        assert modules[0].running_mean._version > version
+        update_running([Norm.of(t) for t in twins], [b[0] for b in batch], [b[1] for b in batch])
     for module, twin in zip(modules, twins):
         for name, value in module.state_dict().items():
             assert torch.equal(value, twin.state_dict()[name]), name
 
 
-def test_norms_that_one_launch_does_not_move():
+def test_norms_that_one_launch_does_not_move(monkeypatch):
+    monkeypatch.setattr(_norm._backends, "why_not", lambda backend, x: None)
     modules = [nn.BatchNorm3d(6), nn.BatchNorm3d(6, momentum=None), nn.BatchNorm3d(6).half(), nn.BatchNorm3d(6).eval()]
-    assert [_cuda.moves([Norm.of(m)]) for m in modules] == [True, False, False, False]
-    assert not _cuda.moves([Norm.of(m) for m in modules]) and _cuda.moves([Norm.of(m) for m in modules[::3]])
+    assert [in_one_launch([Norm.of(m)], C6) for m in modules] == [True, False, False, True]  # the last has none
+    assert not in_one_launch([Norm.of(m) for m in modules], C6) and in_one_launch(
+        [Norm.of(m) for m in modules[::3]], C6
+    )
     strided = Norm(running_mean=torch.zeros(12)[::2], running_var=torch.ones(6))
-    assert not _cuda.moves([strided])
+    assert not in_one_launch([strided], C6)
+
+
+def test_a_norm_that_two_ops_share_moves_twice():
+    module, twin = nn.BatchNorm3d(6), nn.BatchNorm3d(6)
+    means, var = [torch.randn(6) for _ in range(3)], torch.ones(6)
+    with _norm.together():
+        update_running([Norm.of(module)] * 2, means[:2], [var, var])
+        update_running([Norm.of(module)], means[2:], [var])
+        assert module.num_batches_tracked == 0 and not module.running_mean.any()
+    for mean in means:
+        update_running([Norm.of(twin)], [mean], [var])
+    assert module.num_batches_tracked == 3
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), twin.buffers()))
+
+
+def test_together_moves_all_or_none():
+    modules, batch = [nn.BatchNorm3d(6), nn.BatchNorm3d(6, momentum=None), nn.BatchNorm3d(6)], torch.ones(6)
+    before = copy.deepcopy([m.state_dict() for m in modules])
+
+    def forward(fails):
+        with _norm.together(), _norm.together():
+            update_running([Norm.of(m) for m in modules[:2]], [batch] * 2, [batch] * 2)
+            _norm.remember(Norm.of(modules[2]))
+            modules[2](torch.randn(2, 6, 1, 2, 2))
+            if fails:
+                raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        forward(True)
+    for module, state in zip(modules, before):
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    forward(False)
+    assert all(m.num_batches_tracked == 1 and m.running_mean.any() for m in modules)
 
 
 C5, C6 = torch.ones(5), torch.ones(6)

@@ -30,7 +30,7 @@ def statistics(rows: int, channels: int, offset: float, device: torch.device) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", [0, 300])
-@pytest.mark.parametrize("rows, channels", [(1, 5), (7, 48), (130, 12), (FOLD + 1, 33)])
+@pytest.mark.parametrize("rows, channels", [(1, 5), (7, 48), (130, 12), (300, 5), (FOLD + 1, 33)])
 def test_statistics(device, rows, channels, offset, dtype):
     part = statistics(rows, channels, offset, device).to(dtype)
     weight, bias = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
@@ -72,7 +72,8 @@ def test_sums(device, rows, channels, training):
 
 
 @pytest.mark.parametrize(
-    "splits, co, taps, ci", [(1, 1, 1, 64), (3, 1, 1, 70), (37, 5, 1, 33), (5, 3, 3, 7), (19, 5, 9, 33)]
+    "splits, co, taps, ci",
+    [(1, 1, 1, 64), (3, 1, 1, 70), (37, 5, 1, 33), (5, 3, 3, 7), (19, 5, 9, 33), (133, 1, 9, 20)],
 )
 def test_sum_of_splits(device, splits, co, taps, ci):
     part = torch.randn(splits, co, taps, ci, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import p3d_kernels as p3d
 from nets import batch_norms, randomise, set_mode
 from p3d_kernels import _backends
 from p3d_kernels.nn import Bottleneck, BottleneckRow
+from p3d_kernels.ops import _conv, _fused
+from p3d_kernels.ops._triton import Operand
 
 KINDS = ["AB", "BCA", "CC", ("2d", "2d", "2d")]
 
@@ -58,6 +61,35 @@ def test_a_step_is_that_of_its_blocks(kinds, wiring, mode, triton, device, monke
         for a, b in zip(want, got, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
     assert not set(calls) & set(together)  # one op
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+def test_a_block_hands_its_gradient_down_masked(mode, triton, device, monkeypatch):
+    """By the ReLU that made its input, which the block below then does not read; the bits are the same."""
+    net, x, read = set_mode(row("BCA").to(device), mode), torch.randn(1, 24, 3, 5, 6, device=device), []
+    bottleneck = importlib.import_module("p3d_kernels.ops.bottleneck")  # of this name there is a function, too
+    gram_bwd = bottleneck.gram_bwd
+    monkeypatch.setattr(bottleneck, "gram_bwd", lambda dy, y, *rest: read.append(y) or gram_bwd(dy, y, *rest))
+    monkeypatch.setattr(_fused, "_settled", {})  # no tape of another test's
+    masked = step(copy.deepcopy(net), x)
+    assert [y is None for y in read] == [False, True, True, True]  # the last block's; the first has D as well
+    monkeypatch.setattr(bottleneck, "_can_mask", lambda *_: False)
+    monkeypatch.setattr(_fused, "_settled", {})  # nor of this step
+    for a, b in zip(masked, step(net, x), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert all(y is not None for y in read[4:])
+
+
+def test_a_mask_lets_nan_pass(triton, device):
+    def of(shape):
+        return torch.randn(shape, device=device).to(memory_format=torch.channels_last_3d)
+
+    dz, w, o, mask = of((1, 16, 2, 3, 3)), of((16, 32, 1, 1, 1)), of((1, 32, 2, 3, 3)), of((1, 32, 2, 3, 3))
+    mask[0, 3, 1, 2, 0] = torch.nan
+    args = Operand("raw", dz), w, _conv.pointwise()
+    plain, _ = _conv.conv(*args, _conv.Epilogue(join="add", o=o), (2, 3, 3))
+    got, _ = _conv.conv(*args, _conv.Epilogue(join="add", o=o, mask=mask), (2, 3, 3))
+    assert torch.equal(got, torch.where(mask <= 0, 0, plain)) and got[0, 3, 1, 2, 0] != 0
 
 
 def test_inference_is_that_of_its_blocks(triton, device):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import p3d_kernels as p3d
-from nets import batch_norms, randomise, set_mode
+from nets import batch_norms, randomise
 from p3d_kernels import _backends
 from p3d_kernels.nn import Bottleneck, BottleneckRow
-from p3d_kernels.ops import _cuda, _fused, _tape
+from p3d_kernels.ops import _tape
 from p3d_kernels.ops._tape import NativePlan, Plan, Tape, alloc, taped
 
 CPU = torch.device("cpu")
@@ -366,50 +366,6 @@ def test_running_statistics_stay_where_a_launch_in_the_middle_fails(own_tapes):
         net(x)
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before))
     assert all(norm.num_batches_tracked == 1 for norm in batch_norms(net))
-
-
-class MovesRunning:
-    """Stands for the plan of `_cuda.running_stats`: records, means, variances and counts, flat in a replay."""
-
-    def __init__(self, sizes):
-        self.sizes = sizes
-
-    def __call__(self, *tensors):
-        if _tape._recording.recorder is not None:
-            _tape._recording.recorder.step(self, tensors)
-        for i, (channels, momentum) in enumerate(self.sizes):
-            record, mean, var, count = tensors[4 * i : 4 * i + 4]
-            record = record.flatten()[: 5 * channels].view(5, channels)
-            mean[:channels].lerp_(record[0], momentum)
-            var[:channels].lerp_(record[4], momentum)
-            count.flatten()[0] += 1
-
-
-@pytest.mark.parametrize("mode", ["train", "frozen", "other momenta", "momentum None"])
-def test_running_statistics_that_a_launch_of_the_tape_moves(mode, own_tapes, monkeypatch):
-    nets = [row("BC"), row("BC")]
-    for net in nets:
-        set_mode(net, "frozen" if mode == "frozen" else "train")
-        batch_norms(net)[1].momentum = None if mode == "momentum None" else 0.7 if mode == "other momenta" else 0.1
-    x, versions = torch.randn(1, 24, 2, 5, 5), [b._version for b in nets[1].buffers()]
-    monkeypatch.setattr(_fused, "_settled", {})
-    want = [step(nets[0], x) for _ in range(3)]
-    plans = []
-
-    def plan_for(key, build):
-        plans.append(key)
-        return MovesRunning(key[1])
-
-    monkeypatch.setattr(_fused, "_settled", {})
-    monkeypatch.setattr(_fused, "cuda_allowed", lambda x: True)
-    monkeypatch.setattr(_cuda, "plan_for", plan_for)
-    got = [step(nets[1], x) for _ in range(3)]  # recorded, then replayed
-    for a, b in zip(want, got, strict=True):
-        for one, other in zip(a, b, strict=True):
-            assert (one is None and other is None) or torch.equal(one, other)
-    assert len(plans) == (mode != "momentum None")
-    moved = [b._version > v for b, v in zip(nets[1].buffers(), versions)]
-    assert all(moved) if mode != "frozen" else moved.count(True) == 3  # of one norm
 
 
 gpu = pytest.mark.gpu

@@ -112,6 +112,26 @@ def test_loss_scaling_skips_a_step_that_overflows_and_takes_the_next(device):
     assert not moved[0] and moved[-1]
 
 
+@pytest.mark.parametrize("where", ["layer3.0", "layer2.0.bn3", "fc"])
+def test_a_failure_in_the_middle_leaves_the_net_as_it_was(where, device):
+    """An error in a hook, before or after most blocks have run, some of them layer by layer because of it."""
+    net = randomise(P3D(TINY, 9)).to(device).train()
+    x = torch.randn(2, 3, 4, 32, 32, device=device)
+    before = copy.deepcopy(net.state_dict())
+
+    def fails(module, args):
+        raise RuntimeError("in the middle")
+
+    hook = net.get_submodule(where).register_forward_pre_hook(fails)
+    for run in (net, net.features)[: 1 if where == "fc" else 2]:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            run(x)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    hook.remove()
+    net(x)
+    assert all(norm.num_batches_tracked == 1 for norm in batch_norms(net))
+
+
 @pytest.mark.gpu
 def test_a_whole_step_in_a_graph(device):
     """As the README says. A replay is what a step by itself would have been, to the bit."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_choice, check_clips, check_positive
-from .._norm import Norm
-from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, hooked, why_not_fused
+from .._norm import Norm, together
+from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, hooked, remember_norms, why_not_fused
 from ..ops._head import linear_of_few, mean_over_positions
 from ..reference import WIRINGS
 from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, stem_pool_fits
@@ -91,11 +94,12 @@ class P3D(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """pool5: clips [N, C, T, H, W] to the mean of the last stage [N, 2048], float32 (float64 of a float64 net)."""
         check_clips("x", x, self.in_channels)
-        x = self._stem(x)
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = self.maxpool_2(stage(x))
-        x = self.layer4(x)
-        return mean_over_positions(x)
+        with _statistics_together():
+            x = self._stem(x)
+            for stage in (self.layer1, self.layer2, self.layer3):
+                x = self.maxpool_2(stage(x))
+            x = self.layer4(x)
+            return mean_over_positions(x)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features [N, 2048] to logits [N, num_classes]."""
@@ -105,17 +109,24 @@ class P3D(nn.Module):
         return self.fc(features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.features(x))
+        with _statistics_together():
+            return self.classify(self.features(x))
 
     def _stem(self, x: Tensor) -> Tensor:
         why = why_not_fused((("conv1_custom", self.conv1_custom), ("bn1", self.bn1), ("relu", self.relu)))
         if why is None and stem_pool_fits(x, self.wiring):
             return ops.stem(x, self.conv1_custom.weight, Norm.of(self.bn1), self.wiring)
         explain_unfused("the stem", why or f"the pool's window is longer than an axis of {tuple(x.shape)}", x)
+        remember_norms(self.bn1)
         return self.maxpool(self.relu(self.bn1(self.conv1_custom(x))))
 
     def extra_repr(self) -> str:
         return f"wiring={self.wiring}, modality={self.modality}"
+
+
+def _statistics_together():
+    """`_norm.together`, but for tracing, which turns what moves into outputs of its own."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else together()
 
 
 def p3d63(num_classes: int = 400, **options) -> P3D:

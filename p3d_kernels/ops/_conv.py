@@ -10,7 +10,9 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1.
+inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1. A kernel that makes a product
+in several tiles of output channels repeats the prologue for each: there `conv_wgrad`, which reads the operand too and
+first, leaves what it read (`finished`).
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ def conv_kernel(
     w_ptr,  # [CO, taps, CI], or [CI, taps, CO] when TRANSPOSED
     y_ptr,  # [N, To, Ho, Wo, CO], or None: not stored
     y_record,  # [5, CO] or None: normalises the result
+    y_mask,  # like y, which is zero unless this is positive; or None
     o_ptr,  # like y, joined to it as JOIN says
     o_mask,  # like y: o counts where this is positive
     o_record,  # [5, CO] or None: normalises o
@@ -206,6 +209,8 @@ def conv_kernel(
         else:
             tl.static_assert(JOIN == "mean_relu")
             acc = relu(0.5 * acc + 0.5 * o)
+    if y_mask is not None:
+        acc = tl.where(tl.load(y_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, acc)
     if y_ptr is not None:
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=mask)
@@ -448,6 +453,7 @@ class Epilogue:
     join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
                 "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
     o           joined tensor, normalised by o_record, counted where o_mask > 0
+    mask        y is zero unless this is > 0
     stats       partial statistics of y
     below       raw output of the layer below and its record: partial sums for that layer's BN backward
     store       whether y is written at all
@@ -458,13 +464,14 @@ class Epilogue:
     o: Tensor | None = None
     o_record: Tensor | None = None
     o_mask: Tensor | None = None
+    mask: Tensor | None = None
     stats: bool = False
     below: tuple[Tensor, Tensor] | None = None
     store: bool = True
 
     def key(self) -> tuple:
         """What a compiled kernel depends on."""
-        o = self.o is not None, self.o_record is not None, self.o_mask is not None
+        o = self.o is not None, self.o_record is not None, self.o_mask is not None, self.mask is not None
         return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
 
 
@@ -647,6 +654,8 @@ def conv(
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
     epilogue = epilogue or Epilogue()
+    if out_dims is not None and _is_point_dgrad(x, w, geometry, epilogue):
+        return _cuda.point_dgrad(x.a, taps_of(w)[:, 0], epilogue.o, epilogue.o_mask, epilogue.mask), None
     training = _train_arguments(x, w, geometry, epilogue, out_dims)
     if training is not None:
         return _cuda.conv_train(x, taps_of(w), **training)
@@ -664,7 +673,7 @@ def conv(
     shares = arrived = None
     if plan.shares is not None:
         shares, arrived = alloc(plan.shares, device), zeroed_counters(device)
-    joined = epilogue.record, epilogue.o, epilogue.o_mask, epilogue.o_record
+    joined = epilogue.record, epilogue.mask, epilogue.o, epilogue.o_mask, epilogue.o_record
     plan(*x.args(), w, y, *joined, part, z, z_record, shares, arrived)
     return y, part
 
@@ -704,17 +713,55 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     return plan
 
 
+FINISHED = 32 << 20  # bytes that a finished operand may have: beside it the second-level cache has room for more
+
+
+def finished(
+    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+) -> Tensor | None:
+    """Room for what o reads, if `finishes`; else None."""
+    return empty_ndhwc(o.a.shape, o.a) if finishes(o, g, x, geometry, totals, centre) else None
+
+
+def finishes(
+    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+) -> bool:
+    """Whether `conv_wgrad` can leave what o, g or x, reads, and a product of it then gains.
+
+    Up to 128 channels `_cuda.conv_train` reads an element once or twice. Beyond, it is read for each tile of 64 to 256
+    output channels.
+    """
+    fits = o.read != "raw" and o.channels > 128 and o.a.numel() * o.a.element_size() <= FINISHED
+    if not fits or geometry.stride != (1, 1) or not cuda_allowed(o.a):
+        return False
+    return _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
+
+
+def as_finished(g: Operand, room: Tensor | None) -> Operand:
+    """What g reads, from where `conv_wgrad` left it, if there was room."""
+    return g if room is None else Operand("raw", room)
+
+
 def conv_wgrad(
-    g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
+    g: Operand,
+    x: Operand,
+    geometry: Geometry,
+    totals: bool = False,
+    centre: Tensor | None = None,
+    room: Tensor | None = None,
+    room_x: Tensor | None = None,
 ) -> Splits:
     """dw [Co * taps * Ci], with totals followed by the sums of g over positions [Co]; split over positions.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
     centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
+    room, room_x: by `finished`, where what g reads, before the centre, and x is stored.
     The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
     """
-    in_cuda = cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
-    part = (_cuda.conv_wgrad if in_cuda else _conv_wgrad)(g, x, *geometry, totals, centre)
+    if cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None:
+        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre, room, room_x)
+    else:
+        part = _conv_wgrad(g, x, *geometry, totals, centre)
     kt, kh, kw = geometry.taps
     return Splits(part, kt * kh * kw, x.channels)
 
@@ -794,10 +841,19 @@ def taps_of(w: Tensor) -> Tensor:
 def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether the CUDA kernel for inference takes this forward convolution."""
     e = epilogue
-    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None
+    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None and e.mask is None
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
+
+
+def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
+    """Whether this gradient is `_cuda.point_dgrad`'s."""
+    e = epilogue
+    plain = x.read == "raw" and geometry == pointwise() and e.join == "add" and e.o_record is None
+    if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
+        return False
+    return _cuda.point_dgrad_why_not(x.a, w.size(1)) is None
 
 
 def _train_arguments(
@@ -808,7 +864,7 @@ def _train_arguments(
     temporal, pointwise = geometry.taps == (3, 1, 1), geometry.taps == (1, 1, 1)
     stride = geometry.stride[1]
     fits = temporal and geometry.stride == (1, 1) or pointwise and geometry.stride[0] == 1
-    if not fits or not e.store or not cuda_allowed(x.a):
+    if not fits or not e.store or e.mask is not None or not cuda_allowed(x.a):
         return None
     if back:
         joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
@@ -854,7 +910,7 @@ def spatial_dgrad(
     epilogue = epilogue or Epilogue()
     plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
     plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
-    if plain and cuda_allowed(dz.a):
+    if plain and epilogue.mask is None and cuda_allowed(dz.a):
         if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
             return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps_of(w), epilogue.o, epilogue.below)
     return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from .._norm import Norm
-from ._tape import NativePlan, alloc, plan_for
+from ._tape import NativePlan, alloc, cdiv, plan_for
 from ._triton import Operand
 from .max_pool import out_sizes
 
@@ -287,13 +286,16 @@ def conv_wgrad(
     stride: tuple[int, int],
     totals: bool = False,
     centre: Tensor | None = None,  # [Ci] float32, values of the dtype
+    finished_g: Tensor | None = None,  # like g.a
+    finished_x: Tensor | None = None,  # like x.a
 ) -> Tensor:
     """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of a 1x1x1 or 3x1x1 convolution, in parts.
 
     `stride`: (time, space), (1, 1), or (1, 2) of 1x1x1; g on the grid of x is read with it too. An operand is what its
     read makes of its tensors, rounded to the dtype, once an element and block; float32 accumulation. `totals`: also sum
     g over positions, with 1x1x1. Where g is x, pass one object: it is read once where it can be. `centre`: taken off
-    that one operand, the differences rounded to the dtype.
+    that one operand, the differences rounded to the dtype. `finished_g`, `finished_x`, with stride 1, the latter of
+    1x1x1: are given what g and x, which is not g, read, if that is not raw; before the centre.
 
     Returns:
         float32 [R, Co * taps * Ci], or with `totals` [R, Co * Ci + Co], each row [Co, taps, Ci], then [Co], the sum
@@ -318,6 +320,11 @@ def conv_wgrad(
         out = grid
     _check_operand("x", x, tuple(x.a.shape), dtype)
     _check_operand("g", g, (n, co, *out), dtype)
+    for name, o, tensor in (("finished_g", g, finished_g), ("finished_x", x, finished_x)):
+        if tensor is not None:
+            if o.read == "raw" or stride != (1, 1) or (name == "finished_x" and (g is x or taps != (1, 1, 1))):
+                raise ValueError(f"{name}: expected None of read {o.read}, taps {taps}, stride {stride}")
+            _check_activation(name, tensor, tuple(o.a.shape), dtype)
     outputs = co * (taps[0] * ci + totals)
     if x.a.numel() == 0:
         return torch.zeros(1, outputs, device=x.a.device)
@@ -334,7 +341,7 @@ def conv_wgrad(
 
     plan = plan_for(("conv_wgrad in CUDA", sizes, dtype, x.a.device), build)
     part = alloc((plan.rows, outputs), x.a.device)
-    plan(*g.args(), *x.args(), centre, part)
+    plan(*g.args(), *x.args(), centre, part, finished_g, finished_x)
     return part
 
 
@@ -493,11 +500,11 @@ def conv_train_why_not(
 def _tiles_sizes(
     x: Operand, w: Tensor, transposed: bool, stride: int, dims: Sequence[int] | None, loads: tuple, sums: bool
 ) -> tuple:
-    """(sizes, W, stride, gram) as the kernel by tiles takes them: of the larger grid, `dims` if transposed."""
+    """(sizes, W, stride, gram, finished) as the kernel by tiles takes them: of the larger grid, `dims` transposed."""
     n, ci, *size = x.a.shape
     t, h, width = dims if transposed and dims is not None else size
     sizes = n, t, h * width, ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read
-    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False
+    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False, False
 
 
 def conv_tiles_why_not(
@@ -604,7 +611,7 @@ def conv_train(
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(device):
-            rows, by_tiles = _train_kernel(native, "conv_train", tiles, tile)
+            rows, by_tiles = _train_kernel(native, tiles, tile)
         rest = tiles[0], relu, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream, by_tiles))
         plan.rows = rows
@@ -616,50 +623,176 @@ def conv_train(
     return y, part
 
 
-def _train_kernel(native, name: str, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
+def _train_kernel(native, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
     """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
-    sizes, width, stride, gram = tiles
-    if tile is None and stride == 1 and getattr(native, f"{name}_why_not")(sizes) is None:
-        return getattr(native, f"{name}_partials")(sizes), None
-    plan, rows = native.conv_tiles_plan(sizes, width, stride, gram, tile or (0, 0, 0))
+    sizes, width, stride, _, _ = tiles
+    if tile is None and stride == 1 and native.conv_train_why_not(sizes) is None:
+        return native.conv_train_partials(sizes), None
+    plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
     return rows, (width, stride, plan)
 
 
-def _gram_dgrad_sizes(x: Operand, g: Tensor, sums: bool) -> tuple:
+def _gram_sizes(x: Operand, ci: int, loads: int, sums: bool) -> tuple:
+    """Those of the gradient of a convolution of x to the `ci` channels of g."""
     n, m, t, *size = x.a.shape
-    return n, t, size[0] * size[1], g.size(1), m, 1, True, x.read, 0, sums
+    return n, t, size[0] * size[1], ci, m, 1, True, x.read, loads, sums
 
 
-def gram_dgrad_why_not(x: Operand, g: Tensor) -> str | None:
-    """Why `gram_dgrad` cannot run these, or None."""
-    if g.dtype not in _DTYPES:
-        return f"gram_dgrad: dtype {g.dtype} (expected bfloat16 or float16)"
+def _gram_operand_why_not(name: str, x: Operand) -> str | None:
+    if x.a.dtype not in _DTYPES:
+        return f"{name}: dtype {x.a.dtype} (expected bfloat16 or float16)"
     if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
-        return f"gram_dgrad: read {x.read} (expected an activation)"
+        return f"{name}: read {x.read} (expected an activation)"
+    native = _backends.native()
+    return native if isinstance(native, str) else None
+
+
+def _gram_bwd_sizes(x: Operand, g: Tensor, y: Tensor | None) -> tuple:
+    co = g.size(1)
+    return g.numel() // co, x.channels, co, x.read, y is not None
+
+
+def gram_bwd_why_not(x: Operand, g: Tensor, y: Tensor | None) -> str | None:
+    """Why `gram_bwd`, or `gram_add` after it, cannot run these, or None."""
     if g.shape[2:] != x.a.shape[2:]:
-        return "gram_dgrad: a stride (expected 1)"
+        return "gram_bwd: a stride (expected 1)"
+    if why := _gram_operand_why_not("gram_bwd", x):
+        return why
     native = _backends.native()
-    return native if isinstance(native, str) else native.gram_dgrad_why_not(_gram_dgrad_sizes(x, g, False))
+    why = native.gram_bwd_why_not(_gram_bwd_sizes(x, g, y))
+    return why or native.conv_train_why_not(_gram_sizes(x, x.channels, g.size(1) // GRAM_COUTS, False))
 
 
-def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int) -> tuple:
-    return _gram_dgrad_sizes(x, g, sums), x.a.size(4), stride, True
+GRAM_COUTS = 256  # of g, of which `gram_bwd` makes one v
 
 
-def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1) -> str | None:
-    """Why `gram_dgrad` has no kernel by tiles for these, or None."""
-    if g.dtype not in _DTYPES:
-        return f"gram_tiles: dtype {g.dtype} (expected bfloat16 or float16)"
-    if x.read not in ("raw", "bn_relu", "join_port", "join_b", "join_c"):
-        return f"gram_tiles: read {x.read} (expected an activation)"
-    native = _backends.native()
-    return native if isinstance(native, str) else native.conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride))
+def gram_bwd(
+    g: Tensor,  # [N, Co, T, H, W]
+    y: Tensor | None,  # like g
+    record: Tensor,  # [3, Co] or more rows
+    w: Tensor,  # [Co, M]
+    x: Operand,  # [N, M, T, H, W]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, scales, part): the Gram identity's pass over the wide gradient, ops/_gram.py; M is 64 or 128, Co 256 or 512.
+
+    With g counted where not y <= 0 (everywhere without y) and a what x reads, part has M = g^T a and the sums of g, and
+    v is g (scale w), scale of `record`, the factor rounded; float32 accumulation.
+
+    Returns:
+        v float16 [Co / 256 parts to be added up, N, M, T, H, W], each channels_last_3d, which is to be multiplied with
+        scales, float32 [parts, ceil(P / 64), M / 64, 4], powers of two for each 16 of 64 positions; and float32
+        [R, Co * M + Co], to be summed. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `gram_bwd_why_not` says), or CUDA failed.
+    """
+    (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    for name, tensor in (("g", g), ("y", y)):
+        if tensor is not None:
+            _check_activation(name, tensor, (n, co, *dims), dtype)
+    _check_rows("record", record, 3, co)
+    _check_matrix("w", w, (co, m), dtype)
+    sizes = _gram_bwd_sizes(x, g, y)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.gram_bwd_partials(sizes)
+        return plan
+
+    v = alloc((max(1, co // GRAM_COUTS), n, *dims, m), device, torch.float16)
+    scales = alloc((v.size(0), cdiv(sizes[0], 64), m // 64, 4), device)
+    if g.numel() == 0:
+        return v.movedim(-1, 2), scales, torch.zeros(1, co * m + co, device=device)
+    plan = plan_for(("gram_bwd", sizes, dtype, device), build)
+    part = alloc((plan.rows, co * m + co), device)
+    plan(*x.args()[:4], g, y, record, w, v, scales, part)
+    return v.movedim(-1, 2), scales, part
+
+
+def gram_add(
+    v: Tensor,  # float16 [parts, N, M, T, H, W]
+    scales: Tensor,  # [parts, ceil(P / 64), M / 64, 4]
+    x: Operand,  # [N, M, T, H, W]
+    q: Tensor,  # [M, M]
+    q_scale: Tensor | None,  # [M] float32
+    c: Tensor,  # [parts, M] float32
+    sums_a: bool = False,
+    sums_b: bool = False,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """(da, partial sums for the norms of x's a and b): the end of the gradient through the Gram identity, ops/_gram.py.
+
+    u = sum of v, scaled, + (a q) q_scale + sum of c, a what x reads, rounded; da is, of a join, what its outer ReLU
+    passes of u, times 0.5 in join_c. float32 accumulation. v and scales: by `gram_bwd`.
+
+    Returns and Raises: as `gram_dgrad`.
+    """
+    (n, m, *dims), dtype, device = x.a.shape, x.a.dtype, x.a.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    for part in v:
+        _check_activation("v", part, x.a.shape, torch.float16)
+    if v.size(0) not in (1, 2) or (v.size(0) == 2 and v.stride(0) != x.a.numel()):
+        raise ValueError(f"v: expected one part or two that follow one another, got {v.size(0)}")
+    _check_matrix("scales", scales, (v.size(0), cdiv(x.a.numel() // m, 64), m // 64, 4), torch.float32)
+    _check_gram(x, q, q_scale, c, sums_a, sums_b)
+    da = alloc((n, m, *dims), device, dtype)
+    if da.numel() == 0:
+        return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
+    sizes = _gram_sizes(x, m, v.size(0), sums_a or sums_b)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = c.size(0), sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.gram_add(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.conv_train_partials(sizes)
+        return plan
+
+    plan = plan_for(("gram_add", sizes, c.size(0), dtype, device), build)
+    parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
+    plan(*x.args()[:4], v, scales, q, q_scale, c, da, *parts)
+    return da, parts
+
+
+def _check_gram(x: Operand, q: Tensor, q_scale: Tensor | None, c: Tensor, sums_a: bool, sums_b: bool) -> None:
+    m, dtype = x.channels, x.a.dtype
+    _check_matrix("q", q, (m, m), dtype)
+    _check_rows("c", c, 1, m)
+    if q_scale is not None:
+        _check_matrix("q_scale", q_scale, (m,), torch.float32)
+    if (sums_a and x.record_a is None) or (sums_b and x.b is None):
+        raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
+
+
+def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int, finished: bool) -> tuple:
+    return _gram_sizes(x, g.size(1), 0, sums), x.a.size(4), stride, True, finished
+
+
+def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1, finished: bool = False) -> str | None:
+    """Why `gram_dgrad` cannot run these, or None."""
+    if finished and g.dtype != torch.bfloat16:
+        return f"gram_tiles: finished of {g.dtype} (expected bfloat16)"
+    if why := _gram_operand_why_not("gram_tiles", x):
+        return why
+    return _backends.native().conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride, finished))
 
 
 def gram_dgrad(
     g: Tensor,  # [N, Co, T, H, W]
-    y: Tensor,  # like g
-    record: Tensor,  # [3, Co] or more rows
+    y: Tensor | None,  # like g
+    record: Tensor | None,  # [3, Co] or more rows
     w: Tensor,  # [Co, M]
     x: Operand,  # [N, M, T, H, W], with a stride on the larger grid
     q: Tensor,  # [M, M]
@@ -668,13 +801,16 @@ def gram_dgrad(
     sums_a: bool = False,
     sums_b: bool = False,
     stride: int = 1,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int, int] = (0, 0, 0),
+    finished: Tensor | None = None,  # like x
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
 
-    v = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
-    join da is what its outer ReLU passes of v, times 0.5 in join_c. With a stride in space all of x is read at every
-    stride-th row and column. q_scale is of float16 alone. Two kernels, as of `conv_train`; float32 accumulation.
+    u = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
+    join da is what its outer ReLU passes of u, times 0.5 in join_c. Without y, g is masked already. With a stride in
+    space all of x is read at every stride-th row and column. q_scale is of float16 alone. `tile`: (rows, columns,
+    splits) of the plan, 0 for any. float32 accumulation. `finished`, with bfloat16: what x reads, and then g is masked
+    already and W has the scale; y and record are None.
 
     Returns:
         da [N, M, *grid of g] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
@@ -683,75 +819,163 @@ def gram_dgrad(
 
     Raises:
         ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
-        RuntimeError: neither kernel can run (what `gram_dgrad_why_not` and `gram_tiles_why_not` say), or CUDA failed.
+        RuntimeError: the kernel cannot run (what `gram_tiles_why_not` says), or CUDA failed.
     """
     (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
     dims = _conv_wgrad_out(dims, (1, stride))
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
-    for name, tensor in (("g", g), ("y", y)):
-        _check_activation(name, tensor, (n, co, *dims), dtype)
-    _check_rows("record", record, 3, co)
+    if (finished is None) != (record is not None) or (finished is not None and not (y is None and q_scale is None)):
+        raise ValueError("finished: expected None with record, or a tensor without record, y and q_scale")
+    for name, tensor, shape in (("g", g, (n, co, *dims)), ("y", y, (n, co, *dims)), ("finished", finished, x.a.shape)):
+        if tensor is not None:
+            _check_activation(name, tensor, tuple(shape), dtype)
+    if record is not None:
+        _check_rows("record", record, 3, co)
     _check_matrix("w", w, (co, m), dtype)
-    _check_matrix("q", q, (m, m), dtype)
-    _check_rows("c", c, 1, m)
-    if q_scale is not None:
-        _check_matrix("q_scale", q_scale, (m,), torch.float32)
-    if (sums_a and x.record_a is None) or (sums_b and x.b is None):
-        raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
+    _check_gram(x, q, q_scale, c, sums_a, sums_b)
 
     da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
         return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
-    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride)
+    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride, finished is not None)
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(device):
-            rows, by_tiles = _train_kernel(native, "gram_dgrad", tiles, tile)
-        rest = c.size(0), tiles[0], _DTYPES[dtype]
-        plan = NativePlan(lambda stream, *addresses: native.gram_dgrad(*addresses, *rest, stream, by_tiles))
+            how, rows = native.conv_tiles_plan(*tiles, tile)
+        sizes, width, *_ = tiles
+        rest, where = (c.size(0), sizes, _DTYPES[dtype]), (width, stride, how)
+        plan = NativePlan(lambda stream, *addresses: native.gram_tiles(*addresses, *rest, stream, *where))
         plan.rows = rows
         return plan
 
     plan = plan_for(("gram_dgrad in CUDA", tiles, tile, c.size(0), dtype, device), build)
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
-    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
+    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts, finished)
     return da, parts
 
 
-def moves(norms: Sequence[Norm]) -> bool:
-    """Whether `running_stats` can move the running statistics of those norms that have any to move."""
-    live = [n for n in norms if n.updates]
-    statistics = [t for n in live for t in (n.running_mean, n.running_var)]
-    counters = [n.num_batches_tracked for n in live if n.num_batches_tracked is not None]
-    return (
-        bool(live)
-        and all(n.momentum is not None for n in live)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in statistics)
-        and all(t.dtype == torch.int64 for t in counters)
-    )
+def _point_dgrad_sizes(dz: Tensor, co: int, masks: int) -> tuple:
+    n, ci, t, h, w = dz.shape
+    return n, t * h * w, ci, co, masks
 
 
-def running_stats(norms: Sequence[Norm], records: Sequence[Tensor]) -> None:
-    """Move running statistics as BatchNorm3d does, towards the mean and unbiased variance of records [5, C].
+def point_dgrad_why_not(dz: Tensor, co: int) -> str | None:
+    """Why `point_dgrad` cannot run dz [N, Ci, T, H, W] for Co channels, or None."""
+    if dz.dtype not in _DTYPES:
+        return f"point_dgrad: dtype {dz.dtype} (expected bfloat16 or float16)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.point_dgrad_why_not(_point_dgrad_sizes(dz, co, 2))
 
-    One launch for all norms that `moves` says yes to; those that have nothing to move are passed over.
+
+def point_dgrad(
+    dz: Tensor,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Ci, Co]
+    o: Tensor,  # [N, Co, T, H, W]
+    o_mask: Tensor | None = None,  # like o
+    mask: Tensor | None = None,  # like o
+    tile: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
+    """dz w + o: the input gradient of a 1x1x1 convolution of stride 1, whose channels are Co to Ci, plus o.
+
+    o counts where not o_mask <= 0, the sum where not mask <= 0, if these are given; else zero does. float32
+    accumulation, one rounding. `tile`: (rows, columns, 1) of the plan, 0 for any. w may be read while the kernel before
+    this one in the stream still runs.
+
+    Returns:
+        [N, Co, T, H, W], channels_last_3d. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `point_dgrad_why_not` says), or CUDA failed.
     """
-    live = [(n, r) for n, r in zip(norms, records, strict=True) if n.updates]
-    sizes = [(r.size(1), n.momentum) for n, r in live]
+    (n, ci, *dims), co, dtype = dz.shape, w.size(-1), dz.dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dz: expected bfloat16 or float16, got {dtype}")
+    _check_activation("dz", dz, dz.shape, dtype)
+    _check_matrix("w", w, (ci, co), dtype)
+    for name, tensor in (("o", o), ("o_mask", o_mask), ("mask", mask)):
+        if tensor is not None:
+            _check_activation(name, tensor, (n, co, *dims), dtype)
+    dx = alloc((n, co, *dims), dz.device, dtype)
+    if dx.numel() == 0:
+        return dx
+    sizes = _point_dgrad_sizes(dz, co, (o_mask is not None) + (mask is not None))
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        return NativePlan(lambda stream, *addresses: native.running_stats(addresses, sizes, stream))
+        with torch.cuda.device(dz.device):
+            rest = sizes, native.point_dgrad_plan(sizes, tile), _DTYPES[dtype]
+        return NativePlan(lambda stream, *addresses: native.point_dgrad(*addresses, *rest, stream))
 
-    tensors = [t for n, r in live for t in (r, n.running_mean, n.running_var, n.num_batches_tracked)]
-    plan_for(("running_stats", tuple(sizes), records[0].device), build)(*tensors)
+    plan_for(("point_dgrad", sizes, dtype, dz.device, tile), build)(dz, w, o, o_mask, mask, dx)
+    return dx
+
+
+def reduce_bwd_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, co: int) -> str | None:
+    """Why `reduce_bwd` cannot run for x [N, Ci, T, H, W] and Co channels on the current device, or None."""
+    if dtype not in _DTYPES:
+        return f"reduce_bwd: dtype {dtype} (expected bfloat16 or float16)"
+    native = _backends.native()
+    n, ci, t, h, w = x_shape
+    return native if isinstance(native, str) else native.reduce_bwd_why_not(n * t * h * w, ci, co)
+
+
+def reduce_bwd(
+    dz: Operand,  # read bn_bwd, [N, Co, T, H, W]
+    x: Tensor,  # [N, Ci, T, H, W]
+    w: Tensor,  # [Co, Ci]
+    o: Tensor,  # like x
+    o_mask: Tensor | None = None,  # like x
+    mask_x: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(dx, part): both gradients of a 1x1x1 convolution of stride 1, x to z = w x, from dz; float32 accumulation.
+
+    dx = dz w + o, o counted where not o_mask <= 0, if that is given. `mask_x`: dx is zero where x <= 0, which makes it
+    the gradient before the ReLU whose output x is. dz is rounded to the dtype; it and x are read once.
+
+    Returns:
+        dx like x, channels_last_3d, and float32 [R, Co * Ci], each row [Co, Ci] the sum of dz[co] x[ci] over a part of
+        the positions. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of the read differ from the above.
+        RuntimeError: the kernel cannot run (what `reduce_bwd_why_not` says), or CUDA failed.
+    """
+    (n, ci, *dims), co, dtype, device = x.shape, dz.channels, x.dtype, x.device
+    if dtype not in _DTYPES or dz.read != "bn_bwd":
+        raise ValueError(f"x, dz: expected bfloat16 or float16 and the read bn_bwd, got {dtype}, {dz.read!r}")
+    _check_activation("x", x, x.shape, dtype)
+    _check_operand("dz", dz, (n, co, *dims), dtype)
+    _check_matrix("w", w, (co, ci), dtype)
+    for name, tensor in (("o", o), ("o_mask", o_mask)):
+        if tensor is not None:
+            _check_activation(name, tensor, x.shape, dtype)
+    dx = alloc((n, ci, *dims), device, dtype)
+    if x.numel() == 0:
+        return dx, torch.zeros(1, co * ci, device=device)
+    sizes = x.numel() // ci, ci, co
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = *sizes, mask_x, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.reduce_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.reduce_bwd_partials(*sizes)
+        return plan
+
+    plan = plan_for(("reduce_bwd", sizes, mask_x, dtype, device), build)
+    part = alloc((plan.rows, co * ci), device)
+    plan(*dz.args()[:2], dz.record_b, dz.sums, x, w, o, o_mask, dx, part)
+    return dx, part
 
 
 STEM_COUTS = 64
@@ -1189,3 +1413,77 @@ def temporal_infer(
 
     plan_for(("temporal_infer", x.shape, x.dtype, x.device, join), build)(x, o, w, record, y)
     return y
+
+
+def _temporal_bwd_sizes(dz: Operand, add: bool, sums: bool) -> tuple:
+    n, m, t, h, w = dz.a.shape
+    return n, t, h * w, m, add, sums
+
+
+def temporal_bwd_why_not(dz: Operand, x: Operand, w: Tensor, add: bool = False, sums: bool = False) -> str | None:
+    """Why `temporal_bwd` cannot run these, or None."""
+    m = dz.channels
+    if dz.a.dtype not in _DTYPES:
+        return f"temporal_bwd: dtype {dz.a.dtype} (expected bfloat16 or float16)"
+    if dz.read not in ("bn_bwd", "bn_bwd_open") or x.read not in ("raw", "bn_relu"):
+        return f"temporal_bwd: reads {dz.read}, {x.read} (expected bn_bwd or bn_bwd_open, and raw or bn_relu)"
+    if x.a.shape != dz.a.shape or tuple(w.shape) != (m, 3, m):
+        return f"temporal_bwd: x {list(x.a.shape)}, w {list(w.shape)} (expected {list(dz.a.shape)}, {[m, 3, m]})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.temporal_bwd_why_not(_temporal_bwd_sizes(dz, add, sums))
+
+
+def temporal_bwd(
+    dz: Operand,  # [N, M, T, H, W], read bn_bwd or bn_bwd_open
+    x: Operand,  # like dz, read raw or bn_relu
+    w: Tensor,  # [M, 3, M]
+    add: bool = False,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dx, part, dw) of T x, T the 3x1x1 convolution of stride 1 by w, from the gradient dz of its result.
+
+        dx[p, ci]       = sum_{tap, co} dz[p - tap, co] w[co, tap, ci] + add dz.a[p, ci]
+        dw[co, tap, ci] = sum_p dz[p, co] x[p + tap, ci]
+
+    All that both need is read once, and of 128 channels dz twice. An operand is what its read makes of its tensors,
+    rounded to the dtype; float32 accumulation. `sums`, of x read bn_relu: what the normalisation of x.a needs.
+
+    Returns:
+        dx [N, M, T, H, W] channels_last_3d; with `sums` float32 [R, 2, M] rows (sum g, sum g (x.a - mean)), g the
+        rounded dx where the ReLU of x passes it, else 0; or None; float32 [R', M * 3 * M], each row [M, 3, M] the
+        sum over a part of the positions. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `temporal_bwd_why_not` says), or CUDA failed.
+    """
+    shape, dtype, device, m = tuple(dz.a.shape), dz.a.dtype, dz.a.device, dz.channels
+    if dtype not in _DTYPES or dz.read not in ("bn_bwd", "bn_bwd_open"):
+        raise ValueError(f"dz: expected bfloat16 or float16 read bn_bwd or bn_bwd_open, got {dtype}, {dz.read!r}")
+    if x.read not in ("raw", "bn_relu") or (sums and x.read == "raw"):
+        raise ValueError(f"x: expected to be read bn_relu or, without sums, raw, got {x.read!r}")
+    _check_operand("dz", dz, shape, dtype)
+    _check_operand("x", x, shape, dtype)
+    _check_matrix("w", w, (m, 3, m), dtype)
+    dx = alloc(shape, device, dtype)
+    if dx.numel() == 0:
+        part = torch.zeros(1, 2, m, device=device) if sums else None
+        return dx, part, torch.zeros(1, m * 3 * m, device=device)
+    sizes = _temporal_bwd_sizes(dz, add, sums)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = dz.read, x.read, sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.temporal_bwd(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.temporal_bwd_rows(sizes)
+        return plan
+
+    plan = plan_for(("temporal_bwd", sizes, dz.read, x.read, dtype, device), build)
+    splits, rows = plan.rows
+    part = alloc((rows, 2, m), device) if sums else None
+    dw = alloc((splits, m * 3 * m), device)
+    plan(*dz.args(), *x.args(), w, dx, part, dw)
+    return dx, part, dw

@@ -13,13 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from .. import _backends
 from .._checks import compute_dtype
-from .._norm import Norm, update_running
-from . import _cuda
-from ._conv import cuda_allowed, pack, pack_weight, packed_in, weight_grad
+from .._norm import Norm, in_one_launch, update_running
+from ._conv import pack, pack_weight, packed_in, weight_grad
 from ._tape import Layout, keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
@@ -64,7 +62,7 @@ def _stats(norms: list[Norm]) -> list[Tensor | None]:
 class Call:
     """A call whose arguments were checked: the key of its tapes."""
 
-    moves: bool  # the forward's tape moves the running statistics, as its last launch
+    in_one_launch: bool  # for `update_running`
 
 
 _settled: dict[tuple, Call] = {}  # by what a checked call depends on
@@ -115,7 +113,7 @@ def checked_before(op, x, weights, norms, config, dtype, weight_dtype) -> tuple[
 
 def settle(key: tuple, norms: list[Norm | None], x: Tensor) -> Call:
     """The call of this key, checked and for our kernels, from now on; x: in the dtype to compute in."""
-    return keep(_settled, key, Call(cuda_allowed(x) and _cuda.moves([n for n in norms if n is not None])))
+    return keep(_settled, key, Call(in_one_launch([n for n in norms if n is not None], x)))
 
 
 def _call_key(op, x, weights, norms, config, dtype, weight_dtype) -> tuple:
@@ -143,21 +141,14 @@ def taped_fwd(
     norms: list[Norm],
     rows: Callable[[], list[tuple[int, int, int]]],
 ) -> tuple[list[Tensor | None], Tensor | None, Layout]:
-    """`taped`, of a forward: it also reads the norms. Their running statistics move once it has succeeded.
+    """`taped`, of a forward: it also reads the norms, whose running statistics move once it has succeeded.
 
-    By the last launch of the pass where call.moves; else here, by mean and unbiased variance of each norm in turn,
-    which `rows` finds among what is kept (`Layout.cut`).
+    rows: finds mean and unbiased variance of each norm in turn among what is kept (`Layout.cut`).
     """
-    running = []
-    if call.moves:
-        live = [n for n in norms if n.updates]
-        running = [t for n in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
-    outputs, kept, layout = taped((name, call), pass_, [*inputs, *_stats(norms), *running])
-    if call.moves:
-        increment_version([t for t in running if t is not None])
-    elif any(norm.updates for norm in norms):
+    outputs, kept, layout = taped((name, call), pass_, [*inputs, *_stats(norms)])
+    if any(norm.updates for norm in norms):
         batch = layout.cut(kept, rows)
-        update_running(norms, batch[::2], batch[1::2])
+        update_running(norms, batch[::2], batch[1::2], call.in_one_launch)
     return outputs, kept, layout
 
 
@@ -175,8 +166,6 @@ class _Function(torch.autograd.Function):
         def pass_():
             packed, buffer = pack([w.detach() for w in weights], x_in.dtype)
             y, records, raws = schedule.fwd(x_in, packed, norms, config)
-            if key.moves:
-                _cuda.running_stats(norms, records)
             return [y], [*records, *raws, *([] if buffer is None else [buffer])]
 
         def rows():  # mean and unbiased variance of each record [5, C]

@@ -15,8 +15,11 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
     dW      = s * (M - sum_g mean_a^T - q W C),   q = dweight * invstd / P
     da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T mean_a - W^T (s sum_g / P)
 
-so da is one kernel with two products. Q is rounded to the dtype, and c is of the rounded Q: over all positions da then
-sums to zero as it must. The error of a constant would grow from block to block; that of a position averages out.
+so da is one kernel with two products; or, where the pass over g has room for it, that makes v = g (s W) beside M, s W
+rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`); or that pass leaves g and a,
+and da is of these and of s W, rounded. Q is rounded to the dtype, and c is of Q and s W as rounded: over all positions
+da then sums to zero as it must. The error of a constant would grow from block to block; that of a position averages
+out.
 
 Sums of products in float32 lose what a varies by where that is small beside a, so they are formed about a centre: the
 mean of some positions, in steps of a power of two near the deviation. Of so few bits, a - centre is exact in the dtype
@@ -35,7 +38,7 @@ from torch import Tensor
 
 from .._norm import Norm
 from . import _cuda
-from ._conv import conv_wgrad, cuda_allowed, pointwise, tap_row, taps_of
+from ._conv import conv_wgrad, cuda_allowed, finished, pointwise, tap_row, taps_of
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     Operand,
@@ -45,8 +48,10 @@ from ._triton import (
     dot,
     empty_ndhwc,
     input_precision,
+    load_affine,
     read_operand,
     relu,
+    split_blocks,
     sum_of_splits,
     tl,
     to_tf32,
@@ -86,6 +91,7 @@ def gram_sum_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,  # covers CI
+    STAGES: tl.constexpr,
 ):
     N: tl.constexpr = CI * CI + CI
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -98,8 +104,12 @@ def gram_sum_kernel(
         if tl.program_id(0) == 0:
             tile = tl.arange(0, triton.next_power_of_2(TILES))
             tl.store(arrived + tile, tl.zeros_like(tile), mask=tile < TILES)
-    total = sum_of_splits(part + CI * CI, j, j < CI, splits, N, BLOCK_S, BLOCK_K)
-    s = sum_of_splits(part, row * CI + column, (row < CI) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    if centre is not None:
+        about = tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
+    exists = (row < CI) & (column < CI)
+    s, total = sum_of_splits(
+        part, row * CI + column, exists, CI * CI + j, j < CI, splits, N, BLOCK_S, BLOCK_R * BLOCK_K, BLOCK_K, STAGES
+    )
     s = tl.reshape(s, (BLOCK_R, BLOCK_K))
     total_i = tl.sum(tl.where(i[:, None] == j[None, :], total[None, :], 0.0), 1)
     s -= (total_i / P)[:, None] * total[None, :]
@@ -108,7 +118,7 @@ def gram_sum_kernel(
     if tl.program_id(0) == 0:
         mean = total.to(tl.float64) / P
         if centre is not None:
-            mean += tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
+            mean += about
         tl.store(mean_ptr + j, mean, mask=j < CI)
         tl.store(mean_a + j, mean.to(tl.float32), mask=j < CI)
 
@@ -145,6 +155,10 @@ def gram_kernel(
     j_mask = j < CI
     mask = co_mask[:, None] & j_mask[None, :]
     begin(PDL)
+    if record is not None:
+        scale, shift = load_affine(weight, bias, co, co_mask, BLOCK_M)
+        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
+        w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, CI_END, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -161,14 +175,12 @@ def gram_kernel(
                 acc = tl.dot(w, cov, acc, input_precision="ieee")
     tl.store(wc_ptr + co[:, None] * CI + j[None, :], acc, mask=mask)
     if record is not None:
-        w = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
         if PRECISION == "tf32":
-            w = to_tf32(w)
-        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
-        mean = tl.sum(w.to(tl.float64) * mean_j[None, :], 1)
-        m2 = tl.sum(acc * w, 1).to(tl.float64)
+            w_j = to_tf32(w_j)
+        mean = tl.sum(w_j.to(tl.float64) * mean_j[None, :], 1)
+        m2 = tl.sum(acc * w_j, 1).to(tl.float64)
         if COLUMNS == 1:
-            write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+            write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
         else:
             row = shares + column * (2 * CO) + co
             tl.store(row, mean, mask=co_mask)
@@ -181,21 +193,21 @@ def gram_kernel(
                     row = shares + i * (2 * CO) + co
                     mean += tl.load(row, mask=co_mask, other=0.0, cache_modifier=".cg")
                     m2 += tl.load(row + CO, mask=co_mask, other=0.0, cache_modifier=".cg")
-                write_moments(record, mean, m2, P, weight, bias, eps, co, co_mask, CO, BLOCK_M)
+                write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
 
 
 @triton.jit
-def write_moments(record, mean, m2, P, weight, bias, eps, c, c_mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def write_moments(record, mean, m2, P, scale, shift, eps, c, c_mask, C: tl.constexpr):
     """The record of P values of which m2 is the sum of squares about the mean, but for rounding."""
     m2 = relu(m2)
     count = tl.zeros_like(m2) + P
-    write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), weight, bias, eps, c, c_mask, C, BLOCK_C)
+    write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), scale, shift, eps, c, c_mask, C)
 
 
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
 def gram_dgrad_kernel(
     g_ptr,  # [N, To, Ho, Wo, CO] gradient of y
-    y_ptr,  # like g
+    y_ptr,  # like g; None where g is masked already
     record,  # [5, CO] of the BN after W
     w_ptr,  # [CO, CI]
     a_ptr,  # operand: [N, T, H, W, CI]
@@ -219,6 +231,7 @@ def gram_dgrad_kernel(
     CO: tl.constexpr,
     SH: tl.constexpr,
     READ: tl.constexpr,
+    READ_G: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
     C_PARTS: tl.constexpr,
@@ -261,7 +274,7 @@ def gram_dgrad_kernel(
         k = start + tl.arange(0, BLOCK_K)
         offsets = p.to(tl.int64)[:, None] * CO + k[None, :]
         mask = p_mask[:, None] & (k < CO)[None, :]
-        g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, "masked_scaled")
+        g = read_operand(g_ptr, y_ptr, None, record, None, offsets, mask, k, k < CO, CO, READ_G)
         w = tl.load(w_ptr + k[:, None] * CI + ci[None, :], mask=(k < CO)[:, None] & ci_mask[None, :], other=0.0)
         acc = dot(g, w, acc, PRECISION)
     if q_ptr is not None:
@@ -287,16 +300,19 @@ def gram_operands_kernel(
     sums,  # [4, CO] rows (s q, most of |W|, dweight, dbias)
     dw_ptr,  # [CO, CI] float32
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
-    wg_ptr,  # [programs, CI]: W^T (s sum_g / P) in parts, with qw
+    wg_ptr,  # [programs, CI]: (s W)^T (sum_g / P) in parts, with qw
+    sw_ptr,  # [CO, CI]: s W, with qw and ROUNDED; or None
     P,
     splits,
     CI: tl.constexpr,
     CO: tl.constexpr,
     PARTS: tl.constexpr,
+    ROUNDED: tl.constexpr,  # s W is, in what c goes with
     PDL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,  # covers CI
+    STAGES: tl.constexpr,
 ):
     N: tl.constexpr = CO * CI + CO
     co = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -311,14 +327,21 @@ def gram_operands_kernel(
     scale = tl.load(record + CO + co, mask=co_mask, other=0.0)
     invstd = tl.load(record + 3 * CO + co, mask=co_mask, other=0.0)
     w = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = sum_of_splits(part + CO * CI, co, co_mask, splits, N, BLOCK_S, BLOCK_R)
-    m = sum_of_splits(part, row * CI + column, (row < CO) & (column < CI), splits, N, BLOCK_S, BLOCK_R * BLOCK_K)
+    if wc_ptr is None:
+        mean = tl.load(record + co, mask=co_mask, other=0.0)
+    else:
+        mean = tl.load(mean_a + k, mask=k < CI, other=0.0)
+        wc = tl.load(wc_ptr + offsets, mask=mask, other=0.0)
+    exists = (row < CO) & (column < CI)
+    m, g = sum_of_splits(
+        part, row * CI + column, exists, CO * CI + co, co_mask, splits, N, BLOCK_S, BLOCK_R * BLOCK_K, BLOCK_R, STAGES
+    )
     m = tl.reshape(m, (BLOCK_R, BLOCK_K))
     if wc_ptr is not None:  # about the mean of z = W a itself, not of z as rounded: g may be far from centred
-        m -= g[:, None] * tl.load(mean_a + k, mask=k < CI, other=0.0)[None, :]
+        m -= g[:, None] * mean[None, :]
     dot_mw = tl.sum(m * w, 1)
     if wc_ptr is None:
-        dot_mw -= tl.load(record + co, mask=co_mask, other=0.0) * g
+        dot_mw -= mean * g
     dweight = invstd * dot_mw
     sq = scale * (dweight * invstd / P)
     tl.store(sums + co, sq, mask=co_mask)
@@ -327,10 +350,15 @@ def gram_operands_kernel(
     tl.store(sums + 3 * CO + co, g, mask=co_mask)
     dw = scale[:, None] * m
     if wc_ptr is not None:
-        dw -= sq[:, None] * tl.load(wc_ptr + offsets, mask=mask, other=0.0)
+        dw -= sq[:, None] * wc
     tl.store(dw_ptr + offsets, dw, mask=mask)
     if qw_ptr is not None:
-        tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(w * (scale * g / P)[:, None], 0), mask=k < CI)
+        sw = w * scale[:, None]
+        if ROUNDED:  # TF32 keeps as many digits as float16
+            sw = to_tf32(sw) if w_ptr.dtype.element_ty == tl.float16 else sw.to(w_ptr.dtype.element_ty).to(tl.float32)
+        if sw_ptr is not None:
+            tl.store(sw_ptr + offsets, sw, mask=mask)
+        tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(sw * (g / P)[:, None], 0), mask=k < CI)
         store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
 
@@ -398,14 +426,16 @@ def gram_q_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+def gram(
+    x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None, room: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(kept, record) of z = W a, W [Co, Ci] packed, of the operand a at every stride-th row and column.
 
     kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training, if given; a then
-    has a centre.
+    has a centre. room: where a is stored, by `gram_room`.
     """
     ci, co, device = x.channels, w.size(0), x.a.device
-    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre).part
+    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre, room=room).part
     affine, eps = ((None, None), None) if norm is None else ((norm.weight, norm.bias), norm.eps)
     key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), eps
     key += tuple([None if t is None else t.dtype for t in affine])
@@ -421,6 +451,11 @@ def gram(x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None) -> tu
     sums(part, x.centre, cov, mean, kept[co * ci :], arrived)
     products(w, cov, mean, kept[: co * ci], record, *affine, shares, arrived)
     return kept, record
+
+
+def gram_room(x: Operand) -> Tensor | None:
+    """`finished` of `gram`."""
+    return finished(x, x, x, pointwise(), True, x.centre)
 
 
 def _precision(x: Tensor) -> str:
@@ -439,7 +474,7 @@ def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm | No
         CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
     products.rows, products.columns = rows, columns
-    tile = _rows_tile(ci, ci, splits)
+    tile = _rows_tile(ci, ci, splits, True)
     sums = Plan(
         gram_sum_kernel, (cdiv(ci, tile["BLOCK_R"]),), (positions, splits),
         CI=ci, PARTS=parts, TILES=rows, **pdl, **tile,
@@ -458,21 +493,18 @@ def _gram_tile(ci: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
-def _rows_tile(rows: int, columns: int, splits: int) -> dict:
-    """Whole rows of `columns` to a program and some splits; 4 rows, or of many columns 16, won a sweep on an H200."""
+def _rows_tile(rows: int, columns: int, splits: int, totals: bool = False) -> dict:
+    """Whole rows of `columns` to a program, and with `totals` one more; 4, or of many columns 16, won a sweep on an
+    H200."""
     block_k = block(columns, 16, 1 << 30)
     block_r = block(min(cdiv(rows, 128), 4 if block_k <= 256 else 16, max(1, 8192 // block_k)), 1, 16)
-    return {
-        "BLOCK_S": block(splits, 1, min(64, max(1, 8192 // (block_r * block_k)))),
-        "BLOCK_R": block_r,
-        "BLOCK_K": block_k,
-        "num_warps": 8,
-    }
+    block_s, stages = split_blocks(splits, (block_r + totals) * block_k, 4096)
+    return {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_K": block_k, "STAGES": stages, "num_warps": 8}
 
 
 def gram_bwd(
     dy: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     w: Tensor,
     norm: Norm,
     record: Tensor,
@@ -484,31 +516,47 @@ def gram_bwd(
 ) -> tuple[Tensor | None, tuple, Tensor, Tensor]:
     """(da, its partial sums, dW, sums [4, Co]) of y = relu(bn(W a) + ...) for the operand a, W [Co, Ci] packed.
 
-    kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is one, whose norms then get their
-    partial sums; None for a plain operand.
+    Without y, dy is masked already. kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is
+    one, whose norms then get their partial sums; None for a plain operand.
     """
     n, co, *out = dy.shape
     ci = x.channels
-    part = conv_wgrad(Operand("masked", dy, y), x, pointwise(stride), totals=True).part  # of M and sum g
+    fused = norm.training and needs_x and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
+    left = None, None
+    if fused:
+        *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
+    else:
+        g = Operand("raw", dy) if y is None else Operand("masked", dy, y)
+        if norm.training and needs_x:
+            left = _left(g, x, stride)
+        rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
+        part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
+    rounded = fused or left[0] is not None
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0)
-    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, x, stride, part.size(0)))
-    wc = mean_a = qw = wg = q = q_scale = c = None
+    key = "gram_bwd", *key, part.size(0), y is None, fused, rounded
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, part.size(0), rounded))
+    wc = mean_a = qw = wg = sw = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
         if needs_x:
             qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.rows, ci), dy.device)
             q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
             c = alloc((products.rows, ci), dy.device)
-    operands(part, wc, mean_a, w, record, sums, dw, qw, wg)
+            sw = None if left[0] is None else alloc((co, ci), dy.device, dy.dtype)
+    operands(part, wc, mean_a, w, record, sums, dw, qw, wg, sw)
     if not needs_x:
         return None, (None, None), dw, sums
     if norm.training:
         products(w, qw, sums, wg, mean_a, q, q_scale, c)
+    scale = q_scale if dy.dtype == torch.float16 else None
+    sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
+    if fused:
+        return *_cuda.gram_add(*v, x, q, scale, c, *sums_of), dw, sums
+    if sw is not None:
+        g, a = left
+        return *_cuda.gram_dgrad(g, None, None, sw, x, q, None, c, *sums_of, stride, finished=a), dw, sums
     if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
-        scale = q_scale if dy.dtype == torch.float16 else None
-        sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
@@ -516,11 +564,21 @@ def gram_bwd(
     return da, parts, dw, sums
 
 
+def _left(g: Operand, x: Operand, stride: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where what g and x read lies, or the pass for M leaves it, if da is then made of that; else two None."""
+    if not cuda_allowed(g.a) or _cuda.gram_tiles_why_not(x, g.a, stride, finished=True) is not None:
+        return None, None
+    left = tuple([o.a if o.read == "raw" else finished(o, g, x, pointwise(stride), True) for o in (g, x)])
+    return (None, None) if any(o is None for o in left) else left
+
+
 def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:
-    return _cuda.gram_dgrad_why_not(x, dy) is None or _cuda.gram_tiles_why_not(x, dy, stride) is None
+    return _cuda.gram_tiles_why_not(x, dy, stride) is None
 
 
-def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[Plan, Plan, Plan]:
+def _gram_bwd_plans(
+    dy: Tensor, y: Tensor | None, x: Operand, stride: int, splits: int, rounded: bool
+) -> tuple[Plan, Plan, Plan]:
     """The launches of `gram_bwd`: gram_operands_kernel, gram_q_kernel, gram_dgrad_kernel. `rows`: their row tiles."""
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
     parts = 2 if dy.dtype == torch.bfloat16 else 1
@@ -528,7 +586,7 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
     pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, splits)
     operands = Plan(
         gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(positions), splits),
-        CI=ci, CO=co, PARTS=parts, **pdl, **tile,
+        CI=ci, CO=co, PARTS=parts, ROUNDED=rounded, **pdl, **tile,
     )  # fmt: skip
     operands.rows, operands.parts = operands.grid[0], parts
     operands.dtype = torch.bfloat16 if parts > 1 else torch.float32
@@ -544,7 +602,8 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
     rows = cdiv(positions, tile["BLOCK_P"])
     dgrad = Plan(
         gram_dgrad_kernel, (rows * cdiv(ci, tile["BLOCK_CI"]),), (positions, *x.a.shape[2:], *dy.shape[2:]),
-        CI=ci, CO=co, SH=stride, READ=x.read, PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_rows, **tile,
+        CI=ci, CO=co, SH=stride, READ=x.read, READ_G="scaled" if y is None else "masked_scaled",
+        PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_rows, **tile,
     )  # fmt: skip
     dgrad.rows = rows
     return operands, products, dgrad
@@ -553,6 +612,8 @@ def _gram_bwd_plans(dy: Tensor, x: Operand, stride: int, splits: int) -> tuple[P
 def _q_tile(ci: int, dtype: torch.dtype) -> dict:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": block(ci, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if ci > 512 and dtype == torch.bfloat16:  # as many products as W C, and as it is divided
+        return _gram_tile(ci, dtype)
     return {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}  # of a sweep on an H200
 
 

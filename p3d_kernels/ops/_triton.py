@@ -56,6 +56,7 @@ class Operand:
     join_c        relu(0.5 relu(u_a) + 0.5 u_b)
     masked        a * [b > 0]                          a: gradient of relu's output b
     masked_scaled a * [b > 0] * scale_b
+    scaled        a * scale_b
     bn_bwd        scale_b (a [u_b > 0] - c0 - (b - mean_b) c1)      a: gradient of relu(u_b)
     bn_bwd_open   scale_b (a           - c0 - (b - mean_b) c1)      a: gradient of u_b
     """
@@ -141,6 +142,8 @@ def read_operand(a_ptr, b_ptr, record_a, record_b, sums, offsets, mask, c, c_mas
         v = a.to(tl.float32)
         if READ == "bn_relu":
             v = activation(affine(v, record_a, c, c_mask, C), None, READ)
+        elif READ == "scaled":
+            v = v * tl.load(record_b + C + c, mask=c_mask, other=0.0)[None, :]
         else:
             b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             if READ == "join_port" or READ == "join_b" or READ == "join_c":
@@ -197,28 +200,30 @@ _UNALIGNED = ["weight", "bias", "running_mean", "running_var"]  # parameters may
 
 @triton.jit
 def combine_stats(
-    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr
+    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
 ):
     """(count, mean, sum of squares about it), float64, of the partial statistics [R, 3, C].
 
-    Chan's combination of all rows at once, about the mean of the first: no cancellation.
+    Chan's combination of all rows at once, about the mean of the first: no cancellation. Rows travel as those of
+    `sum_of_splits`.
     """
     rows = tl.arange(0, BLOCK_R)
     about = tl.load(part + C + c, mask=c_mask, other=0.0)
     n = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-    for start in range(0, R, BLOCK_R * UNROLL):
-        for u in tl.static_range(UNROLL):
-            r = start + u * BLOCK_R + rows
-            mask = (r < R)[:, None] & c_mask[None, :]
-            row = part + r.to(tl.int64)[:, None] * (3 * C) + c[None, :]
-            n_r = tl.load(row, mask=mask, other=0.0)
-            d = tl.where(n_r > 0, tl.load(row + C, mask=mask, other=0.0) - about[None, :], 0.0).to(tl.float64)
-            nd = n_r.to(tl.float64) * d
-            n += n_r.to(tl.float64)
-            first += nd
-            second += nd * d + tl.load(row + 2 * C, mask=mask, other=0.0).to(tl.float64)
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+        r = start + rows
+        mask = (r < R)[:, None] & c_mask[None, :]
+        row = part + r.to(tl.int64)[:, None] * (3 * C) + c[None, :]
+        n_r = tl.load(row, mask=mask, other=0.0)
+        mean_r = tl.load(row + C, mask=mask, other=0.0)
+        m2_r = tl.load(row + 2 * C, mask=mask, other=0.0)
+        d = tl.where(n_r > 0, mean_r - about[None, :], 0.0).to(tl.float64)
+        nd = n_r.to(tl.float64) * d
+        n += n_r.to(tl.float64)
+        first += nd
+        second += nd * d + m2_r.to(tl.float64)
     count = tl.sum(n, 0)
     shift = tl.sum(first, 0) / count
     return count, about.to(tl.float64) + shift, relu(tl.sum(second, 0) - count * shift * shift)
@@ -226,19 +231,18 @@ def combine_stats(
 
 @triton.jit
 def combine_sums(
-    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr
+    part, R, c, c_mask, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
 ):
     """Both sums, float64, over the rows of the partial sums [R, 2, C]."""
     rows = tl.arange(0, BLOCK_R)
     g = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
-    for start in range(0, R, BLOCK_R * UNROLL):
-        for u in tl.static_range(UNROLL):
-            r = start + u * BLOCK_R + rows
-            mask = (r < R)[:, None] & c_mask[None, :]
-            row = part + r.to(tl.int64)[:, None] * (2 * C) + c[None, :]
-            g += tl.load(row, mask=mask, other=0.0).to(tl.float64)
-            gz += tl.load(row + C, mask=mask, other=0.0).to(tl.float64)
+    for start in tl.range(0, R, BLOCK_R, num_stages=STAGES):
+        r = start + rows
+        mask = (r < R)[:, None] & c_mask[None, :]
+        row = part + r.to(tl.int64)[:, None] * (2 * C) + c[None, :]
+        g += tl.load(row, mask=mask, other=0.0).to(tl.float64)
+        gz += tl.load(row + C, mask=mask, other=0.0).to(tl.float64)
     return tl.sum(g, 0), tl.sum(gz, 0)
 
 
@@ -252,7 +256,7 @@ def fold_kernel(
     STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
@@ -260,28 +264,34 @@ def fold_kernel(
     R = tl.minimum(R - begin, chunk)
     if STATS:
         part += begin.to(tl.int64) * 3 * C
-        n, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        n, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, STAGES)
         row = out + tl.program_id(1) * 3 * C + c
         tl.store(row, n, mask=c_mask)
         tl.store(row + C, mean, mask=c_mask)
         tl.store(row + 2 * C, m2, mask=c_mask)
     else:
         part += begin.to(tl.int64) * 2 * C
-        g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, STAGES)
         row = out + tl.program_id(1) * 2 * C + c
         tl.store(row, g, mask=c_mask)
         tl.store(row + C, gz, mask=c_mask)
 
 
 @triton.jit
-def write_record(record, mean, var, unbiased, weight, bias, eps, c, c_mask, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The record [5, C] of float64 statistics; returns its rows mean, scale and bias."""
+def load_affine(weight, bias, c, c_mask, BLOCK_C: tl.constexpr):
+    """weight and bias, each [C] or None, in float64: to be loaded before the statistics are there."""
     scale = tl.full((BLOCK_C,), 1.0, tl.float64)
     shift = tl.zeros((BLOCK_C,), tl.float64)
     if weight is not None:
         scale = tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float64)
     if bias is not None:
         shift = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float64)
+    return scale, shift
+
+
+@triton.jit
+def write_record(record, mean, var, unbiased, scale, shift, eps, c, c_mask, C: tl.constexpr):
+    """The record [5, C] of float64 statistics and `load_affine`; returns its rows mean, scale and bias."""
     invstd = tl.rsqrt(var + eps)
     scale *= invstd
     rounded = mean.to(tl.float32)
@@ -332,7 +342,7 @@ def bn_finalise_kernel(
     SAMPLE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
@@ -344,15 +354,16 @@ def bn_finalise_kernel(
         v = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
         if READ != "bn_relu":
             u_o = affine(tl.load(o + offsets, mask=mask, other=0.0).to(tl.float32), o_record, c, c_mask, C)
+    scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
     if TRAINING:
-        count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, STAGES)
         var = m2 / count
         unbiased = m2 / tl.maximum(count - 1.0, 1.0)
     else:
         mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
         var = tl.load(running_var + c, mask=c_mask, other=1.0).to(tl.float64)
         unbiased = var
-    mean, scale, shift = write_record(record, mean, var, unbiased, weight, bias, eps, c, c_mask, C, BLOCK_C)
+    mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, c_mask, C)
     if centre is not None:
         u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
         if READ == "bn_relu":
@@ -375,13 +386,13 @@ def bn_bwd_finalise_kernel(
     PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     begin(PDL)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
-    g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+    g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, STAGES)
     sum_g = g.to(tl.float32)
     sum_gz = gz.to(tl.float32)
     c0 = tl.zeros_like(sum_g)
@@ -396,15 +407,39 @@ def bn_bwd_finalise_kernel(
 
 
 @triton.jit
-def sum_of_splits(part, n, mask, splits, N: tl.constexpr, BLOCK_S: tl.constexpr, SIZE: tl.constexpr):
-    """Elements n [SIZE] of the rows of part [splits, N], summed over rows in fixed order."""
+def sum_of_splits(
+    part,
+    n,
+    mask,
+    m,
+    m_mask,
+    splits,
+    N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr,
+    M_SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Elements n [SIZE], and m [M_SIZE] or None, of the rows of part [splits, N], summed over rows in fixed order.
+
+    STAGES - 1 blocks of rows are under way at a time, to shared memory: ptxas would wait for nearly every load to
+    registers before it issues the next.
+    """
     rows = tl.arange(0, BLOCK_S)
     acc = tl.zeros((BLOCK_S, SIZE), tl.float32)
-    for start in range(0, splits, BLOCK_S):
+    if m is not None:
+        m_acc = tl.zeros((BLOCK_S, M_SIZE), tl.float32)
+    for start in tl.range(0, splits, BLOCK_S, num_stages=STAGES):
         r = start + rows
-        row = part + r.to(tl.int64)[:, None] * N + n[None, :]
-        acc += tl.load(row, mask=(r < splits)[:, None] & mask[None, :], other=0.0)
-    return tl.sum(acc, 0)
+        exists = (r < splits)[:, None]
+        row = part + r.to(tl.int64)[:, None] * N
+        acc += tl.load(row + n[None, :], mask=exists & mask[None, :], other=0.0)
+        if m is not None:
+            m_acc += tl.load(row + m[None, :], mask=exists & m_mask[None, :], other=0.0)
+    if m is None:
+        return tl.sum(acc, 0)
+    else:
+        return tl.sum(acc, 0), tl.sum(m_acc, 0)
 
 
 @triton.jit
@@ -419,6 +454,7 @@ def sum_splits_tile(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_CI: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     TILES: tl.constexpr = (CI + BLOCK_CI - 1) // BLOCK_CI
     co = program // TILES
@@ -427,7 +463,8 @@ def sum_splits_tile(
     tap = column // BLOCK_CI
     ci = begin + column % BLOCK_CI
     n = (co * TAPS + tap) * CI + ci
-    total = sum_of_splits(part, n, (tap < TAPS) & (ci < CI), splits, N, BLOCK_S, BLOCK_T * BLOCK_CI)
+    mask = (tap < TAPS) & (ci < CI)
+    total = sum_of_splits(part, n, mask, None, None, splits, N, BLOCK_S, BLOCK_T * BLOCK_CI, 0, STAGES)
     total = tl.trans(tl.reshape(total, (BLOCK_T, BLOCK_CI)))
     ci = (begin + tl.arange(0, BLOCK_CI))[:, None]
     tap = tl.arange(0, BLOCK_T)[None, :]
@@ -450,6 +487,7 @@ def sum_splits_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_CI: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -460,7 +498,7 @@ def sum_splits_kernel(
         if (program >= BEGIN[i]) & (program < BEGIN[i + 1]):
             sum_splits_tile(
                 parts[i], outs[i], program - BEGIN[i], SPLITS[i], N[i], TAPS[i], CI[i],
-                BLOCK_S[i], BLOCK_T[i], BLOCK_CI[i],
+                BLOCK_S[i], BLOCK_T[i], BLOCK_CI[i], STAGES[i],
             )  # fmt: skip
 
 
@@ -498,31 +536,34 @@ def _sum_plan(gradients: list[Splits]) -> Plan:
         tile = _sum_tile(splits, taps)
         begin.append(begin[-1] + n // (taps * ci) * cdiv(ci, tile[2]))
         shapes.append((splits, n, taps, ci, *tile))
-    names = "SPLITS", "N", "TAPS", "CI", "BLOCK_S", "BLOCK_T", "BLOCK_CI"
+    names = "SPLITS", "N", "TAPS", "CI", "BLOCK_S", "BLOCK_T", "BLOCK_CI", "STAGES"
     constants = {**dict(zip(names, zip(*shapes))), **dependent_launch(gradients[0].part.device)}
     return Plan(sum_splits_kernel, (begin[-1],), (), BEGIN=tuple(begin), **constants, num_warps=8)
 
 
-def _sum_tile(splits: int, taps: int) -> tuple[int, int, int]:
-    """(BLOCK_S, BLOCK_T, BLOCK_CI): the more splits, the fewer columns."""
+def split_blocks(splits: int, size: int, elements: int) -> tuple[int, int]:
+    """(BLOCK_S, STAGES) of `sum_of_splits` of `size` elements: blocks of about `elements`, 64 KB of them under way.
+
+    One stage, of rows that are longer than this: they go to registers.
+    """
+    block_s = block(min(splits, max(1, elements // size)), 1, 64)
+    return block_s, min(cdiv(splits, block_s), 16384 // (block_s * size)) + 1
+
+
+def _sum_tile(splits: int, taps: int) -> tuple[int, int, int, int]:
+    """(BLOCK_S, BLOCK_T, BLOCK_CI, STAGES): the more splits, the fewer columns: eight blocks or so a sum."""
     block_t = block(taps, 1, 32)
-    if splits <= 16 and taps == 1:
-        block_s, columns = 2, 1024
-    elif splits <= 40:
-        block_s = block(splits, 1, 8 if taps == 1 else 4)
-        columns = 512 if taps == 1 else 2048 // block_s
-    elif taps > 1:
-        block_s, columns = 16 if taps > 4 else 32, 16 * block_t
-    else:
-        block_s, columns = (16, 256) if splits <= 100 else (64, 32)
-    return block_s, block_t, max(16, columns // block_t)
+    elements = 2048 if taps <= 4 else 4096
+    block_ci = max(16, elements // block(max(1, splits // 8), 1, 32) // block_t)
+    block_s, stages = split_blocks(splits, block_t * block_ci, elements)
+    return block_s, block_t, block_ci, stages
 
 
 def _finalise_tile(rows: int) -> dict:
-    """An element a thread; many rows: fewer channels to a program. Fastest on an H200 at the sizes of P3D-63."""
-    block_r, block_c = (64, 4) if rows > 64 else (32, 8) if rows > 32 else (16, 8)
-    unroll = block(cdiv(rows, block_r), 1, 8)
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": block_r * block_c // 32}
+    """An element a thread; many rows: fewer channels to a program."""
+    block_r, block_c = (128, 2) if rows > 128 else (64, 4) if rows > 64 else (32, 8) if rows > 32 else (16, 8)
+    stages = min(8, cdiv(rows, block_r)) + 1
+    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "STAGES": stages, "num_warps": block_r * block_c // 32}
 
 
 FOLD = 1024  # rows that one launch finalises well: it has a few channels a program
@@ -530,7 +571,8 @@ FOLD = 1024  # rows that one launch finalises well: it has a few channels a prog
 
 def _fold_tile(rows: int) -> tuple[int, dict]:
     """(rows a program, tile)."""
-    return 8 * cdiv(rows, 8 * 64), {"BLOCK_R": 8, "BLOCK_C": 32, "UNROLL": 8, "num_warps": 8}
+    turns = cdiv(rows, 8 * 64)
+    return 8 * turns, {"BLOCK_R": 8, "BLOCK_C": 32, "STAGES": min(8, turns) + 1, "num_warps": 8}
 
 
 def fold(part: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
+from ._conv import Epilogue, as_finished, conv, conv_wgrad, cuda_allowed, finished, finishes, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
-from ._gram import gram, gram_bwd
+from ._gram import gram, gram_bwd, gram_room
 from ._tape import taped
-from ._triton import Operand, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, sum_splits
+from ._triton import Operand, Splits, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, sum_splits
 from .max_pool import pool_fwd
 from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
@@ -47,7 +47,9 @@ def _fwd(x, weights, norms, config):
     a_r = Operand("bn_relu", z_r, record_a=record_r)
     join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
     if norm_e.training:
-        kept, record_e = gram(join, w_e, norm=norm_e)
+        room = None if w_d else gram_room(join)  # what normalises the residual has a prologue of its own
+        kept, record_e = gram(join, w_e, norm=norm_e, room=room)
+        join = as_finished(join, room)
     else:
         kept, record_e = None, bn_finalise(norm_e, w_e.size(0), None, x.device)
     records = [record_r, *records_st, record_e]
@@ -61,7 +63,9 @@ def _fwd(x, weights, norms, config):
     return y, records, [z_r, *raws_st, *([] if kept is None else [kept])]
 
 
-def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
+def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, masked=False, mask_x=False):
+    """`masked`: dy is masked by y, the output of a ReLU, already; `mask_x`: so shall dx be by x, that of another."""
+    y = None if masked else y
     (w_r,), w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
     (record_r,), records_st, (record_e,), record_d = _split(records, config)
@@ -78,17 +82,42 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     )
     sums_r = bn_bwd_finalise(part, record_r, z_r.numel() // z_r.size(1), norm_r.training)
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
-    dw_r = conv_wgrad(dz_r, source, stride) if needs_w[0] else None
+    epilogue = Epilogue(join="add", o=dy, o_mask=y, mask=x if mask_x else None)
+    dx = dw_r = None
+    if needs_x and needs_w[0] and _reduce_fits(x, weights, config):
+        dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
+        dw_r = Splits(part, 1, x.size(1))
+    elif needs_w[0]:
+        room = finished(dz_r, dz_r, source, stride) if needs_x else None
+        dw_r = conv_wgrad(dz_r, source, stride, room=room)
+        dz_r = as_finished(dz_r, room)
     dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]
-    epilogue = Epilogue(join="add", o=dy, o_mask=y)
     if w_d:
         kept = gram(source, w_d[0], config.stride)[0] if norm_d[0].training else None
         o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept, config.stride, needs_x)
         dws.append(dw_d)
         sums.append(sums_d)
-        epilogue = Epilogue(join="add_strided", o=o)
-    dx = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))[0] if needs_x else None
+        epilogue = Epilogue(join="add_strided", o=o, mask=epilogue.mask)
+    if needs_x and dx is None:
+        dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
     return dx, dws, sums
+
+
+def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config) -> bool:
+    """Whether one CUDA kernel takes both gradients of R and adds the residual's, which x then is."""
+    (w_r,), _, _, w_d = _split(weights, config)
+    return not w_d and cuda_allowed(x) and _cuda.reduce_bwd_why_not(tuple(x.shape), x.dtype, w_r.size(0)) is None
+
+
+def _can_mask(x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool]) -> bool:
+    """Whether `_bwd` can mask dx by x: in the kernel of both gradients of R, `point_dgrad` or Triton's."""
+    if not cuda_allowed(x):
+        return True
+    if not needs_w[0] or _reduce_fits(x, weights, config):
+        return needs_w[0]
+    dz, stride = Operand("bn_bwd", z_r, z_r), pointwise(config.stride)
+    left = not _split(weights, config)[3] and finishes(dz, dz, Operand("raw", x), stride)
+    return left and _cuda.point_dgrad_why_not(z_r, x.size(1)) is None
 
 
 def _infer(x, weights, records, config):
@@ -305,11 +334,13 @@ def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     ]
     raws = _by_block([x, *raws], counts)
     outputs = [own[0] for own in raws[1:]] + [y]
-    dws, sums = [], []
+    dws, sums, masked = [], [], False
     for i, (block, w, n, r, needs) in reversed(list(enumerate(zip(config.blocks, *blocks)))):
         source, *own = raws[i]
-        dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, needs_x or i > 0, needs)
-        dws, sums = block_dws + dws, block_sums + sums
+        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs)  # then the block below need not read its output
+        passes = needs_x or i > 0, needs, masked, mask_x
+        dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, *passes)
+        dws, sums, masked = block_dws + dws, block_sums + sums, mask_x
     return dy, dws, sums
 
 

@@ -26,9 +26,11 @@ from . import _cuda
 from ._conv import (
     Epilogue,
     Geometry,
+    as_finished,
     conv,
     conv_wgrad,
     cuda_allowed,
+    finished,
     spatial_dgrad,
     spatial_fwd,
     spatial_wgrad,
@@ -223,14 +225,12 @@ def st_bwd(
         sums[1] = finalise(part_t, 1)
         outer = join_read(config) in ("join_b", "join_c")
         dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
-        if needs_w[1]:
-            dws[1] = conv_wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
         if config.kind == "B":
-            o = conv(dz_t, weights[1], temporal(), out_dims=dims)[0] if needs_x else None
+            o, _, dws[1] = _t_bwd(dz_t, x, weights[1], Epilogue(), dims, needs_x, needs_w[1])
         else:
             join, o_c = ("add", v) if config.kind == "C" else ("none", None)
             epilogue = Epilogue(join=join, o=o_c, below=(raws[0], records[0]))
-            g_s, part_s = conv(dz_t, weights[1], temporal(), epilogue, dims)
+            g_s, part_s, dws[1] = _t_bwd(dz_t, a_s, weights[1], epilogue, dims, True, needs_w[1])
     sums[0] = finalise(part_s, 0)
     dz_s = pending(g_s, 0, sums[0])
     if needs_w[0]:
@@ -240,6 +240,30 @@ def st_bwd(
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
         dx, part = spatial_dgrad(dz_s, weights[0], epilogue, dims)
     return dx, part, dws, sums
+
+
+def _t_bwd(
+    dz: Operand,
+    x: Operand,
+    w: Tensor,
+    epilogue: Epilogue,  # of dx: o is the gradient that dz is made of, below what x is made of
+    dims: tuple[int, int, int],
+    needs_x: bool,
+    needs_w: bool,
+) -> tuple[Tensor | None, Tensor | None, Splits | None]:
+    """(dx, its partial sums for the layer below, dw) of T: by one CUDA kernel where it has both, else by two."""
+    if needs_x and needs_w and cuda_allowed(dz.a):
+        arguments = dz, x, taps_of(w), epilogue.o is not None, epilogue.below is not None
+        if _cuda.temporal_bwd_why_not(*arguments) is None:
+            dx, part, dw = _cuda.temporal_bwd(*arguments)
+            return dx, part, Splits(dw, 3, x.channels)
+    dw = None
+    if needs_w:
+        room = finished(dz, dz, x, temporal()) if needs_x else None
+        dw = conv_wgrad(dz, x, temporal(), room=room)
+        dz = as_finished(dz, room)
+    dx, part = conv(dz, w, temporal(), epilogue, dims) if needs_x else (None, None)
+    return dx, part, dw
 
 
 def s_infer(x: Tensor, weights: list[Tensor], records: list[Tensor], stride: int = 1) -> Tensor:

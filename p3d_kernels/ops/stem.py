@@ -31,13 +31,10 @@ class _Stem(torch.autograd.Function):
 
         def pass_():
             y, record, z, tap, winner = stem_fwd(x, w_in, norm, wiring, dtype, True)
-            if call.moves:
-                _cuda.running_stats([norm], [record])
             return [y], [record, tap, winner, *([] if z is None else [z])]
 
-        (y,), kept, ctx.layout = taped_fwd(
-            "stem", call, pass_, [x, w_in], [norm], lambda: [(0, 0, co), (0, 4 * co, co)]
-        )
+        rows = (0, 0, co), (0, 4 * co, co)
+        (y,), kept, ctx.layout = taped_fwd("stem", call, pass_, [x, w_in], [norm], lambda: rows)
         ctx.save_for_backward(x, w, kept)
         ctx.affine, ctx.mode, ctx.call = (weight, bias), (norm.training, wiring), call
         return y
