@@ -277,7 +277,7 @@ def conv_wgrad_kernel(
     k = (tl.program_id(0) // CO_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)  # column: (tap, ci)
     k_mask = k < COLUMNS
     ci = k % CI
-    tap = k // CI
+    tap = tl.minimum(k // CI, KT * KH * KW - 1)  # past the end, too: g may read the rows of 1x1x1
     kt = (tap // (KH * KW))[None, :]
     kh = (tap // KW % KH)[None, :]
     kw = (tap % KW)[None, :]
