@@ -15,8 +15,8 @@
 //
 // A box of 64 channels is kPositions rows of 128 bytes, swizzled. A *stage* of the ring holds the boxes of one turn: a
 // of G, a of X, b of G, b of X. Where G and X are one operand and the tile's columns are among its rows, X's are G's.
-// Its centre, if there is one, is taken off what the read has rounded: sums of products of values far from zero lose in
-// float32 what the values vary by.
+// Its centre, if there is one, is taken off what the read has rounded, also of raw: sums of products of values far from
+// zero lose in float32 what the values vary by.
 //
 // What G and X read can be stored on the way, for a product that would otherwise read it anew for each tile of its
 // columns. The blocks that have the same positions and rows, or columns, of dW share out the chunks of 64 channels.
@@ -302,8 +302,8 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& 
     }
 }
 
-// Applies a read of an activation, bn_relu or join_*, to 16 rows of 64 channels, in place. `constants` are those of the
-// channels.
+// Applies a read of an activation, bn_relu or join_* or, centred, raw, to 16 rows of 64 channels, in place. `constants`
+// are those of the channels.
 template <typename T, bool kCentred>
 __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, const Finished& finished,
                                                   uint32_t constants, int lane) {
@@ -312,6 +312,10 @@ __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_
     if (kCentred) {
         Row4 centre(constants + 4 * kChunk * (kConstants - 1));
         c = {pack<T>(centre[0], centre[1]), pack<T>(centre[2], centre[3])};
+    }
+    if (kCentred && read == Read::raw) {
+        replace<T, false, false, kCentred>(a, b, finished, lane, [](float v, float, int) { return v; }, c);
+        return;
     }
     Affine4 u(constants);
     if (read == Read::bn_relu) {
@@ -327,7 +331,7 @@ __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_
             a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
 }
 
-// The same of any read but raw.
+// The same of any read but raw without a centre.
 template <typename T>
 __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, const Finished& finished,
                                        uint32_t constants, int lane) {
@@ -363,13 +367,17 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
     }
 }
 
+__device__ __forceinline__ bool finishes(const WgradArgs& a, const Reader& x) {
+    return x.read != Read::raw || a.centre;
+}
+
 // The groups of rows of a stage that need it go to the warps by turns, from stage to stage.
 template <typename T, typename Shape>
 __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared<Shape>& shared, const Job<Shape>& job,
                                            int warp) {
     constexpr int kGroups = Shape::kPositions / kGroup;
     int lane = threadIdx.x % 32, columns = job.aliased ? 0 : Shape::kColumns;
-    int g_boxes = a.g.read == Read::raw ? 0 : Shape::kRows, x_boxes = a.x.read == Read::raw ? 0 : columns;
+    int g_boxes = finishes(a, a.g) ? Shape::kRows : 0, x_boxes = finishes(a, a.x) ? columns : 0;
     int groups = (g_boxes + x_boxes) * kGroups, next = warp;
     int g_b = Shape::kRows + columns, x_b = g_b + (two_tensors(a.g.read) ? Shape::kRows : 0);  // boxes of b
     int shift = __ffs(a.box_width) - 1;
@@ -420,7 +428,7 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
     constexpr int kM = Shape::kRows / Shape::kConsumers, kN = Shape::kColumns;
     constexpr int kParts = kN > 3 ? 2 : 1, kWidth = kN * kChunk / kParts, kStep = Shape::kBoxBytes / 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    bool finishing = a.g.read != Read::raw || a.x.read != Read::raw;
+    bool finishing = finishes(a, a.g) || finishes(a, a.x);
     float d[kM][kParts][kWidth / 2], total[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -548,8 +556,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         if (warp > 0) {
-            bool finishing = a.g.read != Read::raw || a.x.read != Read::raw;
-            if (finishing) finish_all<T>(a, shared, job, warp < 8 ? warp - 1 : warp - 5);
+            if (finishes(a, a.g) || finishes(a, a.x)) finish_all<T>(a, shared, job, warp < 8 ? warp - 1 : warp - 5);
         } else if (threadIdx.x == 0) {
             produce(maps, a, shared, job);
         }
@@ -729,8 +736,8 @@ const char* conv_wgrad(const ConvWgrad& p) {
     if (s.same && (p.g.a != p.x.a || p.g.b != p.x.b || s.in_channels != s.out_channels || s.taps != 1 ||
                    (s.stride > 1 && !s.g_strided)))
         return "conv_wgrad: same: expected one operand, 1x1x1";
-    if (p.centre && (!s.same || !(s.g_read == Read::bn_relu || joins(s.g_read))))
-        return "conv_wgrad: centre: expected one operand, read bn_relu or as a join";
+    if (p.centre && (!s.same || !(s.g_read == Read::raw || s.g_read == Read::bn_relu || joins(s.g_read))))
+        return "conv_wgrad: centre: expected one operand, an activation";
     if ((p.finished_g && (s.g_read == Read::raw || s.stride > 1)) ||
         (p.finished_x && (s.x_read == Read::raw || s.same || s.taps != 1 || s.stride > 1)))
         return "conv_wgrad: finished: expected a read that is not raw, and stride 1; of X, 1x1x1 and another G";

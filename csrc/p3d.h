@@ -142,8 +142,8 @@ struct ConvWgrad {
     ConvWgradShape shape;
     DType dtype;  // of the tensors; sums are float32
     WgradOperand g, x;
-    const float* centre;  // [Ci] of the dtype's values, with `same` and reads bn_relu and join_*: taken off G and X,
-                          // the differences rounded to the dtype; or nullptr
+    const float* centre;  // [Ci] of the dtype's values, with `same` and reads raw, bn_relu and join_*: taken off G and
+                          // X, the differences rounded to the dtype; or nullptr
     float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
     void* finished_g;     // like g.a: what G reads, before the centre, if that is not raw and the stride 1; or nullptr
     void* finished_x;     // like x.a: likewise of X, if it is not G and of 1x1x1

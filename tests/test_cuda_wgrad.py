@@ -206,6 +206,8 @@ def test_about_a_centre(c, dtype, read):
     x = _operand(read, (3, c, 2, 11, 7), dtype)
     for record in {id(r): r for r in (x.record_a, x.record_b) if r is not None}.values():
         record[2] += 300
+    if read == "raw":
+        x.a += 300
     near = 600 if read in ("join_port", "join_b") else 300
     centre = (near - 4 - 4 * torch.rand(c, device="cuda")).to(dtype).float()
     value = _rows((_value(x) - centre.double().view(1, -1, 1, 1, 1)).to(dtype).double())
@@ -276,7 +278,7 @@ def test_reasons_that_need_no_card():
     assert "masked_scaled" in why(Operand("masked_scaled", _zeros(1, 64, 2, 4, 4)))
     assert "(1, 3, 3)" in why(taps=(1, 3, 3)) and "(2, 1)" in why(taps=TIME, stride=(2, 1))
 
-    x, centre = Operand("raw", _zeros(1, 64, 2, 4, 4)), torch.zeros(64)
+    x, centre = Operand("masked", *[_zeros(1, 64, 2, 4, 4)] * 2), torch.zeros(64)
     assert "centre" in _cuda.conv_wgrad_why_not(x, x, POINT, (1, 1), True, centre)
 
 
@@ -313,8 +315,9 @@ def test_arguments_are_checked_before_any_launch():
         _cuda.conv_wgrad(x, x, POINT, (1, 1), finished_g=a)
     with pytest.raises(ValueError, match="finished_x: expected None of read bn_relu, taps"):
         _cuda.conv_wgrad(x, Operand("bn_relu", a, record_a=rows), TIME, (1, 1), finished_x=a)
+    masked = Operand("masked", a, a)
     with pytest.raises(ValueError, match="centre: expected None"):
-        run(centre=rows[0])
+        run(masked, masked, centre=rows[0])
     normalised = Operand("bn_relu", a, record_a=rows)
     with pytest.raises(ValueError, match=r"centre: expected contiguous float32 \[64\]"):
         run(normalised, normalised, centre=rows)

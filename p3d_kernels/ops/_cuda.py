@@ -239,7 +239,7 @@ def _conv_wgrad_out(dims: Sequence[int], stride: tuple[int, int]) -> tuple[int, 
     return t, (h - 1) // space + 1, (w - 1) // space + 1
 
 
-_CENTRED = ("bn_relu", "join_port", "join_b", "join_c")  # reads that a centre may be taken off
+_CENTRED = ("raw", "bn_relu", "join_port", "join_b", "join_c")  # reads that a centre may be taken off
 
 
 def conv_wgrad_why_not(
