@@ -92,6 +92,14 @@ p3d::TemporalBwdShape temporal_bwd_shape(const TemporalBwdSizes& sizes) {
     return std::apply([](auto... size) { return p3d::TemporalBwdShape{size...}; }, sizes);
 }
 
+// (N * T * H * W, Ci, Ci of down, Co, read)
+using ConvPairSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, std::string>;
+
+p3d::ConvPairShape conv_pair_shape(const ConvPairSizes& sizes) {
+    const auto& [positions, ci, down, co, x_read] = sizes;
+    return {positions, ci, down, co, read(x_read)};
+}
+
 // (W, stride in space, plan) of conv_tiles, which takes the place of conv_train
 using ConvTiles = std::optional<std::tuple<int64_t, int, ConvInferPlan>>;
 
@@ -436,9 +444,9 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "conv_train",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
-           uintptr_t y, uintptr_t affine, uintptr_t o, uintptr_t o_affine, uintptr_t o_mask, uintptr_t below,
-           uintptr_t below_affine, uintptr_t partials, const ConvTrainSizes& sizes, bool relu,
-           const std::string& dtype_name, uintptr_t stream, const ConvTiles& tiles) {
+           uintptr_t y, uintptr_t affine, uintptr_t o, uintptr_t o_mask, uintptr_t below, uintptr_t below_affine,
+           uintptr_t partials, const ConvTrainSizes& sizes, bool relu, const std::string& dtype_name, uintptr_t stream,
+           const ConvTiles& tiles) {
             p3d::ConvTrain p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -447,7 +455,6 @@ PYBIND11_MODULE(_C, module) {
             p.y = pointer<void>(y);
             p.affine = pointer<const float>(affine);
             p.o = pointer<const void>(o);
-            p.o_affine = pointer<const float>(o_affine);
             p.o_mask = pointer<const void>(o_mask);
             p.below = pointer<const void>(below);
             p.below_affine = pointer<const float>(below_affine);
@@ -459,9 +466,39 @@ PYBIND11_MODULE(_C, module) {
             check(p3d::conv_tiles({p, width, stride, conv_plan(plan)}));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
-        py::arg("y"), py::arg("affine"), py::arg("o"), py::arg("o_affine"), py::arg("o_mask"), py::arg("below"),
-        py::arg("below_affine"), py::arg("partials"), py::arg("sizes"), py::arg("relu"), py::arg("dtype"),
-        py::arg("stream"), py::arg("tiles") = ConvTiles{});
+        py::arg("y"), py::arg("affine"), py::arg("o"), py::arg("o_mask"), py::arg("below"), py::arg("below_affine"),
+        py::arg("partials"), py::arg("sizes"), py::arg("relu"), py::arg("dtype"), py::arg("stream"),
+        py::arg("tiles") = ConvTiles{});
+
+    m.def(
+        "conv_pair",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
+           uintptr_t affine, uintptr_t down, uintptr_t w_down, uintptr_t down_affine, uintptr_t y,
+           const ConvPairSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+            p3d::ConvPair p{};
+            p.shape = conv_pair_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.x = operand(p.shape.read, x_a, x_b, x_affine_a, x_affine_b, x_sums);
+            p.w = pointer<const void>(w);
+            p.affine = pointer<const float>(affine);
+            p.down = pointer<const void>(down);
+            p.w_down = pointer<const void>(w_down);
+            p.down_affine = pointer<const float>(down_affine);
+            p.y = pointer<void>(y);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::conv_pair(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
+        py::arg("affine"), py::arg("down"), py::arg("w_down"), py::arg("down_affine"), py::arg("y"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "conv_pair_why_not",
+        [](const ConvPairSizes& sizes) {
+            const char* why = p3d::conv_pair_why_not(conv_pair_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
 
     m.def(
         "gram_bwd",

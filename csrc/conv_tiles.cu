@@ -30,7 +30,7 @@ struct TilesArgs {
     Source x[2];                // the second of the Gram identity
     Read join;                  // of the identity: how X is read, also if x[0] has what that gave
     const float* affine;        // [3, Co] of y; or nullptr
-    const float* second;        // [3, Co] of o or of below; or nullptr
+    const float* below_affine;  // [3, Co]; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
     const float* column_scale;  // [Co] of the first source's product; or nullptr
     int c_parts;
@@ -333,7 +333,7 @@ struct Finish {
             }
         } else {
             if (!kBack && a.affine) own.load(a.affine, channel, a.out_channels);
-            if (a.second) other.load(a.second, channel, a.out_channels);
+            if (a.below_affine) other.load(a.below_affine, channel, a.out_channels);
         }
     }
 
@@ -393,7 +393,7 @@ struct Finish {
                 float w[4];
                 unpack4<T>(w, loads[0]);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) v[e] += a.second ? other(w[e], e) : w[e];
+                for (int e = 0; e < 4; ++e) v[e] += w[e];
             }
             y = a.relu ? uint2{pack_relu<T>(v[0], v[1]), pack_relu<T>(v[2], v[3])}
                        : uint2{pack<T>(v[0], v[1]), pack<T>(v[2], v[3])};
@@ -719,9 +719,9 @@ const char* conv_tiles(const ConvTiles& t) {
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
         return "conv_tiles: expected the loads and sums of the shape";
-    if (bool(p.below) != bool(p.below_affine) || (p.o_affine && !p.o) || (p.o_mask && !p.o))
-        return "conv_tiles: expected below with its affine, and o with its affine or mask";
-    if (s.transposed ? p.affine || p.o_affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
+    if (bool(p.below) != bool(p.below_affine) || (p.o_mask && !p.o))
+        return "conv_tiles: expected below with its affine, and a mask with its o";
+    if (s.transposed ? p.affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
         return "conv_tiles: expected an epilogue of the forward pass, or of the gradient if transposed";
     if (s.transposed && t.stride > 1 && (p.o_mask || p.below))
         return "conv_tiles: expected no o_mask and below in the gradient of a stride";
@@ -730,7 +730,7 @@ const char* conv_tiles(const ConvTiles& t) {
                    s.taps * (s.transposed ? s.out_channels : s.in_channels));
     TilesArgs& args = launch.args;
     args.affine = p.affine;
-    args.second = p.below ? p.below_affine : p.o_affine;
+    args.below_affine = p.below_affine;
     args.loads[0] = static_cast<const char*>(p.o);
     args.loads[1] = static_cast<const char*>(p.o_mask);
     args.loads[2] = static_cast<const char*>(p.below);

@@ -9,6 +9,8 @@
 //   narrow    64 or 128 output channels: chunks add up in a slice
 //   wide      64 or 128 input channels: fragments of all chunks stay in registers, slice follows slice; where weights
 //             are many, blocks share the slices out, a *group* of these each
+//   pair      the same of 64 channels, beside those of another tensor: a slice is made of two products, each with its
+//             normalisation
 //   temporal  64 or 128 channels: fragments of three frames stay in registers while a step walks down a *column*, 64
 //             positions of a frame through all frames; what lies outside a clip is zero. All steps of all columns are
 //             cut into runs of equal length, one for each team; one that begins within a column reads two frames again
@@ -33,11 +35,14 @@ constexpr int kSlices = 4;                   // of a group, in the wide form
 constexpr int kMaxWeights = 20;              // boxes
 constexpr int kTrainBarrierBytes = 16 * 32;  // one for the weights, a pair for each slot
 
-enum class Form : int { narrow = 0, wide = 1, temporal = 2 };
+enum class Form : int { narrow = 0, wide = 1, temporal = 2, pair = 3 };
+
+__host__ __device__ constexpr bool has_slices(Form form) { return form == Form::wide || form == Form::pair; }
 
 struct TrainMaps {
     CUtensorMap a, b;            // [F, P, C] of the operand, read in boxes of a unit
     CUtensorMap w;               // weights as they lie, in boxes of 64 rows
+    CUtensorMap down, w_down;    // [P, 64] and [Co, 64], the second product of a pair, likewise
     CUtensorMap below, mask, o;  // [F, P, Co], read in boxes of a unit
     CUtensorMap y;               // likewise, written in boxes of a warp's 16 positions
 };
@@ -45,7 +50,7 @@ struct TrainMaps {
 struct TrainArgs {
     Source x;
     const float* affine;        // [3, Co] of y; or nullptr
-    const float* second;        // [3, Co] of o or of below; or nullptr
+    const float* second;        // [3, Co] of o, of below or of the second product; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
     const float* column_scale;  // [Co] of its product; or nullptr
     const float* scales;        // [parts, units, Co / 64, 4] of its v
@@ -54,20 +59,21 @@ struct TrainArgs {
     float *partials, *partials_b;           // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
     int out_channels;
     int limit;                         // positions of a frame, or all of them
-    int turns, groups;                 // of units: narrow and wide
+    int turns, groups;                 // of units: narrow, wide, pair
+    int whole;                         // turns before a unit's slices are shared out: wide, pair
     int time, columns, steps, length;  // temporal: T, of a clip, in all, of a run
     int in_slots, out_slots;           // of a team, of a warpgroup
 };
 
 template <Form kForm, int kChunks>
 struct Teams {
-    static constexpr int kParts = kForm == Form::wide ? 1 : kChunks;  // warpgroups of one
+    static constexpr int kParts = has_slices(kForm) ? 1 : kChunks;  // warpgroups of one
     static constexpr int kCount = 2 / kParts;
-    static constexpr int kColumns = kForm == Form::wide ? kSlices : kParts;  // slices of a block
+    static constexpr int kColumns = has_slices(kForm) ? kSlices : kParts;  // slices of a block
 };
 
 __host__ __device__ inline int weight_boxes(Form form, int chunks, const Source& x) {
-    if (form == Form::wide) return kSlices * chunks;
+    if (has_slices(form)) return kSlices * (chunks + (form == Form::pair));
     return (form == Form::temporal ? 3 * chunks : x.chunks) * chunks;
 }
 
@@ -100,15 +106,32 @@ __device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_ar
 // ---- The order of work.
 
 template <Form kForm, int kChunks>
-struct Units {  // of a team in the narrow and wide forms
+struct Units {  // of a team in the narrow form
     int first, step;
 
-    __device__ __forceinline__ explicit Units(const TrainArgs& a)
-        : first(blockIdx.x / a.groups), step(gridDim.x / a.groups) {}
+    __device__ __forceinline__ explicit Units(const TrainArgs& a) : first(blockIdx.x), step(gridDim.x) {}
     static __device__ __forceinline__ int position(int turn, int team) {
         return (turn * Teams<kForm, kChunks>::kCount + team) * kUnit;  // past the end there is nothing
     }
 };
+
+// A team's share of a turn in the wide forms: a unit with all slices of its group or, of the units that are left over
+// and too few for all teams, one slice.
+struct Piece {
+    int position, first, end;  // the slices, within the group
+
+    __device__ __forceinline__ Piece(const TrainArgs& a, int turn, int team) {
+        int teams = gridDim.x / a.groups * 2, mine = blockIdx.x / a.groups * 2 + team;
+        bool all = turn < a.whole;
+        int step = max(turn - a.whole, 0) * teams + mine;
+        position = (min(turn, a.whole) * teams + (all ? mine : step / kSlices)) * kUnit;
+        first = all ? 0 : step % kSlices;
+        end = all ? kSlices : first + 1;
+    }
+    __device__ __forceinline__ bool exists(const TrainArgs& a) const { return position < a.limit; }
+};
+
+__device__ __forceinline__ int first_slice(const TrainArgs& a) { return blockIdx.x % a.groups * kSlices; }
 
 struct Run {  // of a team in the temporal form
     int begin, end;
@@ -142,17 +165,20 @@ template <Form kForm, int kChunks, bool kBack>
 __device__ __forceinline__ void produce_weights(const TrainMaps& maps, const TrainArgs& a, const Place& place) {
     constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
     int boxes = weight_boxes(kForm, kChunks, a.x);
-    int column = kForm == Form::wide ? blockIdx.x % a.groups * kSlices : 0;  // the first, in slices
+    int column = has_slices(kForm) ? first_slice(a) : 0;
     barrier_expect(place.barriers, boxes * kBoxBytes);
 #pragma unroll 1
     for (int box = 0; box < boxes; ++box) {
         int chunk = box / kColumns, out = (column + box % kColumns) * kChunk, skip = 0;
+        const CUtensorMap* map = &maps.w;
         if (kForm == Form::temporal) {  // taps of w follow one another within its rows
             int frame = chunk / kChunks;
             chunk -= frame * kChunks;
             skip = (kBack ? 2 - frame : frame) * kChunks * kChunk;
+        } else if (kForm == Form::pair && chunk == kChunks) {
+            chunk = 0, map = &maps.w_down;
         }
-        copy_box(place.weights + box * kBoxBytes, maps.w, place.barriers, skip + (kBack ? out : chunk * kChunk),
+        copy_box(place.weights + box * kBoxBytes, *map, place.barriers, skip + (kBack ? out : chunk * kChunk),
                  kBack ? chunk * kChunk : out, 0);
     }
 }
@@ -180,10 +206,17 @@ __device__ __forceinline__ void produce_operands(const TrainMaps& maps, const Tr
                 if (0 <= at.time + ahead && at.time + ahead < a.time)
                     bring_source(ring, maps, a, at.position, at.frame + ahead);
         }
-    } else {
+    } else if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
             bring_source(ring, maps, a, units.position(turn, team), 0);
+    } else {
+        for (int turn = 0; turn < a.turns; ++turn) {
+            Piece piece(a, turn, team);
+            if (!piece.exists(a)) break;
+            bring_source(ring, maps, a, piece.position, 0);
+            if constexpr (kForm == Form::pair) bring(ring, maps.down, 0, piece.position, 0);
+        }
     }
 }
 
@@ -205,19 +238,24 @@ __device__ __forceinline__ void produce_epilogue(const TrainMaps& maps, const Tr
             Step at(a, step, run.begin);
             slice(part * kChunk, at.position, at.frame);
         }
-    } else {
+    } else if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
-        int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices : part;
         for (int turn = units.first; turn < a.turns; turn += units.step)
+            slice(part * kChunk, units.position(turn, team), 0);
+    } else {
+        for (int turn = 0; turn < a.turns; ++turn) {
+            Piece piece(a, turn, team);
+            if (!piece.exists(a)) break;
 #pragma unroll 1
-            for (int i = 0; i < (kForm == Form::wide ? kSlices : 1); ++i)
-                slice((first + i) * kChunk, units.position(turn, team), 0);
+            for (int i = piece.first; i < piece.end; ++i) slice((first_slice(a) + i) * kChunk, piece.position, 0);
+        }
     }
 }
 
 // ---- Constants of the epilogue.
 
-// Rows of the affine of y, or (c, scale) of the Gram identity; then rows of the second affine.
+// Rows of the affine of y, or (c, scale) of the Gram identity; then rows of the second affine. One that is not given
+// changes nothing.
 __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, int channel) {
     if (a.c) {
         if (row == 1) return a.column_scale ? a.column_scale[channel] : 1;
@@ -226,14 +264,14 @@ __device__ __forceinline__ float epilogue_constant(const TrainArgs& a, int row, 
         return sum;
     }
     const float* affine = row < 3 ? a.affine : a.second;
-    return affine ? affine[row % 3 * a.out_channels + channel] : 0;
+    return affine ? affine[row % 3 * a.out_channels + channel] : row % 3 == 1;
 }
 
 template <Form kForm, int kChunks>
 __device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& place, int thread) {
     constexpr int kColumns = Teams<kForm, kChunks>::kColumns;
     prepare_source(place.constants, a.x, thread, 256);
-    int first = kForm == Form::wide ? blockIdx.x % a.groups * kSlices * kChunk : 0;
+    int first = has_slices(kForm) ? first_slice(a) * kChunk : 0;
     prepare(place.epilogue, 3, kColumns * kChunk, thread, 256,
             [&](int row, int channel) { return epilogue_constant(a, row, first + channel); });
 }
@@ -266,7 +304,7 @@ struct Totals {
 template <typename T, Form kForm, int kChunks, bool kBack>
 struct Consumer {
     using Team = Teams<kForm, kChunks>;
-    static constexpr int kKinds = kForm == Form::wide ? 1 : kForm == Form::narrow && kBack ? 4 : 3;
+    static constexpr int kKinds = has_slices(kForm) ? 1 : kForm == Form::narrow && kBack ? 4 : 3;
 
     const TrainMaps& maps;
     const TrainArgs& a;
@@ -316,6 +354,16 @@ struct Consumer {
         }
     }
 
+    // The next box as it is.
+    __device__ __forceinline__ void load(Fragments& x) {
+        int slot = in.index;
+        uint32_t box = in.take() + mine;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) load_fragment(x[k], box ^ (32 * k));
+        __syncwarp();
+        if (leader) release(in, slot);
+    }
+
     __device__ __forceinline__ Constants constants(int chunk) const {
         return {place.constants, a.x.chunks * kChunk, chunk};
     }
@@ -330,13 +378,17 @@ struct Consumer {
         return place.weights + (chunk * Team::kColumns + slice) * kBoxBytes;
     }
 
-    // One pair of channels of y in one row, before rounding. `o` and `mask` are zero where they do not exist.
-    __device__ __forceinline__ uint32_t finish(float2 v, uint32_t o, uint32_t mask, const Six& c) const {
-        if constexpr (!kBack) {
+    // One pair of channels of y in one row, before rounding. `o` and `mask` are zero where they do not exist; `other`
+    // is the second product.
+    __device__ __forceinline__ uint32_t finish(float2 v, float2 other, uint32_t o, uint32_t mask, const Six& c) const {
+        if constexpr (has_slices(kForm) && !kBack) {  // without branches: so many slices are made of so few terms
+            float2 u = c.affine(v), w = kForm == Form::pair ? c.other(other) : unpack<T>(o);
+            u.x += w.x, u.y += w.y;
+            return kForm == Form::pair || a.relu ? pack_relu<T>(u.x, u.y) : pack<T>(u.x, u.y);
+        } else if constexpr (!kBack) {
             if (a.affine) v = c.affine(v);
             if (a.has_o) {
                 float2 w = unpack<T>(o);
-                if (a.second) w = c.other(w);
                 v.x += w.x, v.y += w.y;
             }
             return a.relu ? pack_relu<T>(v.x, v.y) : pack<T>(v.x, v.y);
@@ -355,8 +407,9 @@ struct Consumer {
         totals.v[kind + 1][column] = fmaf(g, real ? centred : 0, totals.v[kind + 1][column]);
     }
 
-    // Finishes a slice of a unit, stores it, and adds to the totals.
-    __device__ __forceinline__ void store(const float (&d)[32], int slice, int channel, int position, int frame) {
+    // Finishes a slice of a unit, stores it, and adds to the totals. `other`: the second product of a pair.
+    __device__ __forceinline__ void store(const float (&d)[32], const float (&other)[32], int slice, int channel,
+                                          int position, int frame) {
         Constants constants(place.epilogue, Team::kColumns * kChunk, slice);
         int below_slot = out.index;
         uint32_t below = a.has_below ? out.take() + mine : 0;
@@ -371,7 +424,7 @@ struct Consumer {
         else
             slot = a.has_mask ? mask_slot : below_slot, box = (a.has_mask ? mask : below) - mine;
         write(
-            d, constants, box,
+            d, other, constants, box,
             [&](int k, Fragments& boxes) {
                 if (a.has_o) load_fragment(boxes[0], (box + mine) ^ (32 * k));
                 if (a.has_mask) load_fragment(boxes[1], mask ^ (32 * k));
@@ -408,9 +461,10 @@ struct Consumer {
 
     // A slice of y, rounded, to `box`; `load` brings what the epilogue reads of step k.
     template <typename Load>
-    __device__ __forceinline__ void write(const float (&d)[32], const Constants& constants, uint32_t box,
-                                          const Load& load, int position) {
+    __device__ __forceinline__ void write(const float (&d)[32], const float (&other)[32], const Constants& constants,
+                                          uint32_t box, const Load& load, int position) {
         int row = position + 16 * warp + lane / 4, planes = a.affine || a.second ? 3 : 0;
+        if constexpr (has_slices(kForm)) planes = kBack ? 0 : kForm == Form::pair ? 3 : 2;
         bool real[2] = {row < a.limit, row + 8 < a.limit}, begins = totals.n == 0;
         begin_box();
 #pragma unroll
@@ -425,8 +479,10 @@ struct Consumer {
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     int i = 2 * half + m;
-                    y[i] = finish({d[4 * j + 2 * m], d[4 * j + 2 * m + 1]}, boxes[0][i], boxes[1][i], c);
-                    if constexpr (kForm != Form::wide) {
+                    int first = 4 * j + 2 * m;
+                    y[i] =
+                        finish({d[first], d[first + 1]}, {other[first], other[first + 1]}, boxes[0][i], boxes[1][i], c);
+                    if constexpr (!has_slices(kForm)) {
                         float2 v = unpack<T>(y[i]);
                         if (!kBack && a.partials) {
                             add_moments(2 * j, v.x, real[m], begins && m == 0);
@@ -547,29 +603,35 @@ struct Consumer {
             if (kBack && a.c)
                 store_join(d, kept_x, kept_b, scale, position);
             else
-                store(d, part, part * kChunk, position, 0);
+                store(d, d, part, part * kChunk, position, 0);
         }
     }
 
     __device__ __forceinline__ void run_wide() {
-        Units<kForm, kChunks> units(a);
-        int first = blockIdx.x % a.groups * kSlices;
-        for (int turn = units.first; turn < a.turns; turn += units.step) {
-            int position = units.position(turn, team);
-            Fragments x[kChunks];
+        for (int turn = 0; turn < a.turns; ++turn) {
+            Piece piece(a, turn, team);
+            if (!piece.exists(a)) break;
+            Fragments x[kChunks], second;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) read(x[c], c), pin(x[c]);
+            if constexpr (kForm == Form::pair) {
+                load(second);
+                pin(second);
+            }
 #pragma unroll 1
-            for (int slice = 0; slice < kSlices; ++slice) {
-                float d[32];
+            for (int slice = piece.first; slice < piece.end; ++slice) {
+                float d[32], other[32];
                 zero(d);
+                if constexpr (kForm == Form::pair) zero(other);
                 wgmma_fence();
 #pragma unroll
                 for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, x[c], weight(c, slice));
+                if constexpr (kForm == Form::pair) multiply<T, kBack>(other, second, weight(kChunks, slice));
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(d);
-                store(d, slice, (first + slice) * kChunk, position, 0);
+                if constexpr (kForm == Form::pair) wgmma_pin(other);
+                store(d, kForm == Form::pair ? other : d, slice, (first_slice(a) + slice) * kChunk, piece.position, 0);
             }
         }
     }
@@ -618,14 +680,14 @@ struct Consumer {
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_pin(d);
-            store(d, part, part * kChunk, at.position, at.frame);
+            store(d, d, part, part * kChunk, at.position, at.frame);
         }
     }
 
     // ---- Totals, once at the end: over lanes, then warps, each in a fixed order.
 
     __device__ __forceinline__ void send_totals() {
-        if constexpr (kForm != Form::wide) {
+        if constexpr (!has_slices(kForm)) {
             int64_t row = blockIdx.x * Team::kCount + team;
             float* scratch = static_cast<float*>(__cvta_shared_to_generic(place.out(group).slots));  // [4][kinds][64]
             int thread = threadIdx.x % 128;
@@ -718,7 +780,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_wait(place.barriers, 0);
         Consumer<T, kForm, kChunks, kBack> consumer(maps, a, place, warp / 4 - 1);
         if constexpr (kForm == Form::narrow) consumer.run_narrow();
-        if constexpr (kForm == Form::wide) consumer.run_wide();
+        if constexpr (has_slices(kForm)) consumer.run_wide();
         if constexpr (kForm == Form::temporal) consumer.run_temporal();
         if (consumer.leader) store_wait<0>();
         consumer.send_totals();
@@ -731,7 +793,7 @@ struct TrainPlan {
     Form form;
     int chunks;  // of the narrower side
     int teams, groups;
-    int turns;                   // narrow and wide
+    int turns, whole;            // narrow, wide, pair
     int columns, steps, length;  // temporal
     int blocks, in_slots, out_slots;
 };
@@ -739,7 +801,7 @@ struct TrainPlan {
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a shape is divided, or why it cannot run.
-const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op = "conv_train") {
+const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op = "conv_train", bool pair = false) {
     using Long = long long;
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
@@ -757,7 +819,11 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
                         Long(s.out_channels));
     auto few = [](int64_t channels) { return channels == 64 || channels == 128; };
     int64_t in = s.in_channels, out = s.out_channels;
-    if (s.taps == 3) {
+    if (pair) {
+        if (in != kChunk || out % (kSlices * kChunk))
+            return fail("%s: channels: expected 64 to multiples of 256, got %lld -> %lld", op, Long(in), Long(out));
+        plan.form = Form::pair;
+    } else if (s.taps == 3) {
         if (!few(in) || in != out)
             return fail("%s: 3x1x1: expected 64 or 128 channels, as many out, got %lld -> %lld", op, Long(in),
                         Long(out));
@@ -772,8 +838,8 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
             "got %lld -> %lld",
             op, Long(in), Long(out));
     }
-    plan.chunks = int((plan.form == Form::wide ? in : out) / kChunk);
-    bool wide = plan.form == Form::wide;
+    bool wide = has_slices(plan.form);
+    plan.chunks = int((wide ? in : out) / kChunk);
     plan.teams = wide || plan.chunks == 1 ? 2 : 1;
     plan.groups = wide ? int(out / (kSlices * kChunk)) : 1;
 
@@ -783,7 +849,8 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
     int slots = boxes > kMaxWeights ? 0 : (kSharedLimit - fixed) / kBoxBytes - boxes;
     int room = slots / plan.teams, writers = 2 / plan.teams;  // of a team
     if (wide) {
-        plan.in_slots = std::max(2, std::min(2 * plan.chunks * (1 + two_tensors(s.read)), room / 3));
+        int brought = plan.chunks * (1 + two_tensors(s.read)) + pair;  // boxes of a unit
+        plan.in_slots = std::max(2, std::min(2 * brought, s.loads ? room / 3 : room - 3));
         plan.out_slots = room - plan.in_slots;
     } else {
         plan.out_slots = s.loads ? 2 * s.loads + 1 : 1;
@@ -798,9 +865,16 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
         plan.steps = int(s.clips * s.time * plan.columns);
         plan.length = int(ceil_divide(plan.steps, processors * plan.teams));
         plan.blocks = int(ceil_divide(ceil_divide(plan.steps, plan.length), plan.teams));
+    } else if (wide) {
+        int64_t units = ceil_divide(s.clips * s.time * s.frame, kUnit);
+        plan.blocks = int(std::min<int64_t>(ceil_divide(units * kSlices, 2), std::max(1, processors / plan.groups)));
+        int teams = 2 * plan.blocks, turns = int(ceil_divide(units % teams * kSlices, teams));
+        plan.whole = int(units / teams) + (turns == kSlices);
+        plan.turns = plan.whole + turns % kSlices;
+        plan.blocks *= plan.groups;
     } else {
         plan.turns = int(ceil_divide(ceil_divide(s.clips * s.time * s.frame, kUnit), plan.teams));
-        plan.blocks = plan.groups * std::min(plan.turns, std::max(1, processors / plan.groups));
+        plan.blocks = std::min(plan.turns, processors);
     }
     return nullptr;
 }
@@ -827,10 +901,11 @@ const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan
                    cudaStream_t stream) {
     if (plan.form == Form::narrow) return launch<T, Form::narrow>(maps, args, plan, back, stream);
     if (plan.form == Form::wide) return launch<T, Form::wide>(maps, args, plan, back, stream);
+    if (plan.form == Form::pair) return launch<T, Form::pair, 1, false>(maps, args, plan, stream);
     return launch<T, Form::temporal>(maps, args, plan, back, stream);
 }
 
-// What both ops have: the plan, the operand x and the result y.
+// What all ops have: the plan, the operand x and the result y.
 struct Launch {
     const char* op;
     DType dtype;
@@ -840,9 +915,9 @@ struct Launch {
     int64_t outer = 0, rows = 0;  // of positions
     const char* failed;
 
-    Launch(const char* op, const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y)
+    Launch(const char* op, const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y, bool pair = false)
         : op(op), dtype(dtype), failed(check_operand(op, x, s.read)) {
-        if (!failed) failed = train_plan(plan, s, op);
+        if (!failed) failed = train_plan(plan, s, op, pair);
         if (failed) return;
         bool temporal = plan.form == Form::temporal;
         outer = temporal ? s.clips * s.time : 1;
@@ -850,7 +925,7 @@ struct Launch {
         args.x = {s.read, int(s.in_channels / kChunk), x.affine_a, x.affine_b, x.sums};
         args.out_channels = int(s.out_channels);
         args.limit = int(rows);
-        args.turns = plan.turns, args.groups = plan.groups;
+        args.turns = plan.turns, args.whole = plan.whole, args.groups = plan.groups;
         args.time = int(s.time), args.columns = plan.columns, args.steps = plan.steps, args.length = plan.length;
         args.in_slots = plan.in_slots, args.out_slots = plan.out_slots;
         positions(maps.a, x.a, s.in_channels, kUnit);
@@ -886,9 +961,9 @@ const char* conv_train(const ConvTrain& p) {
     const ConvTrainShape& s = p.shape;
     if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
         return "conv_train: expected the loads and sums of the shape";
-    if (bool(p.below) != bool(p.below_affine) || (p.o_affine && !p.o) || (p.o_mask && !p.o))
-        return "conv_train: expected below with its affine, and o with its affine or mask";
-    if (s.transposed ? p.affine || p.o_affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
+    if (bool(p.below) != bool(p.below_affine) || (p.o_mask && !p.o))
+        return "conv_train: expected below with its affine, and a mask with its o";
+    if (s.transposed ? p.affine || p.relu || s.sums != bool(p.below) : p.o_mask || p.below)
         return "conv_train: expected an epilogue of the forward pass, or of the gradient if transposed";
     Launch launch("conv_train", s, p.dtype, p.x, p.y);
     launch.encode(launch.maps.w, p.w, 1, s.transposed ? s.in_channels : s.out_channels,
@@ -898,7 +973,7 @@ const char* conv_train(const ConvTrain& p) {
     launch.positions(launch.maps.o, p.o, s.out_channels, kUnit);
     TrainArgs& args = launch.args;
     args.affine = p.affine;
-    args.second = p.below ? p.below_affine : p.o_affine;
+    args.second = p.below_affine;
     args.has_below = p.below, args.has_mask = p.o_mask, args.has_o = p.o, args.relu = p.relu;
     args.partials = p.partials;
     return launch.run(s.transposed, p.stream);
@@ -925,6 +1000,35 @@ const char* gram_add(const GramAdd& p) {
     args.scales = p.scales;
     args.partials = p.partials_a, args.partials_b = p.partials_b;
     return launch.run(true, p.stream);
+}
+
+namespace {
+
+ConvTrainShape expand_shape(const ConvPairShape& s) {
+    return {1, 1, s.positions, s.in_channels, s.out_channels, 1, false, s.read, 0, false};
+}
+
+}  // namespace
+
+const char* conv_pair_why_not(const ConvPairShape& shape) {
+    if (shape.down_channels != kChunk)
+        return fail("conv_pair: down_channels: expected 64, got %lld", static_cast<long long>(shape.down_channels));
+    TrainPlan plan{};
+    return train_plan(plan, expand_shape(shape), "conv_pair", true);
+}
+
+const char* conv_pair(const ConvPair& p) {
+    if (const char* reason = conv_pair_why_not(p.shape)) return reason;
+    if (!p.w || !p.affine || !p.down || !p.w_down || !p.down_affine)
+        return "conv_pair: expected two tensors, two weights and two affines";
+    ConvTrainShape s = expand_shape(p.shape);
+    Launch launch("conv_pair", s, p.dtype, p.x, p.y, true);
+    launch.positions(launch.maps.down, p.down, p.shape.down_channels, kUnit);
+    launch.encode(launch.maps.w, p.w, 1, s.out_channels, s.in_channels, kChunk);
+    launch.encode(launch.maps.w_down, p.w_down, 1, s.out_channels, p.shape.down_channels, kChunk);
+    launch.args.affine = p.affine;
+    launch.args.second = p.down_affine;
+    return launch.run(false, p.stream);
 }
 
 }  // namespace p3d

@@ -162,7 +162,7 @@ int conv_wgrad_partials(const ConvWgradShape& shape);
 //     y[p,co] = epi(sum over taps and ci of X[p + tap,ci] * w[co,tap,ci])         forward
 //     y[p,co] = epi(sum over taps and ci of X[p - tap,ci] * w[ci,tap,co])         transposed: the input gradient, of
 //                                                                                 which X is the gradient dz
-// epi   forward: nothing; the affine, (sum - mean) * scale + bias; plus o or the affine of o; relu of that; rounded
+// epi   forward: nothing; the affine, (sum - mean) * scale + bias; plus o; relu of that; rounded
 //       transposed: plus o, where `o_mask` is given only where that is not <= 0; rounded
 // sums  forward: the statistics of the rounded y, a row (n, mean, M2) for each of R parts of the positions
 //       transposed: with `below`, R rows (sum g, sum g (below - mean)) as in SpatialDgrad
@@ -184,7 +184,6 @@ struct ConvTrain {
     void* y;                    // [N, T, H, W, Co]
     const float* affine;        // [3, Co] rows mean, scale, bias; or nullptr
     const void* o;              // like y; or nullptr
-    const float* o_affine;      // [3, Co]; or nullptr
     const void* o_mask;         // like y; or nullptr
     const void* below;          // like y; or nullptr
     const float* below_affine;  // [3, Co], with below
@@ -198,6 +197,36 @@ const char* conv_train(const ConvTrain& p);
 // Why conv_train cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
 const char* conv_train_why_not(const ConvTrainShape& shape);
 int conv_train_partials(const ConvTrainShape& shape);
+
+// Two 1x1x1 convolutions from 64 channels to multiples of 256, one of an operand X as above, each with the affine of
+// its normalisation:
+//
+//     y[p,co] = relu(bn(sum over ci of X[p,ci] * w[co,ci]) + bn_down(sum over ci of down[p,ci] * w_down[co,ci]))
+//
+// rounded once.
+struct ConvPairShape {
+    int64_t positions;                                 // N * T * H * W
+    int64_t in_channels, down_channels, out_channels;  // Ci of X, of down, Co of y
+    Read read;                                         // of X
+};
+
+struct ConvPair {
+    ConvPairShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    WgradOperand x;
+    const void* w;             // [Co, Ci]  16-byte aligned, as all pointers are
+    const float* affine;       // [3, Co] rows mean, scale, bias
+    const void* down;          // [N, T, H, W, Ci]
+    const void* w_down;        // [Co, Ci]
+    const float* down_affine;  // [3, Co]
+    void* y;                   // [N, T, H, W, Co]
+    CUstream_st* stream;
+};
+
+const char* conv_pair(const ConvPair& p);
+
+// Why conv_pair cannot run this shape on the current device; nullptr if it can.
+const char* conv_pair_why_not(const ConvPairShape& shape);
 
 // The gradient of the operand X of y = relu(bn(w X) + ...) by the Gram identity (docs/derivations.md), w of 1x1x1, X
 // raw, bn_relu or a join. Let g be the gradient of y where y is not <= 0, else 0; without `y` that of y is masked

@@ -202,7 +202,7 @@ def judge(x: Operand, a: Tensor, slope, co: int, stride: int, kind: str | None) 
     record = torch.stack([mean, scale, torch.zeros_like(mean), invstd, var]).float()
     norm = Norm(weight, torch.zeros_like(weight))
     packed = pack_weight(w.view(co, ci, 1, 1, 1), dtype)
-    kept, _ = gram(x, packed, stride)
+    kept, _ = gram(x, packed, norm, stride)
     da = gram_bwd(dy, y, packed, norm, record, x, kept, stride, True, kind)[0]
 
     g = torch.where(y > 0, dy, 0).movedim(1, -1).flatten(0, -2).double()

@@ -66,7 +66,7 @@ def test_1x1x1(size, channels, dtype):
     x, o, mask = _x("raw", size, ci, dtype), _like(size, co, dtype), _like(size, co, dtype)
     _judge(x, _weight(x, co), stats=True)
     x = _x("join_b", size, ci, dtype)
-    _judge(x, _weight(x, co), record=record(co), o=o, o_record=record(co), relu=True)
+    _judge(x, _weight(x, co), record=record(co), o=o, relu=True)
     x = _x("bn_bwd", size, ci, dtype)
     w = _weight(x, co, 1, True)
     _judge(x, w, transposed=True, o=o, o_mask=mask)

@@ -57,13 +57,13 @@ def _product(x, w, transposed):
     return sum(torch.einsum("ncthw,oc->nothw", a[:, :, k : k + t], w[:, k]) for k in range(w.size(1)))
 
 
-def _expected(x, w, transposed=False, record=None, o=None, o_record=None, o_mask=None, relu=False, **_):
+def _expected(x, w, transposed=False, record=None, o=None, o_mask=None, relu=False, **_):
     v = _product(x, w, transposed)
     if record is not None:
         mean, scale, bias = (row.double().view(1, -1, 1, 1, 1) for row in record[:3])
         v = (v - mean) * scale + bias
     if o is not None:
-        o = o.double() if o_record is None else normalised(o, o_record)
+        o = o.double()
         v = v + (o if o_mask is None else torch.where(o_mask.double() <= 0, 0, o))
     return torch.relu(v) if relu else v
 
@@ -125,9 +125,78 @@ def test_to_many_channels(size, channels, dtype):
     x, o = _x("join_c", size, ci, dtype), _like(size, co, dtype)
     _judge(x, _weight(x, co), record=record(co), o=o, relu=True)
     x = _x("bn_relu", size, ci, dtype)
-    _judge(x, _weight(x, co), record=record(co), o=o, o_record=record(co), relu=True)
+    _judge(x, _weight(x, co), record=record(co), o=o, relu=True)
     x = _x("bn_bwd", size, ci, dtype)
     _judge(x, _weight(x, co, 1, True), transposed=True, o=o, o_mask=_like(size, co, dtype))
+
+
+# Units and slices: none left over by turns of all teams, few and so many that they are no longer shared out.
+LEFT_OVER = [(1, 1, 132 * 64, 2), (1, 1, 132 * 64, 5), (1, 3, 132 * 32 - 1, 3), (2, 1, 132 * 16 + 7, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", WIDE, ids=str)
+@pytest.mark.parametrize("size", LEFT_OVER, ids=str)
+def test_units_that_are_left_over(size, channels):
+    ci, co = channels
+    x = _x("bn_relu", size, ci)
+    _judge(x, _weight(x, co), record=record(co), o=_like(size, co), relu=True)
+    _judge(x, _weight(x, co, 1, True), transposed=True, o=_like(size, co), o_mask=_like(size, co))
+
+
+def _pair_arguments(read, size, co, dtype=torch.bfloat16, mean=0.0):
+    x, down = _x(read, size, 64, dtype, mean), _like(size, 64, dtype, mean)
+    w, w_down = (_weight(Operand("raw", t), co)[:, 0] for t in (x.a, down))
+    return x, w, down, w_down, record(co), record(co)
+
+
+def _judge_pair(x, w, down, w_down, rows, rows_down):
+    y = _cuda.conv_pair(x, w, down, w_down, rows, rows_down)
+    of_down = _expected(Operand("raw", down), w_down[:, None], record=rows_down)
+    check(y, _expected(x, w[:, None], record=rows, o=of_down, relu=True), x.a.dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("co", [256, 768])
+@pytest.mark.parametrize("size", SIZES + LEFT_OVER, ids=str)
+def test_a_pair(size, co, dtype):
+    _judge_pair(*_pair_arguments("bn_relu", size, co, dtype))
+    _judge_pair(*_pair_arguments("join_c", size, co, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("read", READS)
+def test_a_pair_of_every_read(read, dtype):
+    _judge_pair(*_pair_arguments(read, (2, 3, 7, 11), 256, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_of_means_of_300_deviations(dtype):
+    """Both products lie at 300 of their deviations, about which their records centre them."""
+    x, w, down, w_down, *_ = _pair_arguments("bn_relu", (3, 4, 21, 13), 256, dtype, 300.0)
+    rows = []
+    for a, weight in ((x, w), (Operand("raw", down), w_down)):
+        z = _product(a, weight[:, None], False).transpose(0, 1).flatten(1)
+        var, mean = torch.var_mean(z, 1, correction=0)
+        rows.append(torch.stack([mean, var.rsqrt(), torch.randn_like(mean), mean, mean]).float())
+    _judge_pair(x, w, down, w_down, *rows)
+
+
+@pytest.mark.gpu
+def test_a_nan_in_either_of_a_pair_stays_where_it_is():
+    for of_down in (False, True):
+        arguments = _pair_arguments("bn_relu", (2, 4, 9, 7), 256)
+        tensor = arguments[2] if of_down else arguments[0].a
+        tensor[1, 5, 2, 3, 4] = torch.nan
+        y = _cuda.conv_pair(*arguments)
+        assert y[1, :, 2, 3, 4].isnan().all() and y.isnan().sum() == 256
+    arguments = _pair_arguments("bn_relu", (2, 4, 9, 7), 256)
+    arguments[5][1] = 0  # a scale of zero
+    _judge_pair(*arguments)
 
 
 @pytest.mark.gpu
@@ -179,9 +248,7 @@ def test_a_mean_of_300_deviations():
         below = _like(size, co, mean=300.0), record(co, 300.0)
         _judge(x, _weight(x, co, taps, True), transposed=True, below=below)
     x = _x("join_b", size, 64, mean=300.0)
-    _judge(
-        x, _weight(x, 256), record=record(256), o=_like(size, 256, mean=300.0), o_record=record(256, 300.0), relu=True
-    )
+    _judge(x, _weight(x, 256), record=record(256), o=_like(size, 256), relu=True)
 
 
 @pytest.mark.gpu
@@ -218,6 +285,8 @@ def _runs(size):
         rows, w, w_t = record(co), _weight(x, co), _weight(g, co, 1, True)
         yield lambda x=x, w=w, r=rows, o=o: _cuda.conv_train(x, w, record=r, o=o, relu=True)
         yield lambda g=g, w=w_t, o=o, m=mask: _cuda.conv_train(g, w, transposed=True, o=o, o_mask=m)
+    arguments = _pair_arguments("join_c", size, 256)
+    yield lambda a=arguments: (_cuda.conv_pair(*a),)
 
 
 @pytest.mark.gpu
@@ -257,7 +326,7 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
     w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     w_t = _weight(g, 64, 3).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     dims, below = size[1:], (_like(size, 64), record(64))
-    wide = _conv.Epilogue(record(256), "add_relu", o, record(256))
+    wide = _conv.Epilogue(record(256), "add_relu", o)
     masked = _conv.Epilogue(join="add", o=o, o_mask=mask)
     w_r = _weight(g, 256, 1, True).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     cases = [
@@ -288,6 +357,14 @@ def test_reasons():
     assert "multiples of 64" in why(96) and "multiples of 64" in why(64, 32)
     assert "multiples of 256" in why(64, 192) and "multiples of 256" in why(64, 256, stats=True)
     assert "3x1x1" in why(64, 128, 3) and "3x1x1" in why(256, 256, 3) and "fit" in why(2048, 128)
+
+    def pair(m=64, ci=64, co=256, size=(2, 3, 9, 5)):
+        w, w_down = (torch.empty(co, c, dtype=torch.bfloat16, device="cuda") for c in (m, ci))
+        return _cuda.conv_pair_why_not(_x("raw", (2, 3, 9, 5), m), w, _like(size, ci), w_down)
+
+    assert pair() is None and pair(co=512) is None
+    assert "expected 64" in pair(128) and "down_channels" in pair(ci=128) and "multiples of 256" in pair(co=320)
+    assert "stride" in pair(size=(2, 3, 5, 3))
 
 
 def _zeros(*shape):
@@ -324,9 +401,20 @@ def test_arguments_are_checked_before_any_launch():
     with pytest.raises(ValueError, match="o: expected a tensor"):
         run(transposed=True, o_mask=a)
 
+    def pair(down=a, w=w[:, 0], w_down=w[:, 0], **arguments):
+        _cuda.conv_pair(x, w, down, w_down, **{"record": rows, "record_down": rows, **arguments})
+
+    with pytest.raises(ValueError, match=r"down: expected .*\[1, 64, 2, 4, 4\]"):
+        pair(down=wide)
+    with pytest.raises(ValueError, match=r"w: expected torch.bfloat16 \[64, 64\]"):
+        pair(w=w[:, 0].half())
+    with pytest.raises(ValueError, match=r"record_down: expected float32 \[3, 64\]"):
+        pair(record_down=rows[:2])
+
 
 def test_no_positions_need_no_launch():
     x = Operand("raw", _zeros(0, 64, 2, 4, 4))
     w = torch.zeros(64, 1, 64, dtype=torch.bfloat16)
     y, part = _cuda.conv_train(x, w, stats=True)
+    assert _cuda.conv_pair(x, w[:, 0], x.a, w[:, 0], *[torch.zeros(5, 64)] * 2).shape == y.shape
     assert y.shape == (0, 64, 2, 4, 4) and part.shape == (1, 3, 64) and not part.any()

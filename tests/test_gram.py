@@ -15,7 +15,7 @@ from p3d_kernels.ops._conv import pack_weight
 from p3d_kernels.ops._gram import gram, gram_bwd
 from p3d_kernels.ops._triton import Operand, bn_finalise
 
-READS = ("bn_relu", "join_port", "join_b", "join_c")
+READS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
 # N, T, H, W, Ci, Co: fewer positions than the sample of the centre; odd channels; several tiles of W C.
 SMALL = [(1, 1, 4, 7, 16, 24), (2, 3, 9, 11, 45, 70), (1, 4, 9, 10, 96, 130)]
 LARGE = [(32, 8, 40, 40, 64, 256), (32, 4, 20, 20, 128, 512), (32, 2, 10, 10, 256, 1024), (32, 1, 5, 5, 512, 2048)]
@@ -35,6 +35,13 @@ def cases():
 def operand(read: str, shape: tuple[int, ...], dtype: torch.dtype, bias: float, device) -> tuple[Operand, Tensor]:
     """An operand whose activation is of deviation 1 about `bias`, before ReLUs, and its value in float64 [P, C]."""
     n, t, h, w, c, _ = shape
+    if read == "raw":
+        z = (
+            (bias + torch.randn(n, c, t, h, w, device=device))
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last_3d)
+        )
+        return Operand("raw", z), z.movedim(1, -1).flatten(0, -2).double()
     two = read != "bn_relu"
     tensors = [torch.randn(n, c, t, h, w, device=device).to(dtype) for _ in range(1 + two)]
     tensors = [z.contiguous(memory_format=torch.channels_last_3d) for z in tensors]
@@ -56,7 +63,9 @@ def operand(read: str, shape: tuple[int, ...], dtype: torch.dtype, bias: float, 
 
 
 def with_centre(x: Operand) -> Operand:
-    """With the centre that the norm of its last tensor leaves, given its statistics as running ones."""
+    """With the centre that the norm of its last tensor leaves, given its statistics as running ones; raw, without."""
+    if x.read == "raw":
+        return x
     record = x.record_a if x.b is None else x.record_b
     mean, scale, bias, *_ = record
     lacking = {"record_a": None} if x.b is None else {"record_b": None}
@@ -101,6 +110,21 @@ def test_statistics(read, bias, shape, dtype, backend, device, ieee):
     assert ((kept[co * ci :] - a.mean(0)).abs() <= limit * a.std(0) + 2**-24 * a.mean(0)).all()
 
 
+@cases()
+def test_every_second_row_and_column(shape, dtype, backend, device, ieee):
+    x, a = operand("raw", shape, dtype, 30, device)
+    w = weight(shape, dtype, device)
+    kept, record = gram(x, w, Norm(eps=0.0), 2)
+    n, t, *size, ci, co = shape
+    a = a.view(n, t, *size, ci)[:, :, ::2, ::2].reshape(-1, ci)
+    w, mean, centred = w.flatten(1).double(), a.mean(0), a - a.mean(0)
+    wc = w @ (centred.T @ centred)
+    limit = 1e-5 if dtype == torch.float32 else 1e-3
+    assert ((record[4].double() / ((wc * w).sum(1) / (len(a) - 1)) - 1).abs() < limit).all()
+    assert (kept[: co * ci].view(co, ci) - wc).norm() < limit * wc.norm()
+    assert ((kept[co * ci :] - mean).abs() <= limit * a.std(0) + 2**-24 * mean.abs()).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 def test_runs_are_equal_bit_for_bit(backend, device):
@@ -140,7 +164,7 @@ def test_a_gradient_that_is_masked_already(backend, dtype, stride, training, dev
     dy, y = (torch.randn(dims, device=device).to(dtype).to(memory_format=torch.channels_last_3d) for _ in range(2))
     record = torch.rand(5, co, device=device) + 0.5
     norm = Norm(record[1], record[2], record[0], record[4], training=training)
-    kept = gram(with_centre(x), w, stride)[0] if training else None
+    kept = gram(with_centre(x), w, norm, stride)[0] if training else None
     kind = "B" if stride == 1 else None
     masked = torch.where(y <= 0, 0, dy)
     with_y, without = (gram_bwd(*g, w, norm, record, x, kept, stride, True, kind) for g in ((dy, y), (masked, None)))

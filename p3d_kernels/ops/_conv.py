@@ -95,7 +95,6 @@ def conv_kernel(
     y_mask,  # like y, which is zero unless this is positive; or None
     o_ptr,  # like y, joined to it as JOIN says
     o_mask,  # like y: o counts where this is positive
-    o_record,  # [5, CO] or None: normalises o
     part,  # statistics [R, 3, CO] of y, or, with z, sums [R, 2, CO] of the layer below; or None
     z_ptr,  # like y: raw output of the layer below
     z_record,  # [5, CO]
@@ -196,8 +195,6 @@ def conv_kernel(
             o = tl.load(o_ptr + o_offsets, mask=mask & exists[:, None], other=0.0).to(tl.float32)
         else:
             o = tl.load(o_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if o_record is not None:
-            o = affine(o, o_record, co, co_mask, CO)
         if o_mask is not None:
             o = tl.where(tl.load(o_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, o)
         if JOIN == "add" or JOIN == "add_strided":
@@ -452,7 +449,7 @@ class Epilogue:
     record      normalises y
     join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
                 "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
-    o           joined tensor, normalised by o_record, counted where o_mask > 0
+    o           joined tensor, counted where o_mask > 0
     mask        y is zero unless this is > 0
     stats       partial statistics of y
     below       raw output of the layer below and its record: partial sums for that layer's BN backward
@@ -462,7 +459,6 @@ class Epilogue:
     record: Tensor | None = None
     join: str = "none"
     o: Tensor | None = None
-    o_record: Tensor | None = None
     o_mask: Tensor | None = None
     mask: Tensor | None = None
     stats: bool = False
@@ -471,7 +467,7 @@ class Epilogue:
 
     def key(self) -> tuple:
         """What a compiled kernel depends on."""
-        o = self.o is not None, self.o_record is not None, self.o_mask is not None, self.mask is not None
+        o = self.o is not None, self.o_mask is not None, self.mask is not None
         return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
 
 
@@ -673,7 +669,7 @@ def conv(
     shares = arrived = None
     if plan.shares is not None:
         shares, arrived = alloc(plan.shares, device), zeroed_counters(device)
-    joined = epilogue.record, epilogue.mask, epilogue.o, epilogue.o_mask, epilogue.o_record
+    joined = epilogue.record, epilogue.mask, epilogue.o, epilogue.o_mask
     plan(*x.args(), w, y, *joined, part, z, z_record, shares, arrived)
     return y, part
 
@@ -841,7 +837,7 @@ def taps_of(w: Tensor) -> Tensor:
 def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether the CUDA kernel for inference takes this forward convolution."""
     e = epilogue
-    plain = x.read == "raw" and e.record is not None and e.o_record is None and e.o_mask is None and e.mask is None
+    plain = x.read == "raw" and e.record is not None and e.o_mask is None and e.mask is None
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
@@ -850,7 +846,7 @@ def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> b
 def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether this gradient is `_cuda.point_dgrad`'s."""
     e = epilogue
-    plain = x.read == "raw" and geometry == pointwise() and e.join == "add" and e.o_record is None
+    plain = x.read == "raw" and geometry == pointwise() and e.join == "add"
     if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.point_dgrad_why_not(x.a, w.size(1)) is None
@@ -868,7 +864,7 @@ def _train_arguments(
         return None
     if back:
         joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
-        join = e.join in joins and e.record is None and e.o_record is None and not e.stats
+        join = e.join in joins and e.record is None and not e.stats
     else:  # what is read raw and normalised on the way out is of inference
         join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
         join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
@@ -883,7 +879,7 @@ def _train_arguments(
         tiles = cdiv(n * math.prod(geometry.out_shape(*dims)), 64) * cdiv(w.size(0), 128)
         if not back and tiles > 3 * sm_count(x.a.device):  # each reads x anew: then Triton's wider tiles are faster
             return None
-    rest = dict(record=e.record, o_record=e.o_record, relu=e.join == "add_relu", stats=e.stats)
+    rest = dict(record=e.record, relu=e.join == "add_relu", stats=e.stats)
     return dict(transposed=back, **loads, **rest, stride=stride, dims=out_dims)
 
 
@@ -909,7 +905,7 @@ def spatial_dgrad(
     """The input gradient of `spatial_fwd`: the CUDA kernel where it has one for this, else `conv` transposed."""
     epilogue = epilogue or Epilogue()
     plain = dz.read in ("raw", "bn_bwd") and epilogue.record is None and not epilogue.stats and epilogue.store
-    plain = plain and epilogue.join in ("none", "add") and epilogue.o_record is None and epilogue.o_mask is None
+    plain = plain and epilogue.join in ("none", "add") and epilogue.o_mask is None
     if plain and epilogue.mask is None and cuda_allowed(dz.a):
         if _cuda.why_not(tuple(dz.a.shape), dz.a.dtype, w.size(0), w.size(1)) is None:
             return _cuda.spatial_conv_dgrad(dz.a, dz.b, dz.record_b, dz.sums, taps_of(w), epilogue.o, epilogue.below)

@@ -536,9 +536,8 @@ def conv_train(
     x: Operand,  # [N, Ci, T, H, W]
     w: Tensor,  # [Co, taps, Ci], transposed [Ci, taps, Co]
     transposed: bool = False,
-    record: Tensor | None = None,  # [3, Co] or more rows, as are the next two
+    record: Tensor | None = None,  # [3, Co] or more rows
     o: Tensor | None = None,  # like y, as are the next two
-    o_record: Tensor | None = None,
     o_mask: Tensor | None = None,
     relu: bool = False,
     below: tuple[Tensor, Tensor] | None = None,  # and its record
@@ -549,9 +548,9 @@ def conv_train(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, part) of a 1x1x1 or 3x1x1 convolution of what x reads, by w, or its input gradient `transposed`.
 
-    3x1x1 is padded by 1 in time. Forward, y = relu(bn(sum) + bn(o)), each part of it if its argument is given, bn the
-    affine of `record` or `o_record`; the gradient is sum + o, o counted where not o_mask <= 0. `stride`: of 1x1x1, in
-    space; its gradient has `dims` (T, H, W), and o lies on the grid of x. float32 accumulation.
+    3x1x1 is padded by 1 in time. Forward, y = relu(bn(sum) + o), each part of it if its argument is given, bn the
+    affine of `record`; the gradient is sum + o, o counted where not o_mask <= 0. `stride`: of 1x1x1, in space; its
+    gradient has `dims` (T, H, W), and o lies on the grid of x. float32 accumulation.
 
     Two kernels: where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded once an
     element or, of 128 channels, twice; else, or with `tile` (rows, columns, splits; 0: any), once for each tile of
@@ -590,15 +589,15 @@ def conv_train(
     for name, tensor, of in (("o", o, o_grid), ("o_mask", o_mask, out), ("below", below, out)):
         if tensor is not None:
             _check_activation(name, tensor, (n, co, *of), dtype)
-    for name, rows in (("record", record), ("o_record", o_record), ("below's record", below_record)):
+    for name, rows in (("record", record), ("below's record", below_record)):
         if rows is not None:
             _check_rows(name, rows, 3, co)
-    if transposed and (record is not None or o_record is not None or relu or stats):
-        raise ValueError("record, o_record, relu, stats: expected none of them with transposed")
+    if transposed and (record is not None or relu or stats):
+        raise ValueError("record, relu, stats: expected none of them with transposed")
     if not transposed and (o_mask is not None or below is not None):
         raise ValueError("o_mask, below: expected None unless transposed")
-    if o is None and (o_record is not None or o_mask is not None):
-        raise ValueError("o: expected a tensor with o_record or o_mask, got None")
+    if o is None and o_mask is not None:
+        raise ValueError("o: expected a tensor with o_mask, got None")
 
     y = alloc((n, co, *out), device, dtype)
     sums = stats or below is not None
@@ -619,7 +618,7 @@ def conv_train(
 
     plan = plan_for(("conv_train", tiles, tile, relu, dtype, device), build)
     part = alloc((plan.rows, 3 if stats else 2, co), device) if sums else None
-    plan(*x.args(), w, y, record, o, o_record, o_mask, below, below_record, part)
+    plan(*x.args(), w, y, record, o, o_mask, below, below_record, part)
     return y, part
 
 
@@ -630,6 +629,65 @@ def _train_kernel(native, tiles: tuple, tile: tuple[int, int, int] | None) -> tu
         return native.conv_train_partials(sizes), None
     plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
     return rows, (width, stride, plan)
+
+
+def _conv_pair_sizes(x: Operand, w: Tensor, down: Tensor) -> tuple:
+    return x.a.numel() // x.channels, x.channels, down.size(1), w.size(0), x.read
+
+
+def conv_pair_why_not(x: Operand, w: Tensor, down: Tensor, w_down: Tensor) -> str | None:
+    """Why `conv_pair` cannot run these, or None."""
+    if x.a.dtype not in _DTYPES:
+        return f"conv_pair: dtype {x.a.dtype} (expected bfloat16 or float16)"
+    if x.read not in _TRAIN_READS:
+        return f"conv_pair: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    if x.a.shape[2:] != down.shape[2:]:
+        return "conv_pair: a stride (expected 1)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.conv_pair_why_not(_conv_pair_sizes(x, w, down))
+
+
+def conv_pair(
+    x: Operand,  # [N, M, T, H, W]
+    w: Tensor,  # [Co, M]
+    down: Tensor,  # [N, Ci, T, H, W]
+    w_down: Tensor,  # [Co, Ci]
+    record: Tensor,  # [3, Co] or more rows, as is the next
+    record_down: Tensor,
+) -> Tensor:
+    """relu(bn(W a) + bn_down(W_down down)), a what x reads: two 1x1x1 convolutions, each with the affine of its record.
+
+    M = Ci = 64. float32 accumulation and normalisation, one rounding.
+
+    Returns:
+        [N, Co, T, H, W], channels_last_3d. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `conv_pair_why_not` says), or CUDA failed.
+    """
+    (n, m, *dims), dtype, device, (co, ci) = x.a.shape, x.a.dtype, x.a.device, w_down.shape
+    if dtype not in _DTYPES or x.read not in _TRAIN_READS:
+        raise ValueError(f"x: expected bfloat16 or float16 and a read that the kernel has, got {dtype}, {x.read!r}")
+    _check_operand("x", x, tuple(x.a.shape), dtype)
+    _check_activation("down", down, (n, ci, *dims), dtype)
+    _check_matrix("w", w, (co, m), dtype)
+    _check_matrix("w_down", w_down, (co, ci), dtype)
+    _check_rows("record", record, 3, co)
+    _check_rows("record_down", record_down, 3, co)
+    y = alloc((n, co, *dims), device, dtype)
+    if y.numel() == 0:
+        return y
+    sizes = _conv_pair_sizes(x, w, down)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        return NativePlan(lambda stream, *addresses: native.conv_pair(*addresses, sizes, _DTYPES[dtype], stream))
+
+    plan_for(("conv_pair", sizes, dtype, device), build)(*x.args(), w, record, down, w_down, record_down, y)
+    return y
 
 
 def _gram_sizes(x: Operand, ci: int, loads: int, sums: bool) -> tuple:

@@ -5,7 +5,7 @@ With P positions and the covariance of the narrow operand,
     mean_a = sum a / P,    C = (a - mean_a)^T (a - mean_a)          one pass over a
 
 its statistics are mean = W mean_a and P var = rowsum(W C * W) (`gram`). Forward then computes relu(bn(z) + r) in one
-pass (`conv`), and keeps mean_a and W C for the backward, which uses the Gram identity: with g = dy [y > 0] and
+pass, and keeps mean_a and W C for the backward, which uses the Gram identity: with g = dy [y > 0] and
 
     M = g^T a,    sum_g         one pass over what is stored anyway
 
@@ -41,6 +41,7 @@ from . import _cuda
 from ._conv import conv_wgrad, cuda_allowed, finished, pointwise, tap_row, taps_of
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
+    SAMPLE,
     Operand,
     begin,
     block,
@@ -56,6 +57,7 @@ from ._triton import (
     tl,
     to_tf32,
     triton,
+    write_centre,
     write_record,
 )
 from .pseudo3d import join_bwd, join_parts
@@ -72,6 +74,26 @@ def store_parts(v, out, offsets, mask, SIZE: tl.constexpr, PARTS: tl.constexpr):
             rounded = to_tf32(v)
         tl.store(out + i * SIZE + offsets, rounded, mask=mask)
         v -= rounded.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["P", "step"])
+def centre_kernel(
+    x,  # [P, C]
+    centre,  # [C] float32
+    P,
+    step,  # positions from one of the sample to the next
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, SAMPLE) * step
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    begin(PDL)
+    v = tl.load(x + p.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0)
+    write_centre(centre, v, mask, tl.minimum(P, SAMPLE).to(tl.float32), c, c < C, PRECISION)
 
 
 @triton.jit(do_not_specialize=["P", "splits"])
@@ -129,7 +151,7 @@ def gram_kernel(
     cov_ptr,  # of gram_sum_kernel: [PARTS, CI, CI]; it is symmetric
     mean_ptr,  # [CI] float64
     wc_ptr,  # [CO, CI] float32: W C
-    record,  # [5, CO] of the norm of W a, or None
+    record,  # [5, CO] of the norm of W a
     weight,  # [CO] or None
     bias,  # [CO] or None
     shares,  # [columns, 2, CO] float64: mean and sum of squares of W a, to be summed; or None: one column
@@ -155,10 +177,9 @@ def gram_kernel(
     j_mask = j < CI
     mask = co_mask[:, None] & j_mask[None, :]
     begin(PDL)
-    if record is not None:
-        scale, shift = load_affine(weight, bias, co, co_mask, BLOCK_M)
-        mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
-        w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale, shift = load_affine(weight, bias, co, co_mask, BLOCK_M)
+    mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
+    w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, CI_END, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -174,26 +195,25 @@ def gram_kernel(
             else:
                 acc = tl.dot(w, cov, acc, input_precision="ieee")
     tl.store(wc_ptr + co[:, None] * CI + j[None, :], acc, mask=mask)
-    if record is not None:
-        if PRECISION == "tf32":
-            w_j = to_tf32(w_j)
-        mean = tl.sum(w_j.to(tl.float64) * mean_j[None, :], 1)
-        m2 = tl.sum(acc * w_j, 1).to(tl.float64)
-        if COLUMNS == 1:
+    if PRECISION == "tf32":
+        w_j = to_tf32(w_j)
+    mean = tl.sum(w_j.to(tl.float64) * mean_j[None, :], 1)
+    m2 = tl.sum(acc * w_j, 1).to(tl.float64)
+    if COLUMNS == 1:
+        write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
+    else:
+        row = shares + column * (2 * CO) + co
+        tl.store(row, mean, mask=co_mask)
+        tl.store(row + CO, m2, mask=co_mask)
+        tl.debug_barrier()  # the share is written by all threads, and one of them tells so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == COLUMNS - 1:
+            mean = tl.zeros((BLOCK_M,), tl.float64)
+            m2 = tl.zeros((BLOCK_M,), tl.float64)
+            for i in tl.static_range(COLUMNS):  # in the order of the columns, whoever came last
+                row = shares + i * (2 * CO) + co
+                mean += tl.load(row, mask=co_mask, other=0.0, cache_modifier=".cg")
+                m2 += tl.load(row + CO, mask=co_mask, other=0.0, cache_modifier=".cg")
             write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
-        else:
-            row = shares + column * (2 * CO) + co
-            tl.store(row, mean, mask=co_mask)
-            tl.store(row + CO, m2, mask=co_mask)
-            tl.debug_barrier()  # the share is written by all threads, and one of them tells so
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == COLUMNS - 1:
-                mean = tl.zeros((BLOCK_M,), tl.float64)
-                m2 = tl.zeros((BLOCK_M,), tl.float64)
-                for i in tl.static_range(COLUMNS):  # in the order of the columns, whoever came last
-                    row = shares + i * (2 * CO) + co
-                    mean += tl.load(row, mask=co_mask, other=0.0, cache_modifier=".cg")
-                    m2 += tl.load(row + CO, mask=co_mask, other=0.0, cache_modifier=".cg")
-                write_moments(record, mean, m2, P, scale, shift, eps, co, co_mask, CO)
 
 
 @triton.jit
@@ -426,28 +446,26 @@ def gram_q_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gram(
-    x: Operand, w: Tensor, stride: int = 1, norm: Norm | None = None, room: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def gram(x: Operand, w: Tensor, norm: Norm, stride: int = 1, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(kept, record) of z = W a, W [Co, Ci] packed, of the operand a at every stride-th row and column.
 
-    kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training, if given; a then
-    has a centre. room: where a is stored, by `gram_room`.
+    kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training. a should have a
+    centre; a raw one is given it. room: where a is stored, by `gram_room`.
     """
     ci, co, device = x.channels, w.size(0), x.a.device
+    if x.read == "raw":
+        x = Operand("raw", x.a, centre=_centre(x.a))
     part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre, room=room).part
-    affine, eps = ((None, None), None) if norm is None else ((norm.weight, norm.bias), norm.eps)
-    key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), eps
+    affine = norm.weight, norm.bias
+    key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), norm.eps
     key += tuple([None if t is None else t.dtype for t in affine])
     sums, products = plan_for(("gram", *key), lambda: _gram_plans(x, w, stride, part.size(0), norm))
     kept = alloc((co * ci + ci,), device)
     cov, mean = alloc((sums.parts, ci, ci), device, sums.dtype), alloc((ci,), device, torch.float64)
-    record = shares = arrived = None
-    if norm is not None:
-        record = alloc((5, co), device)
-        if products.columns > 1:
-            shares = alloc((products.columns, 2, co), device, torch.float64)
-            arrived = alloc((products.rows,), device, torch.int32)
+    record, shares, arrived = alloc((5, co), device), None, None
+    if products.columns > 1:
+        shares = alloc((products.columns, 2, co), device, torch.float64)
+        arrived = alloc((products.rows,), device, torch.int32)
     sums(part, x.centre, cov, mean, kept[co * ci :], arrived)
     products(w, cov, mean, kept[: co * ci], record, *affine, shares, arrived)
     return kept, record
@@ -458,11 +476,27 @@ def gram_room(x: Operand) -> Tensor | None:
     return finished(x, x, x, pointwise(), True, x.centre)
 
 
+def _centre(x: Tensor) -> Tensor:
+    """The centre [C] of x [N, C, T, H, W]."""
+    channels, precision = x.size(1), _precision(x)
+
+    def build() -> Plan:
+        positions, block_c = x.numel() // channels, block(channels, 1, 16)
+        return Plan(
+            centre_kernel, (cdiv(channels, block_c),), (positions, max(1, positions // SAMPLE)),
+            C=channels, PRECISION=precision, **dependent_launch(x.device), SAMPLE=SAMPLE, BLOCK_C=block_c,
+        )  # fmt: skip
+
+    centre = alloc((channels,), x.device)
+    plan_for(("centre", x.shape, x.dtype, x.device, precision), build)(x, centre)
+    return centre
+
+
 def _precision(x: Tensor) -> str:
     return input_precision(x.dtype, x.device)
 
 
-def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm | None) -> tuple[Plan, Plan]:
+def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm) -> tuple[Plan, Plan]:
     """The launches of `gram`: gram_sum_kernel, gram_kernel."""
     n, ci, *dims = x.a.shape
     co, positions, pdl = w.size(0), n * math.prod(pointwise(stride).out_shape(*dims)), dependent_launch(x.a.device)
@@ -470,7 +504,7 @@ def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm | No
     tile = _gram_tile(ci, x.a.dtype)
     rows, columns = cdiv(co, tile["BLOCK_M"]), cdiv(ci, tile["BLOCK_N"])
     products = Plan(
-        gram_kernel, (rows * columns,), (ci, positions, 0.0 if norm is None else norm.eps),
+        gram_kernel, (rows * columns,), (ci, positions, norm.eps),
         CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
     products.rows, products.columns = rows, columns

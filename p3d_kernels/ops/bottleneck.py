@@ -2,8 +2,9 @@
 
     y = relu(bn_e(E a) + r),   a = join of S and T of relu(bn_r(R x)),   r = x or bn_d(D x)
 
-Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outputs E a and D x are not (`_gram.py`); of
-E a, whose statistics are formed of a alone, a product of the size of E is.
+Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outputs E a and D x are not (`_gram.py`):
+their statistics are formed of a and x alone, and of each a product of the size of its weights is kept. Where no kernel
+makes bn_d(D x) on the way to y, it is stored until then.
 """
 
 from __future__ import annotations
@@ -46,21 +47,30 @@ def _fwd(x, weights, norms, config):
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
     join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
-    if norm_e.training:
-        room = None if w_d else gram_room(join)  # what normalises the residual has a prologue of its own
-        kept, record_e = gram(join, w_e, norm=norm_e, room=room)
-        join = as_finished(join, room)
-    else:
-        kept, record_e = None, bn_finalise(norm_e, w_e.size(0), None, x.device)
-    records = [record_r, *records_st, record_e]
-    residual = x
-    record_d = None
+    kept, residual = [], x
+    room = gram_room(join) if norm_e.training else None
+    record_e = _wide_record(join, w_e, norm_e, kept, room=room)
+    join = as_finished(join, room)
+    record_d = [_wide_record(source, w, norm, kept, config.stride) for w, norm in zip(w_d, norm_d)]
+    records, raws = [record_r, *records_st, record_e, *record_d], [z_r, *raws_st, *kept]
     if w_d:
-        residual, part = conv(source, w_d[0], stride, Epilogue(stats=norm_d[0].training))
-        record_d = bn_finalise(norm_d[0], residual.size(1), part, x.device)
-        records.append(record_d)
-    y, _ = conv(join, w_e, pointwise(), Epilogue(record_e, "add_relu", residual, record_d))
-    return y, records, [z_r, *raws_st, *([] if kept is None else [kept])]
+        pair = join, taps_of(w_e)[:, 0], x, taps_of(w_d[0])[:, 0]
+        if cuda_allowed(x) and _cuda.conv_pair_why_not(*pair) is None:
+            return _cuda.conv_pair(*pair, record_e, *record_d), records, raws
+        residual, _ = conv(source, w_d[0], stride, Epilogue(*record_d))
+    y, _ = conv(join, w_e, pointwise(), Epilogue(record_e, "add_relu", residual))
+    return y, records, raws
+
+
+def _wide_record(
+    x: Operand, w: Tensor, norm: Norm, kept: list[Tensor], stride: int = 1, room: Tensor | None = None
+) -> Tensor:
+    """The record of the norm of W x, in training of sums over x: what `gram` keeps of these goes to `kept`."""
+    if not norm.training:
+        return bn_finalise(norm, w.size(0), None, w.device)
+    of_x, record = gram(x, w, norm, stride, room)
+    kept.append(of_x)
+    return record
 
 
 def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, masked=False, mask_x=False):
@@ -71,6 +81,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, mask
     (record_r,), records_st, (record_e,), record_d = _split(records, config)
     _, needs_st, _, _ = _split(needs_w, config)
     z_r, *raws_st = raws
+    kept_d = raws_st.pop() if w_d and norm_d[0].training else None
     kept = raws_st.pop() if norm_e.training else None
     stride, source = pointwise(config.stride), Operand("raw", x)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
@@ -93,8 +104,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, mask
         dz_r = as_finished(dz_r, room)
     dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
-        kept = gram(source, w_d[0], config.stride)[0] if norm_d[0].training else None
-        o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept, config.stride, needs_x)
+        o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept_d, config.stride, needs_x)
         dws.append(dw_d)
         sums.append(sums_d)
         epilogue = Epilogue(join="add_strided", o=o, mask=epilogue.mask)
@@ -135,8 +145,9 @@ def _out_shape(x, weights, config):
 
 def _raw_shapes(x, weights, norms, config):
     n, *dims = _dims(x, config)
-    (w_r,), w_st, (w_e,), _ = _split(weights, config)
-    kept = [(w_e.numel() + w_e.size(1),)] if _split(norms, config)[2][0].training else []
+    (w_r,), w_st, *wide = _split(weights, config)
+    pairs = zip(itertools.chain(*wide), itertools.chain(*_split(norms, config)[2:]))
+    kept = [(w.numel() + w.size(1),) for w, norm in pairs if norm.training]
     return [(n, w.size(0), *dims) for w in (w_r, *w_st)] + kept
 
 
@@ -329,7 +340,7 @@ def _row_fwd(x, weights, norms, config):
 def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     blocks = [_by_block(items, config.counts) for items in (weights, norms, records, needs_w)]
     counts = [  # input first, then raw outputs, then what `gram` kept
-        (3 if block.kind == "2d" else 4) + _split(own, block)[2][0].training
+        (3 if block.kind == "2d" else 4) + sum(norm.training for norm in itertools.chain(*_split(own, block)[2:]))
         for block, own in zip(config.blocks, blocks[1])
     ]
     raws = _by_block([x, *raws], counts)
