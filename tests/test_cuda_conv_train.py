@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import p3d_kernels as p3d
 from operands import activation, normalised, operand, record, value
 from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._triton import Operand
@@ -197,6 +200,21 @@ def test_a_nan_in_either_of_a_pair_stays_where_it_is():
     arguments = _pair_arguments("bn_relu", (2, 4, 9, 7), 256)
     arguments[5][1] = 0  # a scale of zero
     _judge_pair(*arguments)
+
+
+@pytest.mark.gpu
+def test_a_block_takes_the_pair_and_triton_agrees(monkeypatch):
+    block, x = p3d.nn.Bottleneck(64, 64, "A").cuda(), _like((2, 3, 9, 7), 64).relu()
+    own, calls, pair = copy.deepcopy(block), [], _cuda.conv_pair
+    monkeypatch.setattr(_cuda, "conv_pair", lambda *arguments: calls.append(arguments) or pair(*arguments))
+    with torch.autocast("cuda", torch.bfloat16):
+        y = own(x)
+        with p3d.use_backend("triton"):
+            theirs = block(x)
+    assert len(calls) == 1
+    assert (y - theirs).double().norm() < 1e-2 * theirs.double().norm()
+    for a, b in zip(own.buffers(), block.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu
