@@ -645,7 +645,7 @@ def conv(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(y, part): fwd, or dgrad when `out_dims` (T, H, W of the convolution's input) is given.
 
-    fwd in inference: the CUDA kernel where it has one for this.
+    fwd in inference, or of D in training: the CUDA kernel where it has one for this.
 
     part: statistics [R, 3, Co] or sums [R, 2, Co], as the epilogue says; None if it asks for neither.
     """
@@ -680,7 +680,7 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     co = w.size(0 if out_dims is None else 1)
     positions = n * out[0] * out[1] * out[2]
     taps = geometry.taps[0] * geometry.taps[1] * geometry.taps[2]
-    if x.read == "raw" and epilogue.record is not None:  # no pass of a training step
+    if x.read == "raw" and epilogue.record is not None:  # of inference, or D in training
         tile, splits = _infer_tile(positions, ci, co, taps, x, sm_count(x.a.device))
         few = positions < 64 * 64 and x.a.dtype != torch.float32  # else others have brought the weights
     else:
@@ -865,7 +865,7 @@ def _train_arguments(
     if back:
         joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
         join = e.join in joins and e.record is None and not e.stats
-    else:  # what is read raw and normalised on the way out is of inference
+    else:  # what is read raw and normalised on the way out has the kernels of inference
         join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
         join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
     loads = {"o": e.o, "o_mask": e.o_mask, "below": e.below}
