@@ -328,15 +328,22 @@ class BottleneckRow(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = list(self._modules.values())
-        if len(blocks) > 1 and x.dim() == 5 and not torch.compiler.is_compiling() and all(map(_may_join, blocks)):
-            arguments = [block.arguments() for block in blocks]
-            if not torch.is_grad_enabled() or all(map(_trains, arguments)):
-                configs = [Config(block.kind, block.wiring, block.stride) for block in blocks]
-                return bottlenecks(x, list(zip(arguments, configs)))
-        for block in blocks:
+        blocks = self.joined() if x.dim() == 5 else None
+        if blocks is not None:
+            return bottlenecks(x, blocks)
+        for block in self._modules.values():
             x = block(x)
         return x
+
+    def joined(self) -> list[tuple[tuple, Config]] | None:
+        """The blocks as `bottlenecks` takes them, where nothing must happen between them; else None."""
+        blocks = list(self._modules.values())
+        if len(blocks) < 2 or torch.compiler.is_compiling() or not all(map(_may_join, blocks)):
+            return None
+        arguments = [block.arguments() for block in blocks]
+        if torch.is_grad_enabled() and not all(map(_trains, arguments)):
+            return None
+        return list(zip(arguments, [Config(block.kind, block.wiring, block.stride) for block in blocks]))
 
 
 def _may_join(block: nn.Module) -> bool:

@@ -340,7 +340,7 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
         (Operand("bn_relu", g.a, record_a=below[1]), w_t, _conv.temporal(), stats),
         (g, w_t, _conv.temporal(), _conv.Epilogue(below=below), dims),
         (raw, _packed(_weight(raw, 256)), _conv.pointwise(2), stats),
-        (g_thin, w_r, _conv.pointwise(2), _conv.Epilogue(join="add_strided", o=o_thin), dims),
+        (g_thin, w_r, _conv.pointwise(2), _conv.Epilogue(join="add", o=o_thin, o_stride=2), dims),
     ]
     with monkeypatch.context() as patch:
         patch.setattr(_conv, "_train_arguments", lambda *_: None)

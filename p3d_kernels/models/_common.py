@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
-from ..nn import FROZEN
+from ..nn import FROZEN, BottleneckRow, MaxPool3d, hooked
+from ..ops.bottleneck import bottlenecks
 from ..reference import WIRINGS
 
 DEPTHS = {"p3d63": (3, 4, 6, 3), "p3d131": (3, 4, 23, 3), "p3d199": (3, 8, 36, 3)}  # blocks of stages 1 to 4
@@ -37,6 +38,34 @@ def stem_pool_fits(x: Tensor, wiring: str) -> bool:
     """Whether no window of the stem's pool is longer than its axis, for clips x."""
     _, _, t, h, w = x.shape
     return t >= 2 and (wiring == "port" or min(h, w) >= 5)
+
+
+def run_stages(x: Tensor, stages: list[nn.Module], pool: nn.Module) -> Tensor:
+    """`stages` in a row, with `pool` after each but the last. What the next stage would not read is not computed.
+
+    A stage that begins with a stride of 2 reads a quarter of the positions. The other three are left out where both
+    stages run as one op each and nothing else sees what lies between them: neither they nor the pool have hooks.
+    """
+    rows = [_row_of(stage, pool) for stage in stages]
+    thinned = False
+    for i, (stage, row) in enumerate(zip(stages, rows)):
+        after = None if i + 1 == len(stages) or rows[i + 1] is None else stages[i + 1]
+        thin = row is not None and after is not None and after[0].stride == 2 and stage[-1].downsample is None
+        if thinned:
+            arguments, config = row[0]
+            row[0] = arguments, dataclasses.replace(config, stride=1)
+        x = bottlenecks(x, row, thin) if thin or thinned else stage(x)
+        x = pool(x) if i + 1 < len(stages) else x
+        thinned = thin
+    return x
+
+
+def _row_of(stage: nn.Module, pool: nn.Module) -> list | None:
+    """The blocks of a stage that may leave positions out for the pool, or be given fewer by it; None if it may not."""
+    if type(stage) is not BottleneckRow or type(pool) is not MaxPool3d or hooked(stage) or hooked(pool):
+        return None
+    in_space = pool.kernel_size[1:], pool.stride[1:], pool.padding[1:]
+    return stage.joined() if in_space == ((1, 1), (1, 1), (0, 0)) else None
 
 
 def _of_unit(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from .._norm import Norm, together
 from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, hooked, remember_norms, why_not_fused
 from ..ops._head import linear_of_few, mean_over_positions
 from ..reference import WIRINGS
-from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, stem_pool_fits
+from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, run_stages, stem_pool_fits
 
 
 class P3D(nn.Module):
@@ -95,11 +95,8 @@ class P3D(nn.Module):
         """pool5: clips [N, C, T, H, W] to the mean of the last stage [N, 2048], float32 (float64 of a float64 net)."""
         check_clips("x", x, self.in_channels)
         with _statistics_together():
-            x = self._stem(x)
-            for stage in (self.layer1, self.layer2, self.layer3):
-                x = self.maxpool_2(stage(x))
-            x = self.layer4(x)
-            return mean_over_positions(x)
+            stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+            return mean_over_positions(run_stages(self._stem(x), stages, self.maxpool_2))
 
     def classify(self, features: Tensor) -> Tensor:
         """Features [N, 2048] to logits [N, num_classes]."""

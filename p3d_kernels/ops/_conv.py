@@ -93,8 +93,8 @@ def conv_kernel(
     y_ptr,  # [N, To, Ho, Wo, CO], or None: not stored
     y_record,  # [5, CO] or None: normalises the result
     y_mask,  # like y, which is zero unless this is positive; or None
-    o_ptr,  # like y, joined to it as JOIN says
-    o_mask,  # like y: o counts where this is positive
+    o_ptr,  # like y, joined to it as JOIN says; its grid: see SO
+    o_mask,  # like o, which counts where this is positive
     part,  # statistics [R, 3, CO] of y, or, with z, sums [R, 2, CO] of the layer below; or None
     z_ptr,  # like y: raw output of the layer below
     z_record,  # [5, CO]
@@ -117,6 +117,7 @@ def conv_kernel(
     TRANSPOSED: tl.constexpr,
     READ: tl.constexpr,
     JOIN: tl.constexpr,
+    SO: tl.constexpr,  # y lies at every SO-th row and column of o; TRANSPOSED, o at those of y
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,  # weights into the second-level cache while the kernel before still runs
@@ -189,15 +190,19 @@ def conv_kernel(
     if JOIN == "relu":
         acc = relu(acc)
     elif JOIN != "none":
-        if JOIN == "add_strided":  # o lies on the strided grid of the operand
-            row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, T, H, W, 1, 1, 1, ST, SH, True)
+        o_offsets, o_there = offsets, mask
+        if SO != 1:
+            if TRANSPOSED:
+                row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, To, (Ho - 1) // SO + 1, (Wo - 1) // SO + 1, 1, 1, 1, 1,
+                                      SO, True)  # fmt: skip
+                o_there = mask & exists[:, None]
+            else:
+                row = ((n * To + t_o) * H + h_o * SO) * W + w_o * SO
             o_offsets = row.to(tl.int64)[:, None] * CO + co[None, :]
-            o = tl.load(o_ptr + o_offsets, mask=mask & exists[:, None], other=0.0).to(tl.float32)
-        else:
-            o = tl.load(o_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        o = tl.load(o_ptr + o_offsets, mask=o_there, other=0.0).to(tl.float32)
         if o_mask is not None:
-            o = tl.where(tl.load(o_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, o)
-        if JOIN == "add" or JOIN == "add_strided":
+            o = tl.where(tl.load(o_mask + o_offsets, mask=o_there, other=0.0) <= 0, 0.0, o)
+        if JOIN == "add":
             acc = acc + o
         elif JOIN == "add_relu":
             acc = relu(acc + o)
@@ -448,9 +453,11 @@ class Epilogue:
 
     record      normalises y
     join        "none"; "relu": relu(y); "add": y + o; "add_relu": relu(y + o); "relu_add": relu(y) + o;
-                "mean_relu": relu(0.5 y + 0.5 o); "add_strided": y + o with o on the strided grid of the operand
+                "mean_relu": relu(0.5 y + 0.5 o)
     o           joined tensor, counted where o_mask > 0
     mask        y is zero unless this is > 0
+    o_stride    in space: of dgrad, o and o_mask lie at every o_stride-th row and column of y; of fwd, with the stride
+                of the convolution, y lies at those of o
     stats       partial statistics of y
     below       raw output of the layer below and its record: partial sums for that layer's BN backward
     store       whether y is written at all
@@ -464,11 +471,12 @@ class Epilogue:
     stats: bool = False
     below: tuple[Tensor, Tensor] | None = None
     store: bool = True
+    o_stride: int = 1
 
     def key(self) -> tuple:
         """What a compiled kernel depends on."""
         o = self.o is not None, self.o_mask is not None, self.mask is not None
-        return self.record is not None, self.join, *o, self.stats, self.below is not None, self.store
+        return self.record is not None, self.join, self.o_stride, *o, self.stats, self.below is not None, self.store
 
 
 def is_packed(w: Tensor, dtype: torch.dtype) -> bool:
@@ -698,6 +706,7 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
         TRANSPOSED=out_dims is not None,
         READ=x.read,
         JOIN=epilogue.join,
+        SO=epilogue.o_stride,
         PRECISION=input_precision(x.a.dtype, x.a.device),
         **pdl,
         PREFETCH=pdl["PDL"] and few and ci % tile["BLOCK_CI"] == 0,
@@ -837,7 +846,7 @@ def taps_of(w: Tensor) -> Tensor:
 def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether the CUDA kernel for inference takes this forward convolution."""
     e = epilogue
-    plain = x.read == "raw" and e.record is not None and e.o_mask is None and e.mask is None
+    plain = x.read == "raw" and e.record is not None and e.o_mask is None and e.mask is None and e.o_stride == 1
     if not plain or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.conv_infer_why_not(tuple(x.a.shape), x.a.dtype, w.size(0), *geometry, e.join) is None
@@ -846,7 +855,7 @@ def _in_cuda(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> b
 def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
     """Whether this gradient is `_cuda.point_dgrad`'s."""
     e = epilogue
-    plain = x.read == "raw" and geometry == pointwise() and e.join == "add"
+    plain = x.read == "raw" and geometry == pointwise() and e.join == "add" and e.o_stride == 1
     if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.point_dgrad_why_not(x.a, w.size(1)) is None
@@ -863,10 +872,10 @@ def _train_arguments(
     if not fits or not e.store or e.mask is not None or not cuda_allowed(x.a):
         return None
     if back:
-        joins = ("none", "add", "add_strided") if stride == 1 else ("none", "add_strided")
-        join = e.join in joins and e.record is None and not e.stats
+        join = e.join == "none" or (e.join == "add" and e.o_stride == stride)
+        join = join and e.record is None and not e.stats
     else:  # what is read raw and normalised on the way out has the kernels of inference
-        join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats)
+        join = e.join == "none" or (e.join == "add_relu" and e.record is not None and not e.stats and e.o_stride == 1)
         join = join and e.o_mask is None and e.below is None and not (x.read == "raw" and e.record is not None)
     loads = {"o": e.o, "o_mask": e.o_mask, "below": e.below}
     if not join:

@@ -224,6 +224,18 @@ def write_moments(record, mean, m2, P, scale, shift, eps, c, c_mask, C: tl.const
     write_record(record, mean, m2 / count, m2 / tl.maximum(count - 1.0, 1.0), scale, shift, eps, c, c_mask, C)
 
 
+@triton.jit
+def left_out_row(p, frames, H, W, Ho, Wo):
+    """(row, exists) of the p-th position [frames, H, W] that a stride of 2 skips: those of odd rows come first."""
+    Hl = tl.maximum(H - Ho, 1)
+    Wl = tl.maximum(W - Wo, 1)
+    odd_rows = frames * (H - Ho) * W
+    row = (p // (W * Hl) * H + p // W % Hl * 2 + 1) * W + p % W
+    p_even = p - odd_rows
+    even = (p_even // (Wl * Ho) * H + p_even // Wl % Ho * 2) * W + p_even % Wl * 2 + 1
+    return tl.where(p_even < 0, row, even), p_even < frames * Ho * (W - Wo)
+
+
 @triton.jit(do_not_specialize=["P", "T", "H", "W", "To", "Ho", "Wo"])
 def gram_dgrad_kernel(
     g_ptr,  # [N, To, Ho, Wo, CO] gradient of y
@@ -237,7 +249,7 @@ def gram_dgrad_kernel(
     q_ptr,  # [CI, CI], -Q / q_scale in the dtype of g; None when BN is frozen
     q_scale,  # [CI] float32, a column; read when SCALED
     c_ptr,  # [C_PARTS, CI] float32, to be summed
-    da_ptr,  # [N, To, Ho, Wo, CI]
+    da_ptr,  # [N, To, Ho, Wo, CI]; THIN: like a
     part_a,  # [R, 2, CI] or None: sums for the norms of the operand's a and b
     part_b,
     P,
@@ -250,6 +262,7 @@ def gram_dgrad_kernel(
     CI: tl.constexpr,
     CO: tl.constexpr,
     SH: tl.constexpr,
+    THIN: tl.constexpr,  # where the stride skips a, there is no g, but a gradient still
     READ: tl.constexpr,
     READ_G: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -265,18 +278,22 @@ def gram_dgrad_kernel(
     ci_mask = ci < CI
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     p_mask = p < P
+    row, exists, co_end = p, p_mask, CO  # row: of a
+    if SH != 1:
+        w_o = p % Wo
+        h_o = p // Wo % Ho
+        t_o = p // (Wo * Ho) % To
+        n = p // (Wo * Ho * To)
+        row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, T, H, W, 1, 1, 1, 1, SH, False)
+        exists = exists & p_mask
+    if THIN:  # tiles of positions without g follow those with it
+        rest = tile - (P + BLOCK_P - 1) // BLOCK_P
+        left_out, there = left_out_row(rest * BLOCK_P + tl.arange(0, BLOCK_P), P // (Ho * Wo), H, W, Ho, Wo)
+        row, exists = tl.where(rest >= 0, left_out, row), tl.where(rest >= 0, there, exists)
+        co_end = tl.where(rest >= 0, 0, CO)
 
     acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
     if q_ptr is not None:
-        if SH == 1:
-            row, exists = p, p_mask
-        else:
-            w_o = p % Wo
-            h_o = p // Wo % Ho
-            t_o = p // (Wo * Ho) % To
-            n = p // (Wo * Ho * To)
-            row, exists = tap_row(n, t_o, h_o, w_o, 0, 0, 0, T, H, W, 1, 1, 1, 1, SH, False)
-            exists = exists & p_mask
         for start in range(0, CI, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             offsets = row.to(tl.int64)[:, None] * CI + k[None, :]
@@ -290,7 +307,7 @@ def gram_dgrad_kernel(
         if SCALED:
             acc_q = acc
             acc = tl.zeros((BLOCK_P, BLOCK_CI), tl.float32)
-    for start in range(0, CO, BLOCK_K):
+    for start in range(0, co_end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         offsets = p.to(tl.int64)[:, None] * CO + k[None, :]
         mask = p_mask[:, None] & (k < CO)[None, :]
@@ -305,6 +322,8 @@ def gram_dgrad_kernel(
         if SCALED:
             acc += acc_q * tl.load(q_scale + ci, mask=ci_mask, other=0.0)[None, :]
 
+    if THIN:
+        p, p_mask = row, exists
     mask = p_mask[:, None] & ci_mask[None, :]
     offsets = p.to(tl.int64)[:, None] * CI + ci[None, :]
     join_bwd(acc, da_ptr, a_ptr, b_ptr, record_a, record_b, part_a, part_b, offsets, mask, tile, ci, ci_mask, CI, READ)
@@ -547,29 +566,31 @@ def gram_bwd(
     stride: int,
     needs_x: bool,
     kind: str | None = None,
+    thin: bool = False,
 ) -> tuple[Tensor | None, tuple, Tensor, Tensor]:
     """(da, its partial sums, dW, sums [4, Co]) of y = relu(bn(W a) + ...) for the operand a, W [Co, Ci] packed.
 
     Without y, dy is masked already. kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is
-    one, whose norms then get their partial sums; None for a plain operand.
+    one, whose norms then get their partial sums; None for a plain operand. thin: bn is over all positions of a, of
+    which y has those of the stride; so has da.
     """
     n, co, *out = dy.shape
-    ci = x.channels
-    fused = norm.training and needs_x and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
+    ci, out = x.channels, x.a.shape[2:] if thin else out
+    fused = norm.training and needs_x and not thin and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
     left = None, None
     if fused:
         *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
     else:
         g = Operand("raw", dy) if y is None else Operand("masked", dy, y)
-        if norm.training and needs_x:
+        if norm.training and needs_x and not thin:
             left = _left(g, x, stride)
         rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
         part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
     rounded = fused or left[0] is not None
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0), y is None, fused, rounded
-    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, part.size(0), rounded))
+    key = "gram_bwd", *key, part.size(0), y is None, thin, fused, rounded
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, thin, part.size(0), rounded))
     wc = mean_a = qw = wg = sw = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
@@ -590,7 +611,7 @@ def gram_bwd(
     if sw is not None:
         g, a = left
         return *_cuda.gram_dgrad(g, None, None, sw, x, q, None, c, *sums_of, stride, finished=a), dw, sums
-    if norm.training and cuda_allowed(dy) and _in_cuda(x, dy, stride):
+    if norm.training and not thin and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
@@ -611,15 +632,16 @@ def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:
 
 
 def _gram_bwd_plans(
-    dy: Tensor, y: Tensor | None, x: Operand, stride: int, splits: int, rounded: bool
+    dy: Tensor, y: Tensor | None, x: Operand, stride: int, thin: bool, splits: int, rounded: bool
 ) -> tuple[Plan, Plan, Plan]:
     """The launches of `gram_bwd`: gram_operands_kernel, gram_q_kernel, gram_dgrad_kernel. `rows`: their row tiles."""
     co, ci, positions = dy.size(1), x.channels, dy.numel() // dy.size(1)
+    everywhere = x.a.numel() // ci if thin else positions  # that bn is over
     parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
     pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, splits)
     operands = Plan(
-        gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(positions), splits),
+        gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(everywhere), splits),
         CI=ci, CO=co, PARTS=parts, ROUNDED=rounded, **pdl, **tile,
     )  # fmt: skip
     operands.rows, operands.parts = operands.grid[0], parts
@@ -632,11 +654,11 @@ def _gram_bwd_plans(
         **pdl, **tile,
     )  # fmt: skip
     products.rows = q_rows
-    tile = _dgrad_tile(positions, ci, dy.dtype)
-    rows = cdiv(positions, tile["BLOCK_P"])
+    tile = _dgrad_tile(everywhere, ci, dy.dtype)
+    rows = cdiv(positions, tile["BLOCK_P"]) + cdiv(everywhere - positions, tile["BLOCK_P"])
     dgrad = Plan(
         gram_dgrad_kernel, (rows * cdiv(ci, tile["BLOCK_CI"]),), (positions, *x.a.shape[2:], *dy.shape[2:]),
-        CI=ci, CO=co, SH=stride, READ=x.read, READ_G="scaled" if y is None else "masked_scaled",
+        CI=ci, CO=co, SH=stride, THIN=thin, READ=x.read, READ_G="scaled" if y is None else "masked_scaled",
         PRECISION=_precision(dy), SCALED=scaled, C_PARTS=q_rows, **tile,
     )  # fmt: skip
     dgrad.rows = rows

@@ -39,7 +39,8 @@ def _split(items: list, config: Config) -> tuple[list, list, list, list]:
     return items[:1], items[1:inner], items[inner : inner + 1], items[inner + 1 :]
 
 
-def _fwd(x, weights, norms, config):
+def _fwd(x, weights, norms, config, thin=False):
+    """thin: y at every second row and column alone; statistics are those of all of it."""
     (w_r,), w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
     stride, source = pointwise(config.stride), Operand("raw", x)
@@ -58,7 +59,8 @@ def _fwd(x, weights, norms, config):
         if cuda_allowed(x) and _cuda.conv_pair_why_not(*pair) is None:
             return _cuda.conv_pair(*pair, record_e, *record_d), records, raws
         residual, _ = conv(source, w_d[0], stride, Epilogue(*record_d))
-    y, _ = conv(join, w_e, pointwise(), Epilogue(record_e, "add_relu", residual))
+    step = 2 if thin else 1
+    y, _ = conv(join, w_e, pointwise(step), Epilogue(record_e, "add_relu", residual, o_stride=step))
     return y, records, raws
 
 
@@ -73,8 +75,11 @@ def _wide_record(
     return record
 
 
-def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, masked=False, mask_x=False):
-    """`masked`: dy is masked by y, the output of a ReLU, already; `mask_x`: so shall dx be by x, that of another."""
+def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin=False, masked=False, mask_x=False):
+    """`masked`: dy is masked by y, the output of a ReLU, already; `mask_x`: so shall dx be by x, that of another.
+
+    thin: as in `_fwd`; so is dy.
+    """
     y = None if masked else y
     (w_r,), w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
@@ -86,16 +91,16 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, mask
     stride, source = pointwise(config.stride), Operand("raw", x)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
 
-    join = join_of(records_st, raws_st, config)
-    v, parts, dw_e, sums_e = gram_bwd(dy, y, w_e, norm_e, record_e, join, kept, 1, True, config.kind)
+    join, step = join_of(records_st, raws_st, config), 2 if thin else 1
+    v, parts, dw_e, sums_e = gram_bwd(dy, y, w_e, norm_e, record_e, join, kept, step, True, config.kind, thin)
     da, part, dw_st, sums_st = st_bwd(
         v, parts, a_r, w_st, norm_st, records_st, raws_st, config, (z_r, record_r), True, needs_st
     )
     sums_r = bn_bwd_finalise(part, record_r, z_r.numel() // z_r.size(1), norm_r.training)
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
-    epilogue = Epilogue(join="add", o=dy, o_mask=y, mask=x if mask_x else None)
+    epilogue = Epilogue(join="add", o=dy, o_mask=y, o_stride=step, mask=x if mask_x else None)
     dx = dw_r = None
-    if needs_x and needs_w[0] and _reduce_fits(x, weights, config):
+    if needs_x and needs_w[0] and _reduce_fits(x, weights, config, thin):
         dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
         dw_r = Splits(part, 1, x.size(1))
     elif needs_w[0]:
@@ -107,26 +112,26 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, mask
         o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept_d, config.stride, needs_x)
         dws.append(dw_d)
         sums.append(sums_d)
-        epilogue = Epilogue(join="add_strided", o=o, mask=epilogue.mask)
+        epilogue = Epilogue(join="add", o=o, o_stride=config.stride, mask=epilogue.mask)
     if needs_x and dx is None:
         dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
     return dx, dws, sums
 
 
-def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config) -> bool:
+def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config, thin: bool) -> bool:
     """Whether one CUDA kernel takes both gradients of R and adds the residual's, which x then is."""
     (w_r,), _, _, w_d = _split(weights, config)
-    return not w_d and cuda_allowed(x) and _cuda.reduce_bwd_why_not(tuple(x.shape), x.dtype, w_r.size(0)) is None
+    return not w_d and cuda_allowed(x) and _cuda.reduce_bwd_why_not(tuple(x.shape), x.dtype, w_r.size(0), thin) is None
 
 
-def _can_mask(x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool]) -> bool:
+def _can_mask(x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool], thin: bool) -> bool:
     """Whether `_bwd` can mask dx by x: in the kernel of both gradients of R, `point_dgrad` or Triton's."""
     if not cuda_allowed(x):
         return True
-    if not needs_w[0] or _reduce_fits(x, weights, config):
+    if not needs_w[0] or _reduce_fits(x, weights, config, thin):
         return needs_w[0]
     dz, stride = Operand("bn_bwd", z_r, z_r), pointwise(config.stride)
-    left = not _split(weights, config)[3] and finishes(dz, dz, Operand("raw", x), stride)
+    left = not thin and not _split(weights, config)[3] and finishes(dz, dz, Operand("raw", x), stride)
     return left and _cuda.point_dgrad_why_not(z_r, x.size(1)) is None
 
 
@@ -318,6 +323,11 @@ class RowConfig:
 
     blocks: tuple[Config, ...]
     counts: tuple[int, ...]  # convolutions of each
+    thin: bool = False  # of the last block's output, every second row and column alone; it has no D
+
+    def of_blocks(self) -> list[tuple[Config, bool]]:
+        """(config, thin) of each."""
+        return [(block, self.thin and i == len(self.blocks)) for i, block in enumerate(self.blocks, 1)]
 
 
 def _by_block(items: list, counts: Iterable[int]) -> list[list]:
@@ -328,10 +338,10 @@ def _by_block(items: list, counts: Iterable[int]) -> list[list]:
 def _row_fwd(x, weights, norms, config):
     """As `_fwd` of each block; the input of every block but the first is among its raws, before its own."""
     counts, records, raws = config.counts, [], []
-    for block, w, n in zip(config.blocks, _by_block(weights, counts), _by_block(norms, counts)):
+    for (block, thin), w, n in zip(config.of_blocks(), _by_block(weights, counts), _by_block(norms, counts)):
         if records:
             raws.append(x)
-        x, block_records, block_raws = _fwd(x, w, n, block)
+        x, block_records, block_raws = _fwd(x, w, n, block, thin)
         records += block_records
         raws += block_raws
     return x, records, raws
@@ -346,10 +356,12 @@ def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     raws = _by_block([x, *raws], counts)
     outputs = [own[0] for own in raws[1:]] + [y]
     dws, sums, masked = [], [], False
-    for i, (block, w, n, r, needs) in reversed(list(enumerate(zip(config.blocks, *blocks)))):
+    for i, ((block, thin), w, n, r, needs) in reversed(list(enumerate(zip(config.of_blocks(), *blocks)))):
         source, *own = raws[i]
-        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs)  # then the block below need not read its output
-        passes = needs_x or i > 0, needs, masked, mask_x
+        mask_x = i > 0 and _can_mask(
+            source, own[0], w, block, needs, thin
+        )  # then the block below need not read its output
+        passes = needs_x or i > 0, needs, thin, masked, mask_x
         dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, *passes)
         dws, sums, masked = block_dws + dws, block_sums + sums, mask_x
     return dy, dws, sums
@@ -357,13 +369,13 @@ def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
 
 def _row_infer(x, weights, records, config):
     pairs = zip(_by_block(weights, config.counts), _by_block(records, config.counts), config.blocks)
-    return _chain(x, [Frozen(*pair) for pair in pairs], False)
+    return _chain(x, [Frozen(*pair) for pair in pairs], config.thin)
 
 
 def _row_out_shape(x, weights, config):
     for block, w in zip(config.blocks, _by_block(weights, config.counts)):
         x = torch.empty(_out_shape(x, w, block), device="meta")
-    return tuple(x.shape)
+    return tuple(_thin(x).shape if config.thin else x.shape)
 
 
 def _row_raw_shapes(x, weights, norms, config):
@@ -377,15 +389,22 @@ def _row_raw_shapes(x, weights, norms, config):
 SCHEDULES["bottlenecks"] = Schedule("bottlenecks", _row_fwd, _row_bwd, _row_infer, _row_out_shape, _row_raw_shapes)
 
 
-def bottlenecks(x: Tensor, blocks: list[tuple[tuple, Config]]) -> Tensor:
+def _thin(x: Tensor) -> Tensor:
+    return x[..., ::2, ::2]
+
+
+def bottlenecks(x: Tensor, blocks: list[tuple[tuple, Config]], thin: bool = False) -> Tensor:
     """Blocks in a row as one op, which costs the host less than one op each: `bottleneck` after `bottleneck`.
 
-    blocks: of each, the arguments of `bottleneck` between x and kind, and the rest of them. Not for tracing.
+    blocks: of each, the arguments of `bottleneck` between x and kind, and the rest of them. Not for tracing. thin: of
+    the last one's output, which must have no D, every second row and column: the rest is not computed.
     """
     check_activation("x", x)
     arguments = [a for a, _ in blocks]
     counts = tuple([sum(w is not None for w in a[::2]) for a in arguments])
-    config = RowConfig(tuple([c for _, c in blocks]), counts)
+    if thin and arguments[-1][8] is not None:
+        raise ValueError("thin: expected False of a row whose last block has w_down, got True")
+    config = RowConfig(tuple([c for _, c in blocks]), counts, thin)
 
     def check(weight_dtype):
         given = x
@@ -397,7 +416,7 @@ def bottlenecks(x: Tensor, blocks: list[tuple[tuple, Config]]) -> Tensor:
     def plain(x):
         for own, block in blocks:
             x = reference.bottleneck(x, *own, kind=block.kind, wiring=block.wiring, stride=block.stride)
-        return x
+        return _thin(x) if thin else x
 
     weights, norms = [w for a in arguments for w in a[::2]], [n for a in arguments for n in a[1::2]]
     return dispatch("bottlenecks", x, weights, norms, config, check, plain)
