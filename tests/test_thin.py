@@ -114,6 +114,14 @@ def test_what_needs_no_gradient(kernels, device):
         x.grad = None
 
 
+def test_inference(kernels, device):
+    net = row("BC").to(device).eval()
+    x = torch.randn(1, 24, 3, 5, 4, device=device)
+    with torch.no_grad():
+        y = bottlenecks(x, net.joined(), True)
+    assert_within(1e-5, {"y": distance(y, expected(net, x)["y"])})
+
+
 def test_nan_passes(kernels, device):
     net = set_mode(row("AA").to(device), "eval")
     x = torch.randn(1, 24, 1, 4, 4, device=device)
