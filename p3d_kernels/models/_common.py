@@ -7,8 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from .. import _backends
 from .._checks import check_choice
 from ..nn import FROZEN, BottleneckRow, MaxPool3d, hooked
+from ..ops._triton import why_not
 from ..ops.bottleneck import bottlenecks
 from ..reference import WIRINGS
 
@@ -43,10 +45,12 @@ def stem_pool_fits(x: Tensor, wiring: str) -> bool:
 def run_stages(x: Tensor, stages: list[nn.Module], pool: nn.Module) -> Tensor:
     """`stages` in a row, with `pool` after each but the last. What the next stage would not read is not computed.
 
-    A stage that begins with a stride of 2 reads a quarter of the positions. The other three are left out where both
-    stages run as one op each and nothing else sees what lies between them: neither they nor the pool have hooks.
+    A stage that begins with a stride of 2 reads a quarter of the positions. Kernels of ours leave out the other three
+    where both stages run as one op each and nothing else sees what lies between them: neither they nor the pool have
+    hooks.
     """
-    rows = [_row_of(stage, pool) for stage in stages]
+    ours = _by_kernels(x)
+    rows = [_row_of(stage, pool) if ours else None for stage in stages]
     thinned = False
     for i, (stage, row) in enumerate(zip(stages, rows)):
         after = None if i + 1 == len(stages) or rows[i + 1] is None else stages[i + 1]
@@ -58,6 +62,10 @@ def run_stages(x: Tensor, stages: list[nn.Module], pool: nn.Module) -> Tensor:
         x = pool(x) if i + 1 < len(stages) else x
         thinned = thin
     return x
+
+
+def _by_kernels(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and _backends.choose("bottleneck", x, lambda _: why_not(x)) != "aten"
 
 
 def _row_of(stage: nn.Module, pool: nn.Module) -> list | None:
