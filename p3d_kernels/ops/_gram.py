@@ -572,7 +572,7 @@ def gram_bwd(
 
     Without y, dy is masked already. kept: by `gram`; None when BN is frozen. kind: that of the join when the operand is
     one, whose norms then get their partial sums; None for a plain operand. thin: bn is over all positions of a, of
-    which y has those of the stride; so has da.
+    which y has those of the stride; da is of all.
     """
     n, co, *out = dy.shape
     ci, out = x.channels, x.a.shape[2:] if thin else out
