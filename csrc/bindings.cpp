@@ -667,9 +667,10 @@ PYBIND11_MODULE(_C, module) {
         "reduce_bwd",
         [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t x, uintptr_t w, uintptr_t o,
            uintptr_t o_mask, uintptr_t dx, uintptr_t partials, int64_t positions, int64_t in_channels,
-           int64_t out_channels, bool mask_x, const std::string& dtype_name, uintptr_t stream) {
+           int64_t out_channels, int64_t height, int64_t width, bool mask_x, const std::string& dtype_name,
+           uintptr_t stream) {
             p3d::ReduceBwd p{};
-            p.shape = {positions, in_channels, out_channels};
+            p.shape = {positions, in_channels, out_channels, height, width};
             p.dtype = dtype(dtype_name);
             p.g = pointer<const void>(g);
             p.z = pointer<const void>(z);
@@ -687,22 +688,23 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("x"), py::arg("w"), py::arg("o"),
         py::arg("o_mask"), py::arg("dx"), py::arg("partials"), py::arg("positions"), py::arg("in_channels"),
-        py::arg("out_channels"), py::arg("mask_x"), py::arg("dtype"), py::arg("stream"));
+        py::arg("out_channels"), py::arg("height"), py::arg("width"), py::arg("mask_x"), py::arg("dtype"),
+        py::arg("stream"));
 
     m.def(
         "reduce_bwd_why_not",
-        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
-            const char* why = p3d::reduce_bwd_why_not({positions, in_channels, out_channels});
+        [](int64_t positions, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width) {
+            const char* why = p3d::reduce_bwd_why_not({positions, in_channels, out_channels, height, width});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"), py::arg("height"), py::arg("width"));
 
     m.def(
         "reduce_bwd_partials",
-        [](int64_t positions, int64_t in_channels, int64_t out_channels) {
-            return p3d::reduce_bwd_partials({positions, in_channels, out_channels});
+        [](int64_t positions, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width) {
+            return p3d::reduce_bwd_partials({positions, in_channels, out_channels, height, width});
         },
-        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"));
+        py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"), py::arg("height"), py::arg("width"));
 
     m.def(
         "stem_infer",

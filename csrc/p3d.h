@@ -319,9 +319,12 @@ struct GramDgrad {
 //     dx[p,ci] = sum over co of dz[p,co] * w[co,ci] + o[p,ci]     o where not o_mask <= 0, if that is given; rounded;
 //                                                                 with mask_x zero where x <= 0
 //     dw[co,ci] = sum over p of dz[p,co] * x[p,ci] = sum over R rows of `partials`, each of a part of the positions
+//
+// *Thin*, o and o_mask, which is then given, are those of every second row and column, and o is zero elsewhere.
 struct ReduceBwdShape {
     int64_t positions;                  // P = N * T * H * W
     int64_t in_channels, out_channels;  // Ci of x, a multiple of 256; Co of z, 64 or 128
+    int64_t height, width;              // thin: H and W, which is even; else 0
 };
 
 struct ReduceBwd {
@@ -333,8 +336,8 @@ struct ReduceBwd {
     const float* sums;    // [2, Co] rows c0, c1
     const void* x;        // [P, Ci]
     const void* w;        // [Co, Ci]
-    const void* o;        // [P, Ci]
-    const void* o_mask;   // [P, Ci]; or nullptr
+    const void* o;        // [P, Ci]; thin [N * T * ceil(H / 2) * W / 2, Ci]
+    const void* o_mask;   // like o; or nullptr
     bool mask_x;
     void* dx;         // [P, Ci]
     float* partials;  // [R, Co, Ci], R = reduce_bwd_partials(shape)

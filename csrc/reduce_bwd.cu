@@ -13,6 +13,9 @@
 // its own for boxes of x, of the mask and of o, slice after slice. A slice of dx takes the place of its slice of o,
 // element by element; every warp stores the 16 positions that it computed.
 //
+// Thin, the positions of a unit that o has follow one another in o, and as W is even they are at most 32. A box has
+// those of o and, after them, those of the mask; all warps of a group take what is theirs before dx replaces it.
+//
 // A block is persistent: it keeps its part of w in shared memory and of dw in registers. Blocks of different slices
 // that walk the same units find g and z in the second-level cache.
 #include <algorithm>
@@ -31,7 +34,7 @@ constexpr int kSlices = 2;     // of a warpgroup
 constexpr int kBlockSlices = 2 * kSlices;
 
 struct ReduceMaps {
-    CUtensorMap g, z, x, o, mask;  // [P, channels], read in boxes of a unit
+    CUtensorMap g, z, x, o, mask;  // [P, channels], read in boxes of a unit; thin o and mask of half as many rows
     CUtensorMap w;                 // [m, C], in boxes of 64 rows
     CUtensorMap dx;                // [P, C], written in boxes of a warp's 16 positions
 };
@@ -43,6 +46,7 @@ struct ReduceArgs {
     bool has_mask, mask_x;
     int channels;       // C
     int limit;          // positions
+    int height, width;  // thin: H, W; else 0
     int units, groups;  // groups: of slices, one a block
 };
 
@@ -78,6 +82,17 @@ struct Layout {
     }
 };
 
+constexpr int kThinRows = kUnit / 2;  // of o in a unit, at most
+constexpr int kThinBytes = kThinRows * kChunk * 2;
+
+// How many positions before `position` lie in an even row and column; whether it does itself.
+__device__ __forceinline__ int thin_before(const ReduceArgs& a, int position, bool& is_thin) {
+    int line = position / a.width, column = position - line * a.width, frame = line / a.height;
+    int row = line - frame * a.height, thin_width = a.width / 2;
+    is_thin = row % 2 == 0 && column % 2 == 0;
+    return (frame * ((a.height + 1) / 2) + (row + 1) / 2) * thin_width + (row % 2 ? 0 : (column + 1) / 2);
+}
+
 // d += a * b, 64 by 64 by 16: A K-major, B N-major.
 #define P3D_REDUCE_ASM(TYPE)                                                                 \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
@@ -106,7 +121,9 @@ __device__ __forceinline__ void produce(const ReduceMaps& maps, const ReduceArgs
                  box / kBlockSlices * kChunk, 0);
     Ring stages = place.stages(), slots[2] = {place.slots(0), place.slots(1)};
     for (int unit = blockIdx.x / a.groups; unit < a.units; unit += gridDim.x / a.groups) {
-        int position = unit * kUnit;
+        int position = unit * kUnit, thin_position = 0;
+        bool is_thin;
+        if (a.width) thin_position = thin_before(a, position, is_thin);
         stages.claim();
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
@@ -125,6 +142,14 @@ __device__ __forceinline__ void produce(const ReduceMaps& maps, const ReduceArgs
                     ring.advance();
                 };
                 bring(maps.x);
+                if (a.width) {
+                    int channel = (first + kSlices * group + slice) * kChunk;
+                    ring.claim();
+                    copy_box(ring.slot(), maps.o, ring.full(), channel, thin_position, 0);
+                    copy_box(ring.slot() + kThinBytes, maps.mask, ring.full(), channel, thin_position, 0);
+                    ring.advance();
+                    continue;
+                }
                 if (a.has_mask) bring(maps.mask);
                 bring(maps.o);
             }
@@ -184,6 +209,40 @@ __device__ __forceinline__ void finish(const ReduceArgs& a, const Layout<kChunks
 
 // ---- The consumers: two warpgroups.
 
+// Where a thread's two rows of a unit lie in a thin box; -1: nowhere.
+struct ThinRows {
+    int of[2];
+
+    ThinRows() = default;
+    __device__ __forceinline__ ThinRows(const ReduceArgs& a, int unit, int row) {
+        bool is_thin;
+        int first = thin_before(a, unit * kUnit, is_thin);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            int position = unit * kUnit + row + 8 * m, before = thin_before(a, position, is_thin);
+            of[m] = is_thin && position < a.limit ? before - first : -1;
+        }
+    }
+    // Fragments of o, masked.
+    template <typename T>
+    __device__ __forceinline__ void load(uint32_t (&o)[4][4], uint32_t box, int lane) const {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            uint32_t row = box + of[m] * 128 + 4 * (lane % 4);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                uint32_t& v = o[j / 2][2 * (j % 2) + m];
+                v = 0;
+                if (of[m] < 0) continue;
+                uint32_t at = row + ((j ^ of[m] % 8) << 4), mask;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(mask) : "r"(at + kThinBytes) : "memory");
+                v = masked<T>(v, mask);
+            }
+        }
+    }
+};
+
 __device__ __forceinline__ void zero(float (&d)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) d[i] = 0;
@@ -213,6 +272,8 @@ __device__ __forceinline__ void consume(const ReduceMaps& maps, const ReduceArgs
         uint32_t dz = stages.slot();
         barrier_wait(place.finished(stage), stages.parity);
         stages.advance();
+        ThinRows thin{};
+        if (a.width) thin = ThinRows(a, unit, 16 * warp + lane / 4);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
             int x_slot = ring.index;
@@ -237,15 +298,26 @@ __device__ __forceinline__ void consume(const ReduceMaps& maps, const ReduceArgs
             wgmma_pin(d);
             if (leader && slice == kSlices - 1) release(stages, stage);
 
+            bool masks = a.has_mask && !a.width;
             int mask_slot = ring.index;
-            uint32_t mask = a.has_mask ? ring.take() : 0;
+            uint32_t mask = masks ? ring.take() : 0;
             int slot = ring.index;
-            uint32_t box = ring.take();
+            uint32_t box = ring.take(), thin_o[4][4];
+            if (a.width) {
+                thin.load<T>(thin_o, box, lane);
+                __syncwarp();
+                named_sync(1 + group, 128);
+            }
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 uint32_t o[4], y[4], v[4];
-                load_fragment(o, (box + mine) ^ (32 * k));
-                if (a.has_mask) {
+                if (a.width) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) o[i] = thin_o[k][i];
+                } else {
+                    load_fragment(o, (box + mine) ^ (32 * k));
+                }
+                if (masks) {
                     load_fragment(v, (mask + mine) ^ (32 * k));
 #pragma unroll
                     for (int i = 0; i < 4; ++i) o[i] = masked<T>(o[i], v[i]);
@@ -267,7 +339,7 @@ __device__ __forceinline__ void consume(const ReduceMaps& maps, const ReduceArgs
             if (leader) {
                 store_box(maps.dx, box + warp * 16 * 128, (first + slice) * kChunk, unit * kUnit + 16 * warp, 0);
                 release(ring, x_slot);
-                if (a.has_mask) release(ring, mask_slot);
+                if (masks) release(ring, mask_slot);
                 store_wait<1>();
                 if (held >= 0) release(ring, held);
             }
@@ -346,6 +418,10 @@ const char* reduce_plan(ReducePlan& plan, const ReduceBwdShape& s) {
         return fail("reduce_bwd: expected 64 or 128 channels out, got %lld", Long(s.out_channels));
     if (s.in_channels < 1 || s.in_channels % (kBlockSlices * kChunk) || s.in_channels > 8192)
         return fail("reduce_bwd: expected a multiple of 256 channels in, up to 8192, got %lld", Long(s.in_channels));
+    if (s.height < 0 || s.width < 0 || s.width % 2 || (s.height == 0) != (s.width == 0) ||
+        (s.width && (s.height * s.width > s.positions || s.positions % (s.height * s.width))))
+        return fail("reduce_bwd: thin: expected frames of an even width, got H, W = %lld, %lld", Long(s.height),
+                    Long(s.width));
     plan.units = int((s.positions + kUnit - 1) / kUnit);
     plan.groups = int(s.in_channels / (kBlockSlices * kChunk));
     plan.splits = std::min(plan.units, std::max(1, processors / plan.groups));
@@ -389,8 +465,11 @@ const char* reduce_bwd(const ReduceBwd& p) {
     encode(maps.g, p.g, s.positions, s.out_channels, kUnit);
     encode(maps.z, p.z, s.positions, s.out_channels, kUnit);
     encode(maps.x, p.x, s.positions, s.in_channels, kUnit);
-    encode(maps.o, p.o, s.positions, s.in_channels, kUnit);
-    encode(maps.mask, p.o_mask, s.positions, s.in_channels, kUnit);
+    bool thin = s.width;
+    if (thin && !p.o_mask) return "reduce_bwd: thin: expected o_mask";
+    int64_t of_o = thin ? s.positions / (s.height * s.width) * ((s.height + 1) / 2) * (s.width / 2) : s.positions;
+    encode(maps.o, p.o, of_o, s.in_channels, thin ? kThinRows : kUnit);
+    encode(maps.mask, p.o_mask, of_o, s.in_channels, thin ? kThinRows : kUnit);
     encode(maps.w, p.w, s.out_channels, s.in_channels, kChunk);
     encode(maps.dx, p.dx, s.positions, s.in_channels, 16);
     if (failed) return failed;
@@ -402,6 +481,7 @@ const char* reduce_bwd(const ReduceBwd& p) {
     args.mask_x = p.mask_x;
     args.channels = int(s.in_channels);
     args.limit = int(s.positions);
+    args.height = int(s.height), args.width = int(s.width);
     args.units = plan.units, args.groups = plan.groups;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(s, maps, args, plan, p.stream)
                                   : launch<__half>(s, maps, args, plan, p.stream);

@@ -49,13 +49,19 @@ def _check_products(m, expected):
     assert (m - expected).norm() <= 2e-5 * expected.norm()
 
 
+def _check_v(v, expected):
+    """float16 with a scale for each 16 positions and 64 channels: right to half a unit of what is largest there."""
+    error = (v - expected).abs()
+    assert error.norm() <= 4e-4 * expected.norm() and error.max() <= 2**-10 * expected.abs().max()
+
+
 def _judge_pass(x, dy, y, rows, w):
     v, scales, part = _cuda.gram_bwd(dy, y, rows, w, x)
     a, g = _rows(value(x)), _rows(dy)
     if y is not None:
         g = torch.where(_rows(y) <= 0, 0, g)
     co, m = w.shape
-    check(_whole(v, scales), g @ _scaled(rows, w), torch.float16)
+    _check_v(_whole(v, scales), g @ _scaled(rows, w))
     sums = part.double().sum(0)
     _check_products(sums[: co * m].view(co, m), g.T @ a)
     assert ((sums[co * m :] - g.sum(0)).abs() <= 1e-5 * g.abs().sum(0) + 1e-12).all()

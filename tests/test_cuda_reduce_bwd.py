@@ -64,6 +64,25 @@ def test_a_mean_of_300_deviations(channels, dtype):
     _judge(dz, *rest, True)
 
 
+THIN_SIZES = [(2, 3, 2, 6), (1, 1, 1, 2), (1, 2, 13, 10), (5, 4, 21, 20), (3, 2, 1, 130), (4, 8, 40, 40)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS[:3], ids=str)
+@pytest.mark.parametrize("size", THIN_SIZES, ids=str)
+def test_a_thin_residual(size, channels, dtype):
+    """To the bit what the kernel makes of o that is zero but at every second row and column."""
+    dz, x, w, *wide = _arguments(size, channels, dtype, True)
+    o, mask = (t[..., ::2, ::2].contiguous(memory_format=torch.channels_last_3d) for t in wide)
+    spread = torch.zeros_like(wide[0])
+    spread[..., ::2, ::2] = o
+    for mask_x in (False, True):
+        expected = _cuda.reduce_bwd(dz, x, w, spread, wide[1], mask_x)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(_cuda.reduce_bwd(dz, x, w, o, mask, mask_x), expected))
+
+
 @pytest.mark.gpu
 def test_a_nan_stays_where_it_is():
     at, (ci, co) = (1, 2, 3, 1), (512, 128)

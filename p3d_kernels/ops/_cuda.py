@@ -976,27 +976,32 @@ def point_dgrad(
     return dx
 
 
-def reduce_bwd_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, co: int) -> str | None:
-    """Why `reduce_bwd` cannot run for x [N, Ci, T, H, W] and Co channels on the current device, or None."""
+def reduce_bwd_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, co: int, thin: bool = False) -> str | None:
+    """Why `reduce_bwd` cannot run for x [N, Ci, T, H, W], Co channels and a thin o on the current device, or None."""
     if dtype not in _DTYPES:
         return f"reduce_bwd: dtype {dtype} (expected bfloat16 or float16)"
     native = _backends.native()
+    return native if isinstance(native, str) else native.reduce_bwd_why_not(*_reduce_sizes(x_shape, co, thin))
+
+
+def _reduce_sizes(x_shape: tuple[int, ...], co: int, thin: bool) -> tuple[int, int, int, int, int]:
     n, ci, t, h, w = x_shape
-    return native if isinstance(native, str) else native.reduce_bwd_why_not(n * t * h * w, ci, co)
+    return n * t * h * w, ci, co, h * thin, w * thin
 
 
 def reduce_bwd(
     dz: Operand,  # read bn_bwd, [N, Co, T, H, W]
     x: Tensor,  # [N, Ci, T, H, W]
     w: Tensor,  # [Co, Ci]
-    o: Tensor,  # like x
-    o_mask: Tensor | None = None,  # like x
+    o: Tensor,  # like x; or, thin, [N, Ci, T, ceil(H / 2), W / 2]
+    o_mask: Tensor | None = None,  # like o
     mask_x: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(dx, part): both gradients of a 1x1x1 convolution of stride 1, x to z = w x, from dz; float32 accumulation.
 
     dx = dz w + o, o counted where not o_mask <= 0, if that is given. `mask_x`: dx is zero where x <= 0, which makes it
-    the gradient before the ReLU whose output x is. dz is rounded to the dtype; it and x are read once.
+    the gradient before the ReLU whose output x is. dz is rounded to the dtype; it and x are read once. A thin o is that
+    of every second row and column, zero elsewhere; W is then even and o_mask given.
 
     Returns:
         dx like x, channels_last_3d, and float32 [R, Co * Ci], each row [Co, Ci] the sum of dz[co] x[ci] over a part of
@@ -1012,13 +1017,16 @@ def reduce_bwd(
     _check_activation("x", x, x.shape, dtype)
     _check_operand("dz", dz, (n, co, *dims), dtype)
     _check_matrix("w", w, (co, ci), dtype)
+    thin = o.shape != x.shape
     for name, tensor in (("o", o), ("o_mask", o_mask)):
         if tensor is not None:
-            _check_activation(name, tensor, x.shape, dtype)
+            _check_activation(name, tensor, (n, ci, *_conv_wgrad_out(dims, (1, 1 + thin))), dtype)
+    if thin and o_mask is None:
+        raise ValueError("o_mask: expected a tensor with a thin o, got None")
     dx = alloc((n, ci, *dims), device, dtype)
     if x.numel() == 0:
         return dx, torch.zeros(1, co * ci, device=device)
-    sizes = x.numel() // ci, ci, co
+    sizes = _reduce_sizes(tuple(x.shape), co, thin)
 
     def build() -> NativePlan:
         native = _backends.native()
