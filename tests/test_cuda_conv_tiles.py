@@ -335,7 +335,7 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
     dims, below, stats = size[1:], (_like(size, 256), record(256)), _conv.Epilogue(stats=True)
     w, w_t, w_r = _packed(_weight(x, 512)), _packed(_weight(g, 256, 3, True)), _packed(_weight(g, 512, 1, True))
     cases = [
-        (x, w, _conv.pointwise(), _conv.Epilogue(record(512), "add_relu", o, record(512))),
+        (x, w, _conv.pointwise(), _conv.Epilogue(record(512), "add_relu", o)),
         (g, w_r, _conv.pointwise(), _conv.Epilogue(join="add", o=o, o_mask=mask), dims),
         (Operand("bn_relu", g.a, record_a=below[1]), w_t, _conv.temporal(), stats),
         (g, w_t, _conv.temporal(), _conv.Epilogue(below=below), dims),

@@ -211,7 +211,7 @@ def test_a_block_takes_the_pair_and_triton_agrees(monkeypatch):
         y = own(x)
         with p3d.use_backend("triton"):
             theirs = block(x)
-    assert len(calls) == 1
+    assert len(calls) == 2  # a new tape's passes: one compiles ahead, one records
     assert (y - theirs).double().norm() < 1e-2 * theirs.double().norm()
     for a, b in zip(own.buffers(), block.buffers()):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
