@@ -20,13 +20,10 @@
 //
 // What G and X read can be stored on the way, for a product that would otherwise read it anew for each tile of its
 // columns. The blocks that have the same positions and rows, or columns, of dW share out the chunks of 64 channels.
-//
-// Two blocks with neighbouring runs of one tile add their sums up before these are written.
 #include <algorithm>
 #include <iterator>
 
 #include "p3d.h"
-#include "pairs.cuh"
 #include "spatial_plan.h"
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -77,7 +74,6 @@ struct WgradArgs {
     int w_boxes, h_boxes;
     int boxes, turns;                    // in all and, at most, of a block
     int row_tiles, column_tiles, tiles;  // of dW
-    int pair;                            // blocks that make one partial sum
     int stages, stage_bytes;
 };
 
@@ -91,14 +87,13 @@ struct Job {
     bool leads;    // of the tiles with these rows, it stores their totals
 
     __device__ __forceinline__ explicit Job(const WgradArgs& a) {
-        int group = blockIdx.x / a.pair, run = blockIdx.x - group * a.pair;
-        split = group / a.tiles;
-        int tile = group - split * a.tiles;
+        split = blockIdx.x / a.tiles;
+        int tile = blockIdx.x - split * a.tiles;
         row = tile / a.column_tiles;
         column = tile - row * a.column_tiles;
         cout = row * Shape::kRows * kChunk;
         channel = column * (a.taps == 1 ? Shape::kColumns : 1) * kChunk;
-        first = (split * a.pair + run) * a.turns;
+        first = split * a.turns;
         count = min(a.turns, a.boxes - first);
         aliased = a.same && Shape::kRows % Shape::kColumns == 0 && channel / (Shape::kRows * kChunk) == row;
         leads = column == 0;
@@ -472,59 +467,25 @@ __device__ __forceinline__ void consume(const WgradArgs& a, const WgradShared<Sh
     int columns = a.taps * a.in_channels;
     int64_t size = int64_t(a.out_channels) * columns;
     float* out = a.partials + job.split * (size + (a.totals ? a.out_channels : 0));
-    int cout = job.cout + row * kChunk + 16 * warp + lane / 4;
-    // Fours of a part's accumulators: columns 8 * four and on of couts 8 apart.
-    auto put_in = [&](int m, int part) {
-        float* line = out + int64_t(cout + m * kChunk) * columns + job.channel + 2 * (lane % 4);
-        return [=, &a](int four, float4 v) {
-            int chunk = part * (kN / kParts) + four / 8;
-            float* to = line + chunk * (a.taps == 1 ? kChunk : a.in_channels) + four % 8 * 8;
-            *reinterpret_cast<float2*>(to) = {v.x, v.y};
-            *reinterpret_cast<float2*>(to + int64_t(8) * columns) = {v.z, v.w};
-        };
-    };
-    constexpr int kHalf = kWidth / 16, kStride = 16 * 128 * Shape::kConsumers;  // fours that a block of a pair sends
-    int thread = threadIdx.x % 128 + 128 * (row / kM), rank = a.pair > 1 ? pair_rank() : 0;
-    uint32_t staging = shared.box(0, 0) + 16 * thread, sums = staging + kM * kParts * kHalf * kStride;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
         wgmma_pin(total[m]);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) wgmma_pin(d[m][part]);
-    }
-    if (a.pair > 1) {
-        uint32_t there = pair_address(staging, rank), sums_there = pair_address(sums, rank);
-        pair_sync();  // both have read their stages
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+        for (int half = 0; half < 2; ++half) {
+            int cout = job.cout + (row + m) * kChunk + 16 * warp + 8 * half + lane / 4;
+            float* line = out + int64_t(cout) * columns + job.channel + 2 * (lane % 4);
 #pragma unroll
             for (int part = 0; part < kParts; ++part)
-                pair_send(d[m][part], rank, there + (m * kParts + part) * kHalf * kStride, kStride);
-            if (Shape::kTotals)
-                pair_store(sums_there + m * kStride, float4{total[m][0], total[m][1], total[m][2], total[m][3]});
-        }
-        pair_sync();
-    }
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            auto put = put_in(m, part);
-            if (a.pair > 1) {
-                pair_add(d[m][part], rank, staging + (m * kParts + part) * kHalf * kStride, kStride, put);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 2 * kHalf; ++i) {
-                    const float* v = &d[m][part][4 * i];
-                    put(i, {v[0], v[1], v[2], v[3]});
+                for (int j = 0; j < kWidth / 8; ++j) {
+                    int chunk = part * (kN / kParts) + j / 8;
+                    int at = chunk * (a.taps == 1 ? kChunk : a.in_channels) + j % 8 * 8;
+                    *reinterpret_cast<float2*>(line + at) = {d[m][part][4 * j + 2 * half],
+                                                             d[m][part][4 * j + 2 * half + 1]};
                 }
-            }
-        }
-        if (Shape::kTotals && a.totals && job.leads && lane % 4 == 0 && rank == 0) {
-            float4 other{};
-            if (a.pair > 1) other = pair_load(sums + m * kStride);
-            out[size + cout + m * kChunk] = total[m][0] + other.x;
-            out[size + cout + m * kChunk + 8] = total[m][2] + other.z;
+            if (Shape::kTotals && a.totals && job.leads && lane % 4 == 0) out[size + cout] = total[m][2 * half];
         }
     }
 }
@@ -560,7 +521,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         } else if (threadIdx.x == 0) {
             produce(maps, a, shared, job);
         }
-        if (a.pair > 1) pair_sync(), pair_sync();
     }
 }
 
@@ -570,7 +530,7 @@ struct WgradPlan {
     int kind;  // of kTiles
     int box_width, box_height;
     int64_t boxes;
-    int turns, splits, pair;
+    int turns, splits;
     int row_tiles, column_tiles;
     int stages, stage_bytes, shared;
 };
@@ -601,7 +561,7 @@ Grid grid_of(const ConvWgradShape& s) {
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tile of dW, the box and the number of splits that finish first, or why there are none. A cycle brings a
-// multiprocessor about 24 bytes, and all of them 2700 of partial sums. A block of a pair sends 16 bytes a cycle.
+// multiprocessor about 24 bytes, and all of them 2700 of partial sums.
 const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
     using Long = long long;
     int device, processors;
@@ -650,20 +610,14 @@ const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
         }
         int64_t tiles = int64_t(plan.row_tiles) * plan.column_tiles, most = std::max<int64_t>(1, processors / tiles);
         double stage_cost = plan.stage_bytes / 24.0 + 200;
-        int half = tile.rows * tile.columns * kChunk * kChunk * 2, sums = tile.rows * kChunk * 32;  // that a pair sends
-        for (int64_t runs = 1; runs <= std::min(most, plan.boxes); ++runs) {
-            int64_t turns = ceil_divide(plan.boxes, runs), used = ceil_divide(plan.boxes, turns);
-            for (int64_t pair : {1, 2}) {
-                if (pair > 1 && (used == 1 || half + sums > plan.stages * plan.stage_bytes)) continue;
-                int64_t splits = ceil_divide(used, pair);
-                double end = pair > 1 ? 5000 + (half + sums) / 16.0 : 4000;
-                double cost = double(ceil_divide(tiles * splits * pair, processors)) * (turns * stage_cost + end) +
-                              double(splits) * outputs * 8 / 2700;
-                if (best_cost >= 0 && cost >= best_cost) continue;
-                best_cost = cost;
-                plan.turns = int(turns), plan.splits = int(splits), plan.pair = int(pair);
-                best = plan;
-            }
+        for (int64_t splits = 1; splits <= std::min(most, plan.boxes); ++splits) {
+            int64_t turns = ceil_divide(plan.boxes, splits), used = ceil_divide(plan.boxes, turns);
+            double cost = double(ceil_divide(tiles * used, processors)) * (turns * stage_cost + 4000) +
+                          double(used) * outputs * 8 / 2700;
+            if (best_cost >= 0 && cost >= best_cost) continue;
+            best_cost = cost;
+            plan.turns = int(turns), plan.splits = int(used);
+            best = plan;
         }
     }
     if (best_cost < 0) return "conv_wgrad: no tile fits";
@@ -694,8 +648,8 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Co
 
 template <typename T, typename Shape>
 const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan& plan, cudaStream_t stream) {
-    cudaError_t error = launch_dependent(conv_wgrad_kernel<T, Shape>, dim3(plan.splits * args.tiles * plan.pair),
-                                         kThreads, plan.shared, stream, dim3(plan.pair), maps, args);
+    cudaError_t error = launch_dependent(conv_wgrad_kernel<T, Shape>, dim3(plan.splits * args.tiles), kThreads,
+                                         plan.shared, stream, maps, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -777,7 +731,6 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.row_tiles = plan.row_tiles;
     args.column_tiles = plan.column_tiles;
     args.tiles = plan.row_tiles * plan.column_tiles;
-    args.pair = plan.pair;
     args.stages = plan.stages;
     args.stage_bytes = plan.stage_bytes;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)

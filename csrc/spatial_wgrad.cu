@@ -15,11 +15,9 @@
 //
 // One warpgroup finishes, once an element and in place: dz from g and z, BN-ReLU of a. Each of the three others
 // multiplies all positions by the three taps of a row. One thread of these has the copy engine refill what they leave.
-// Two blocks with neighbouring runs add their sums up before these are written.
 #include <algorithm>
 #include <cmath>
 
-#include "pairs.cuh"
 #include "spatial_tile.cuh"
 #include "wgmma.cuh"
 
@@ -34,7 +32,6 @@ constexpr int kMaxRing = 4, kMaxPositions = 512;                         // of a
 constexpr int kRow = 2 * kChunk;                                         // bytes of a position
 constexpr int kGroup = 16;                                               // positions that a warp finishes at a time
 constexpr int kConstants = 8, kConstantBytes = kConstants * kChunk * 4;  // rows, see prepare
-constexpr int kPairBytes = kTaps * kChunk * kChunk * 4 / 2;              // that a block of a pair sends
 
 struct WgradPlan {
     int pitch;
@@ -44,9 +41,9 @@ struct WgradPlan {
     int steps;                    // sixteens of positions
     int dz_box, a_box;            // positions
     int dz_bytes, z_bytes, a_bytes;
-    int stages, z_stages, ring;  // bytes of all of them
-    int splits, pair, blocks;    // partial sums, blocks that make one, 64 x 64 parts of dW: the grid
-    int shared;                  // bytes
+    int stages, z_stages;
+    int splits, blocks;  // the grid: parts of the positions, 64 x 64 parts of dW
+    int shared;          // bytes
 };
 
 struct WgradMaps {
@@ -76,7 +73,7 @@ struct WgradShared {
           first_dz(shared_address(base)),
           first_a(first_dz + p.stages * p.dz_bytes),
           first_z(first_a + p.stages * p.a_bytes),
-          constants(first_dz + p.ring),
+          constants(first_z + p.z_stages * p.z_bytes),
           dz_codes(constants + kConstantBytes),
           a_codes(dz_codes + 4 * kGroup * groups(p.dz_box)),
           barriers(a_codes + 4 * kGroup * groups(p.a_box)) {}
@@ -372,25 +369,18 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
     }
     wgmma_pin(d);
     int64_t size = int64_t(args.out_channels) * kTaps * args.in_channels;
-    float* out = args.partials + int(blockIdx.x) / p.pair * size + job.channel + 2 * (lane % 4);
-    auto put = [&](int four, float4 v) {  // of columns 8 * four and on of the three taps, of couts 8 apart
-        int64_t line = int64_t(job.cout + 16 * warp + lane / 4) * kTaps + 3 * row + four / 8;
-        float* to = out + line * args.in_channels + four % 8 * 8;
-        *reinterpret_cast<float2*>(to) = {v.x, v.y};
-        *reinterpret_cast<float2*>(to + int64_t(8 * kTaps) * args.in_channels) = {v.z, v.w};
-    };
-    if (p.pair > 1) {
-        constexpr int kStride = 16 * 128 * kConsumers;
-        int rank = pair_rank();
-        uint32_t staging = shared.first_dz + 16 * threadIdx.x;
-        pair_sync();  // both have read their stages
-        pair_send(d, rank, pair_address(staging, rank), kStride);
-        pair_sync();
-        pair_add(d, rank, staging, kStride, put);
-    } else {
+    float* out = args.partials + blockIdx.x * size + job.channel + 2 * (lane % 4);
 #pragma unroll
-        for (int i = 0; i < 3 * kChunk / 8; ++i) put(i, {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
-    }
+    for (int tap = 0; tap < 3; ++tap)
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            int64_t line = int64_t(job.cout + 16 * warp + 8 * m + lane / 4) * kTaps + 3 * row + tap;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                int at = 4 * (8 * tap + j) + 2 * m;
+                *reinterpret_cast<float2*>(out + line * args.in_channels + 8 * j) = {d[at], d[at + 1]};
+            }
+        }
 }
 
 // Zeros what lies between the boxes and the ends of their stages.
@@ -428,12 +418,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFinisherRegisters));
         int thread = threadIdx.x - 128 * kConsumers;
-        if (args.affine || args.a_affine || args.masked) {
-            prepare(args, shared, job, thread);
-            named_sync(1, 32 * kFinishers);
-            finish_all<T>(args, shared, job, thread);
-        }
-        if (args.plan.pair > 1) pair_sync(), pair_sync();
+        if (!args.affine && !args.a_affine && !args.masked) return;
+        prepare(args, shared, job, thread);
+        named_sync(1, 32 * kFinishers);
+        finish_all<T>(args, shared, job, thread);
     }
 }
 
@@ -442,8 +430,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // The tile that finishes first on `processors` multiprocessors, or why there is none. In cycles: a step of 16 positions
 // takes the matrix unit 9 * 32; finishing takes about 9.5 a position of dz and 4.4 of a; the two share shared memory,
 // so that a turn takes 0.93 of both and 500 (within 2 % of seven measured tiles of P3D-63's stages); a multiprocessor
-// is brought about 24 bytes a cycle, after 1200; all of them write and sum 2700 bytes of partial sums. A block of a
-// pair sends 16 bytes a cycle.
+// is brought about 24 bytes a cycle, after 1200; all of them write and sum 2700 bytes of partial sums.
 const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
     if (const char* reason = sizes_why_not("spatial_wgrad", s)) return reason;
     int64_t blocks = s.in_channels / kChunk * (s.out_channels / kChunk);
@@ -464,32 +451,41 @@ const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
         int64_t dz_bytes = round_up(std::max(16 * steps, round_up(dz_box, kGroup)) * kRow, 1024);
         int64_t z_bytes = round_up(dz_box * kRow, 1024);
         int64_t a_bytes = round_up(std::max(16 * steps + 2 * pitch + 2, round_up(a_box, kGroup)) * kRow, 1024);
-        int64_t most = std::max<int64_t>(1, processors / blocks),
-                fixed = kConstantBytes + 4 * (round_up(dz_box, kGroup) + round_up(a_box, kGroup)) + 24 * kMaxRing;
+        int64_t fixed = kConstantBytes + 4 * (round_up(dz_box, kGroup) + round_up(a_box, kGroup)) + 24 * kMaxRing;
         for (int64_t stages = kMaxRing; stages > 1; --stages) {
             int64_t z_stages = std::max<int64_t>(2, stages - 1);
-            int64_t ring = std::max<int64_t>(stages * (dz_bytes + a_bytes) + z_stages * z_bytes, kPairBytes);
-            int64_t bytes = ring + fixed;
+            int64_t bytes = stages * (dz_bytes + a_bytes) + z_stages * z_bytes + fixed;
             if (bytes > kSharedLimit) continue;
             double brought = double(2 * dz_box + a_box) * kRow / 24, finished = 9.5 * dz_box + 4.4 * a_box + 300;
             double multiplied = 288.0 * steps + 200, whole = 1200 + brought + finished + multiplied;
             double turn = std::max({brought, 0.93 * (finished + multiplied) + 500, whole / stages});
             int64_t tiles = parts(s.frames, frames) * row_tiles * column_tiles;
-            for (int64_t pair : {1, 2}) {
-                // More runs than this write more than they save.
-                int64_t useful = std::max<int64_t>(1, std::llround(std::sqrt(tiles * turn / (split_cost / pair))));
-                int64_t runs = std::min({tiles, useful, std::max<int64_t>(1, most / pair * pair)});
-                int64_t turns = parts(tiles, runs), used = parts(tiles, turns), splits = parts(used, pair);
-                if (used < pair) continue;
-                double end = split_cost * splits + (pair > 1 ? kPairBytes / 16.0 + 1000 : 0);
-                double cost = turn * (turns - 1) + whole + end;
-                if (best_cost >= 0 && cost >= best_cost) continue;
-                best_cost = cost;
-                best = {int(pitch),   int(width),   int(rows),   int(frames),   int(column_tiles), int(row_tiles),
-                        int(tiles),   int(turns),   int(steps),  int(dz_box),   int(a_box),        int(dz_bytes),
-                        int(z_bytes), int(a_bytes), int(stages), int(z_stages), int(ring),         int(splits),
-                        int(pair),    int(blocks),  int(bytes)};
-            }
+            // More splits than this write more than they save.
+            int64_t useful = std::max<int64_t>(1, std::llround(std::sqrt(tiles * turn / split_cost)));
+            int64_t splits = std::min({tiles, useful, std::max<int64_t>(1, processors / blocks)});
+            int64_t turns = parts(tiles, splits);
+            double cost = turn * (turns - 1) + whole + split_cost * parts(tiles, turns);
+            if (best_cost >= 0 && cost >= best_cost) return;
+            best_cost = cost;
+            best = {int(pitch),
+                    int(width),
+                    int(rows),
+                    int(frames),
+                    int(column_tiles),
+                    int(row_tiles),
+                    int(tiles),
+                    int(turns),
+                    int(steps),
+                    int(dz_box),
+                    int(a_box),
+                    int(dz_bytes),
+                    int(z_bytes),
+                    int(a_bytes),
+                    int(stages),
+                    int(z_stages),
+                    int(parts(tiles, turns)),
+                    int(blocks),
+                    int(bytes)};
             return;
         }
     };
@@ -563,8 +559,8 @@ const char* spatial_wgrad(const SpatialWgrad& p) {
     args.width = int(p.shape.width);
     args.masked = plan.column_tiles > 1;
     auto kernel = p.dtype == DType::bf16 ? spatial_wgrad_kernel<__nv_bfloat16> : spatial_wgrad_kernel<__half>;
-    cudaError_t failed = launch_dependent(kernel, dim3(plan.splits * plan.pair, plan.blocks), kThreads, plan.shared,
-                                          p.stream, dim3(plan.pair), maps, args);
+    cudaError_t failed =
+        launch_dependent(kernel, dim3(plan.splits, plan.blocks), kThreads, plan.shared, p.stream, maps, args);
     return failed == cudaSuccess ? nullptr : cudaGetErrorString(failed);
 }
 

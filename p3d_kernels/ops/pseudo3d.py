@@ -26,11 +26,9 @@ from . import _cuda
 from ._conv import (
     Epilogue,
     Geometry,
-    as_finished,
     conv,
     conv_wgrad,
     cuda_allowed,
-    finished,
     spatial_dgrad,
     spatial_fwd,
     spatial_wgrad,
@@ -257,11 +255,7 @@ def _t_bwd(
         if _cuda.temporal_bwd_why_not(*arguments) is None:
             dx, part, dw = _cuda.temporal_bwd(*arguments)
             return dx, part, Splits(dw, 3, x.channels)
-    dw = None
-    if needs_w:
-        room = finished(dz, dz, x, temporal()) if needs_x else None
-        dw = conv_wgrad(dz, x, temporal(), room=room)
-        dz = as_finished(dz, room)
+    dw = conv_wgrad(dz, x, temporal()) if needs_w else None
     dx, part = conv(dz, w, temporal(), epilogue, dims) if needs_x else (None, None)
     return dx, part, dw
 
