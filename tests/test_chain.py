@@ -54,7 +54,7 @@ def check(backend, device, channels, shape, dtype, wiring):
     assert not off, off
 
 
-@pytest.mark.parametrize("wiring", ["author", "port"])
+@pytest.mark.parametrize("wiring", ["author", pytest.param("port", marks=pytest.mark.gpu)])
 def test_small(wiring):
     with p3d.use_backend("triton"):
         why = _backends.why_not("triton", torch.empty(1))

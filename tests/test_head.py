@@ -89,6 +89,7 @@ def test_a_nan_stays_in_its_row(device):
     assert y[1].isnan().all() and y.isnan().sum() == 9
 
 
+@pytest.mark.gpu  # a net in the interpreter takes a minute
 def test_an_engine_takes_them_where_it_may(device, monkeypatch):
     taken = []
     monkeypatch.setattr(sys.modules["p3d_kernels.freeze"], "linear", lambda *a: taken.append(a) or linear(*a))

@@ -15,8 +15,6 @@ from p3d_kernels.nn import Bottleneck, BottleneckRow
 from p3d_kernels.ops import _conv, _fused
 from p3d_kernels.ops._triton import Operand
 
-KINDS = ["AB", "BCA", "CC", ("2d", "2d", "2d")]
-
 
 @pytest.fixture
 def triton(device):
@@ -44,8 +42,9 @@ def step(net, x):
     return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
 
 
-CASES = [(kinds, "author", "train") for kinds in KINDS]
-CASES += [("BCA", "port", "train"), ("BCA", "author", "eval"), ("BCA", "author", "frozen")]
+CASES = [("BCA", "author", "train"), ("BCA", "author", "frozen"), (("2d", "2d", "2d"), "author", "train")]
+MORE = [("AB", "author", "train"), ("CC", "author", "train"), ("BCA", "port", "train"), ("BCA", "author", "eval")]
+CASES += [pytest.param(*case, marks=pytest.mark.gpu) for case in MORE]  # 15 s each in the interpreter
 
 
 @pytest.mark.parametrize("kinds, wiring, mode", CASES)

@@ -47,7 +47,7 @@ def clear(net, x):
     x.grad = None
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_checkpointing_computes_the_same(reentrant, kernels, device):
     net = row(device)
     x = clips(device)
@@ -62,6 +62,7 @@ def test_checkpointing_computes_the_same(reentrant, kernels, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
 def test_gradients_accumulate(kernels, device):
     net = set_mode(row(device), "frozen")
     parts, sums = [clips(device), clips(device)], []
