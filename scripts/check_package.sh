@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build an sdist, a wheel from it and a wheel without the extension; install each wheel in a fresh environment and
-# import it from there. A torch that raises on import stands in the builds' way: they must not need one.
+# Build an sdist, from it a wheel without the extension, and a wheel with it; install each wheel in a fresh environment
+# and import it from there. A torch that raises on import stands in the builds' way: they must not need one. The extension
+# is compiled in the checkout, where `make build` finds its objects; the sdist must have the same sources.
 #   scripts/check_package.sh PYTHON        an interpreter with `build` and the package's dependencies
 set -euo pipefail
 
@@ -11,9 +12,18 @@ rm -rf "$work"
 mkdir -p "$work/no-torch"
 echo 'raise ImportError("torch was imported at build time")' >"$work/no-torch/torch.py"
 
-PYTHONPATH=$work/no-torch "$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { tail -50 "$work/build.log"; exit 1; }
-PYTHONPATH=$work/no-torch P3D_BUILD_CUDA=0 "$python" -m build --wheel --no-isolation --outdir "$work/pure" . \
-    >"$work/pure.log" 2>&1 || { tail -50 "$work/pure.log"; exit 1; }
+# build NAME ARGUMENTS...: python -m build without torch; what it says goes to NAME.log, shown if it fails
+build() {
+    PYTHONPATH=$work/no-torch "$python" -m build "${@:2}" >"$work/$1.log" 2>&1 || { tail -50 "$work/$1.log"; exit 1; }
+}
+build sdist --sdist --outdir "$work/dist" .
+mkdir "$work/sdist"
+tar xzf "$work"/dist/*.tar.gz -C "$work/sdist" --strip-components=1
+for source in csrc CMakeLists.txt setup.py pyproject.toml; do
+    diff -r "$source" "$work/sdist/$source"
+done
+P3D_BUILD_CUDA=0 build pure --wheel --no-isolation --outdir "$work/pure" "$work/sdist"
+build wheel --wheel --no-isolation --outdir "$work/dist" .
 ls "$work"/pure/*-py3-none-any.whl >/dev/null # without the extension the wheel fits any platform
 
 for wheel in "$work"/dist/*.whl "$work"/pure/*.whl; do
