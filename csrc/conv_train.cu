@@ -101,8 +101,6 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
-
 // ---- The order of work.
 
 template <Form kForm, int kChunks>
@@ -277,12 +275,6 @@ __device__ __forceinline__ void prepare_all(const TrainArgs& a, const Place& pla
 }
 
 // ---- Consumers.
-
-__device__ __forceinline__ void zero(float (&d)[32]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) d[i] = 0;
-    wgmma_pin(d);
-}
 
 // A thread's sums of 16 channels, column 2 j + e of them 8 j + 2 (lane % 4) + e.
 //   moments   a shift near the mean, then sums of the values and their squares about it

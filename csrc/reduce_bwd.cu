@@ -93,21 +93,6 @@ __device__ __forceinline__ int thin_before(const ReduceArgs& a, int position, bo
     return (frame * ((a.height + 1) / 2) + (row + 1) / 2) * thin_width + (row % 2 ? 0 : (column + 1) / 2);
 }
 
-// d += a * b, 64 by 64 by 16: A K-major, B N-major.
-#define P3D_REDUCE_ASM(TYPE)                                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
-                 "}, %32, %33, 1, 1, 1, 0, 1;"                                               \
-                 : P3D_OPS_8                                                                 \
-                 : "l"(a), "l"(b))
-
-template <typename T>
-__device__ __forceinline__ void wgmma_rows(float (&d)[32], uint64_t a, uint64_t b) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        P3D_REDUCE_ASM("bf16");
-    else
-        P3D_REDUCE_ASM("f16");
-}
-
 // ---- The producer: one thread.
 
 template <int kChunks>
@@ -243,14 +228,6 @@ struct ThinRows {
     }
 };
 
-__device__ __forceinline__ void zero(float (&d)[32]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) d[i] = 0;
-    wgmma_pin(d);
-}
-
-__device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
-
 template <typename T, int kChunks>
 __device__ __forceinline__ void consume(const ReduceMaps& maps, const ReduceArgs& a, const Layout<kChunks>& place,
                                         int group) {
@@ -286,7 +263,7 @@ __device__ __forceinline__ void consume(const ReduceMaps& maps, const ReduceArgs
                 uint32_t w = place.weight(c, kSlices * group + slice), rows = dz + c * kBoxBytes;
 #pragma unroll
                 for (int k = 0; k < 4; ++k)  // 16 channels of dz
-                    wgmma_rows<T>(d, swizzled_descriptor(rows + 32 * k, 1024),
+                    wgmma_back<T>(d, swizzled_descriptor(rows + 32 * k, 1024),
                                   swizzled_descriptor(w + 16 * 128 * k, 1024));
 #pragma unroll
                 for (int k = 0; k < 4; ++k)  // 16 positions

@@ -91,6 +91,9 @@ struct Ring {
     }
 };
 
+// Has a consumer's leader give back a slot by its number.
+__device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
+
 // Pairs of neighbouring channels of one affine [3, C] as (scale, scale, shift, shift), shift = bias - mean * scale: the
 // sums are float32, so centring them first would keep no digits that they have not lost.
 __device__ __forceinline__ void prepare_affine(uint32_t target, const float* affine, int channels, int thread) {

@@ -89,8 +89,6 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ void release(const Ring& ring, int slot) { barrier_arrive(ring.barriers + 16 * slot + 8); }
-
 // ---- The order of work.
 
 template <int kChunks>
@@ -172,23 +170,12 @@ __device__ __forceinline__ void bring_operands(const BwdMaps& maps, const BwdArg
 
 // ---- The input: a team's warpgroup.
 
-#define P3D_BOXES_WGMMA(TYPE)                                                                \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" P3D_TEXT_8 \
-                 "}, %32, %33, 1, 1, 1, 0, 1;"                                               \
-                 : P3D_OPS_8                                                                 \
-                 : "l"(a), "l"(b))
-
 // d += x * w, boxes in shared memory: rows of x are those of d, rows of w the index of the sum.
 template <typename T>
 __device__ __forceinline__ void multiply_boxes(float (&d)[32], uint32_t x, uint32_t w) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint64_t a = swizzled_descriptor(x + 32 * k, 8 * 128), b = swizzled_descriptor(w + k * 16 * 128, 8 * 128);
-        if constexpr (std::is_same_v<T, __nv_bfloat16>)
-            P3D_BOXES_WGMMA("bf16");
-        else
-            P3D_BOXES_WGMMA("f16");
-    }
+    for (int k = 0; k < 4; ++k)
+        wgmma_back<T>(d, swizzled_descriptor(x + 32 * k, 8 * 128), swizzled_descriptor(w + k * 16 * 128, 8 * 128));
 }
 
 template <typename T, int kChunks>

@@ -40,6 +40,13 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int kCount>
+__device__ __forceinline__ void zero(float (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) d[i] = 0;
+    wgmma_pin(d);
+}
+
 // Accumulator d[4 * j + 2 * m + e] of a thread is row 16 * warp + 8 * m + lane / 4, column 8 * j + 2 * (lane % 4) + e.
 // An instruction of width N has N / 8 groups of four accumulators; the tables below list the first g groups, as text
 // (TEXT_g) and as operands (OPS_g).
