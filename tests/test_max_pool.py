@@ -39,7 +39,7 @@ def runs(f, x, dy):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(
     "dtype, shape",
-    [(torch.float32, (2, 9, 5, 6, 7)), (torch.float16, (1, 3, 2, 3, 9)), (torch.bfloat16, (1, 10, 4, 5, 4))],
+    [(torch.float32, (1, 9, 5, 6, 7)), (torch.float16, (1, 3, 2, 3, 9)), (torch.bfloat16, (1, 10, 4, 5, 4))],
     ids=str,
 )
 def test_equals_torch(geometry, dtype, shape, backend, device):

@@ -66,8 +66,10 @@ def test_step_of_p3d63_at_an_odd_size(wiring, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name, wiring", [("p3d63", "port"), ("p3d63", "author"), ("p3d199", "port")])
+@pytest.mark.parametrize(
+    "name, wiring, mode",
+    [("p3d63", wiring, mode) for wiring in ("port", "author") for mode in MODES] + [("p3d199", "port", "train")],
+)
 def test_step_at_the_published_size(name, wiring, mode):
     ours, plain = (set_mode(net, mode) for net in twins(DEPTHS[name], wiring))
     assert_same_step_float32(ours, plain, (1, 3, 16, 160, 160), 1e-4)

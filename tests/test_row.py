@@ -62,7 +62,7 @@ def test_a_step_is_that_of_its_blocks(kinds, wiring, mode, triton, device, monke
     assert not set(calls) & set(together)  # one op
 
 
-@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("mode", ["train", pytest.param("frozen", marks=pytest.mark.gpu)])
 def test_a_block_hands_its_gradient_down_masked(mode, triton, device, monkeypatch):
     """By the ReLU that made its input, which the block below then does not read; the bits are the same."""
     net, x, read = set_mode(row("BCA").to(device), mode), torch.randn(1, 24, 3, 5, 6, device=device), []
