@@ -3,9 +3,9 @@
     python scripts/check_triton.py               the kernels of P3D-63, compiled for a Hopper card; no GPU is needed
     python scripts/check_triton.py --allow RE    kernels that RE matches may spill, beside those of ALLOWED
 
-Training and inference of P3D-63 pass here at 32 clips of 16x160x160, in bfloat16 inference of 1 as well, in both
-wirings, but a launch only compiles: no kernel runs. In float16 and TF32 only those compile whose constants differ from
-bfloat16's.
+Training and inference of P3D-63 pass here at 32 clips of 16x160x160, in both wirings, in float16 in the author's, and
+inference of 1 clip in bfloat16, but a launch only compiles: no kernel runs. In float16 and TF32 only those compile
+whose constants differ from bfloat16's.
 Compiled kernels stay in Triton's cache: a second run takes half the time or less.
 """
 
@@ -145,13 +145,16 @@ def compile_all() -> list[tuple[str, Code]]:
         module.input_precision = lambda dtype, device: "tf32" if dtype == torch.float32 else "ieee"
     with p3d.use_backend("triton"), _tape._compiling_ahead():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for wiring, layout in (("author", torch.channels_last_3d), ("port", torch.contiguous_format)):
+            layouts = {"author": torch.channels_last_3d, "port": torch.contiguous_format}
+            for wiring, layout in layouts.items():
+                if wiring == "port" and dtype == torch.float16:  # to compile less: the reads are in bfloat16
+                    continue
                 net = p3d.p3d63(wiring=wiring)
                 clips = torch.empty(CLIPS, memory_format=layout).requires_grad_()
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     net(clips).sum().backward()
                 engine = p3d.freeze(net.eval(), dtype)
-                for batch in (clips, clips[:1])[: 2 if dtype == torch.bfloat16 else 1]:
+                for batch in (clips, clips[:1])[: 2 if dtype == torch.bfloat16 and wiring == "author" else 1]:
                     engine(batch.detach())
     return kernels
 
