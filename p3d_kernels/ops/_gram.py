@@ -16,10 +16,9 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
     da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T mean_a - W^T (s sum_g / P)
 
 so da is one kernel with two products; or, where the pass over g has room for it, that makes v = g (s W) beside M, s W
-rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`); or that pass leaves g and a,
-and da is of these and of s W, rounded. Q is rounded to the dtype, and c is of Q and s W as rounded: over all positions
-da then sums to zero as it must. The error of a constant would grow from block to block; that of a position averages
-out.
+rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`). Q is rounded to the dtype, and
+c is of Q and s W as rounded: over all positions da then sums to zero as it must. The error of a constant would grow
+from block to block; that of a position averages out.
 
 Sums of products in float32 lose what a varies by where that is small beside a, so they are formed about a centre: the
 mean of some positions, in steps of a power of two near the deviation. Of so few bits, a - centre is exact in the dtype
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from .._norm import Norm
 from . import _cuda
-from ._conv import conv_wgrad, cuda_allowed, finished, pointwise, tap_row, taps_of
+from ._conv import conv_wgrad, cuda_allowed, pointwise, tap_row, taps_of
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     SAMPLE,
@@ -340,7 +339,6 @@ def gram_operands_kernel(
     dw_ptr,  # [CO, CI] float32
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
     wg_ptr,  # [programs, CI]: (s W)^T (sum_g / P) in parts, with qw
-    sw_ptr,  # [CO, CI]: s W, with qw and ROUNDED; or None
     P,
     splits,
     CI: tl.constexpr,
@@ -395,8 +393,6 @@ def gram_operands_kernel(
         sw = w * scale[:, None]
         if ROUNDED:  # TF32 keeps as many digits as float16
             sw = to_tf32(sw) if w_ptr.dtype.element_ty == tl.float16 else sw.to(w_ptr.dtype.element_ty).to(tl.float32)
-        if sw_ptr is not None:
-            tl.store(sw_ptr + offsets, sw, mask=mask)
         tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(sw * (g / P)[:, None], 0), mask=k < CI)
         store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
@@ -465,16 +461,16 @@ def gram_q_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gram(x: Operand, w: Tensor, norm: Norm, stride: int = 1, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gram(x: Operand, w: Tensor, norm: Norm, stride: int = 1) -> tuple[Tensor, Tensor]:
     """(kept, record) of z = W a, W [Co, Ci] packed, of the operand a at every stride-th row and column.
 
     kept: W C and the mean of a, [Co * Ci + Ci] float32. record: of `norm`, the norm of z in training. a should have a
-    centre; a raw one is given it. room: where a is stored, by `gram_room`.
+    centre; a raw one is given it.
     """
     ci, co, device = x.channels, w.size(0), x.a.device
     if x.read == "raw":
         x = Operand("raw", x.a, centre=_centre(x.a))
-    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre, room=room).part
+    part = conv_wgrad(x, x, pointwise(stride), totals=True, centre=x.centre).part
     affine = norm.weight, norm.bias
     key = x.a.shape, x.a.dtype, device, stride, w.shape, part.size(0), x.centre is None, _precision(x.a), norm.eps
     key += tuple([None if t is None else t.dtype for t in affine])
@@ -488,11 +484,6 @@ def gram(x: Operand, w: Tensor, norm: Norm, stride: int = 1, room: Tensor | None
     sums(part, x.centre, cov, mean, kept[co * ci :], arrived)
     products(w, cov, mean, kept[: co * ci], record, *affine, shares, arrived)
     return kept, record
-
-
-def gram_room(x: Operand) -> Tensor | None:
-    """`finished` of `gram`."""
-    return finished(x, x, x, pointwise(), True, x.centre)
 
 
 def _centre(x: Tensor) -> Tensor:
@@ -577,29 +568,23 @@ def gram_bwd(
     n, co, *out = dy.shape
     ci, out = x.channels, x.a.shape[2:] if thin else out
     fused = norm.training and needs_x and not thin and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
-    left = None, None
     if fused:
         *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
     else:
         g = Operand("raw", dy) if y is None else Operand("masked", dy, y)
-        if norm.training and needs_x and not thin:
-            left = _left(g, x, stride)
-        rooms = [None if o.read == "raw" else room for o, room in zip((g, x), left)]
-        part = conv_wgrad(g, x, pointwise(stride), True, None, *rooms).part  # of M and sum g
-    rounded = fused or left[0] is not None
+        part = conv_wgrad(g, x, pointwise(stride), True).part  # of M and sum g
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0), y is None, thin, fused, rounded
-    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, thin, part.size(0), rounded))
-    wc = mean_a = qw = wg = sw = q = q_scale = c = None
+    key = "gram_bwd", *key, part.size(0), y is None, thin, fused
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, thin, part.size(0), fused))
+    wc = mean_a = qw = wg = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
         if needs_x:
             qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.rows, ci), dy.device)
             q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
             c = alloc((products.rows, ci), dy.device)
-            sw = None if left[0] is None else alloc((co, ci), dy.device, dy.dtype)
-    operands(part, wc, mean_a, w, record, sums, dw, qw, wg, sw)
+    operands(part, wc, mean_a, w, record, sums, dw, qw, wg)
     if not needs_x:
         return None, (None, None), dw, sums
     if norm.training:
@@ -608,23 +593,12 @@ def gram_bwd(
     sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
     if fused:
         return *_cuda.gram_add(*v, x, q, scale, c, *sums_of), dw, sums
-    if sw is not None:
-        g, a = left
-        return *_cuda.gram_dgrad(g, None, None, sw, x, q, None, c, *sums_of, stride, finished=a), dw, sums
     if norm.training and not thin and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
     return da, parts, dw, sums
-
-
-def _left(g: Operand, x: Operand, stride: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where what g and x read lies, or the pass for M leaves it, if da is then made of that; else two None."""
-    if not cuda_allowed(g.a) or _cuda.gram_tiles_why_not(x, g.a, stride, finished=True) is not None:
-        return None, None
-    left = tuple([o.a if o.read == "raw" else finished(o, g, x, pointwise(stride), True) for o in (g, x)])
-    return (None, None) if any(o is None for o in left) else left
 
 
 def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:

@@ -519,6 +519,12 @@ def sum_splits(gradients: list[Splits | None]) -> list[Tensor | None]:
     return [None if g is None else next(sums) for g in gradients]
 
 
+def summed(gradients: list[Tensor | Splits | None]) -> list[Tensor | None]:
+    """`sum_splits` of those that are in splits; the others as they are."""
+    sums = iter(sum_splits([g for g in gradients if isinstance(g, Splits)]))
+    return [next(sums) if isinstance(g, Splits) else g for g in gradients]
+
+
 def _sum(gradients: list[Splits]) -> list[Tensor]:
     parts, absent = [g.part for g in gradients], [None] * (AT_ONCE - len(gradients))
     outs = [alloc((part.size(1),), part.device) for part in parts]

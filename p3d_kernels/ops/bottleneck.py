@@ -4,7 +4,8 @@
 
 Raw outputs of the narrow convolutions R, S, T are stored, and y. The wide outputs E a and D x are not (`_gram.py`):
 their statistics are formed of a and x alone, and of each a product of the size of its weights is kept. Where no kernel
-makes bn_d(D x) on the way to y, it is stored until then.
+makes bn_d(D x) on the way to y, it is stored until then. A block of small tensors (`stores`) keeps all of them instead,
+each raw and finished, and BN is a pass of its own (`_apply.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from .. import _backends, reference
 from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._conv import Epilogue, as_finished, conv, conv_wgrad, cuda_allowed, finished, finishes, pointwise, taps_of
+from ._apply import bn_apply, bn_bwd_apply, bn_sums
+from ._conv import Epilogue, conv, conv_wgrad, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
-from ._gram import gram, gram_bwd, gram_room
+from ._gram import gram, gram_bwd
 from ._tape import taped
-from ._triton import Operand, Splits, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, sum_splits
+from ._triton import Operand, Splits, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, summed
 from .max_pool import pool_fwd
-from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
+from .pseudo3d import check_st, join_dgrad, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
 # --- schedule --------------------------------------------------------------------------------------------------------
 
@@ -39,19 +41,33 @@ def _split(items: list, config: Config) -> tuple[list, list, list, list]:
     return items[:1], items[1:inner], items[inner : inner + 1], items[inner + 1 :]
 
 
+STORED = 32 << 20  # bytes of a wide tensor that is stored: others of its size fit in the second-level cache beside it
+
+
+def stores(x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> bool:
+    """Whether a block in training stores E a and D x, and what its convolutions read, as passes over raw tensors.
+
+    Where E a is small, a pass over it takes less than its statistics do when formed of a. With more than 128 channels
+    inside, a convolution has several tiles of output channels, each of which would finish anew what it reads.
+    """
+    w_e = _split(weights, config)[2][0]
+    wide = math.prod(_dims(x, config)) * w_e.size(0) * x.element_size()
+    return w_e.size(1) > 128 and wide <= STORED and all(norm.training for norm in norms)
+
+
 def _fwd(x, weights, norms, config, thin=False):
     """thin: y at every second row and column alone; statistics are those of all of it."""
+    if stores(x, weights, norms, config):
+        return _fwd_stored(x, weights, norms, config, thin)
     (w_r,), w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
     stride, source = pointwise(config.stride), Operand("raw", x)
     z_r, part = conv(source, w_r, stride, Epilogue(stats=norm_r.training))
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
-    join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
+    join, records_st, raws_st, _ = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
     kept, residual = [], x
-    room = gram_room(join) if norm_e.training else None
-    record_e = _wide_record(join, w_e, norm_e, kept, room=room)
-    join = as_finished(join, room)
+    record_e = _wide_record(join, w_e, norm_e, kept)
     record_d = [_wide_record(source, w, norm, kept, config.stride) for w, norm in zip(w_d, norm_d)]
     records, raws = [record_r, *records_st, record_e, *record_d], [z_r, *raws_st, *kept]
     if w_d:
@@ -64,15 +80,38 @@ def _fwd(x, weights, norms, config, thin=False):
     return y, records, raws
 
 
-def _wide_record(
-    x: Operand, w: Tensor, norm: Norm, kept: list[Tensor], stride: int = 1, room: Tensor | None = None
-) -> Tensor:
+def _fwd_stored(x, weights, norms, config, thin):
+    (w_r,), w_st, (w_e,), w_d = _split(weights, config)
+    (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
+    stride, source, stats = pointwise(config.stride), Operand("raw", x), Epilogue(stats=True)
+    z_r, part = conv(source, w_r, stride, stats)
+    a_r, record_r = bn_apply(norm_r, z_r, part)
+    join, records_st, raws_st, finished = st_fwd(Operand("raw", a_r), w_st, norm_st, config, stored=True)
+    residual, record_d, z_d = x, [], []
+    if w_d:
+        residual, part = conv(source, w_d[0], stride, stats)
+        record_d, z_d = [bn_finalise(norm_d[0], residual.size(1), part, x.device)], [residual]
+    z_e, part = conv(join, w_e, pointwise(), stats)
+    y, record_e = bn_apply(norm_e, z_e, part, "add_relu", residual, *record_d, step=2 if thin else 1)
+    return y, [record_r, *records_st, record_e, *record_d], [z_r, *raws_st, a_r, *finished, z_e, *z_d]
+
+
+def _wide_record(x: Operand, w: Tensor, norm: Norm, kept: list[Tensor], stride: int = 1) -> Tensor:
     """The record of the norm of W x, in training of sums over x: what `gram` keeps of these goes to `kept`."""
     if not norm.training:
         return bn_finalise(norm, w.size(0), None, w.device)
-    of_x, record = gram(x, w, norm, stride, room)
+    of_x, record = gram(x, w, norm, stride)
     kept.append(of_x)
     return record
+
+
+class Inner(NamedTuple):
+    """The backward of a block but for R: gradients of weights and sums [4, C] in the order of the schedule."""
+
+    dz_r: Operand
+    o: Tensor | None  # dx through D, on the grid of its output
+    dws: list[Tensor | Splits | None]
+    sums: list[Tensor]
 
 
 def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin=False, masked=False, mask_x=False):
@@ -81,41 +120,76 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin
     thin: as in `_fwd`; so is dy.
     """
     y = None if masked else y
-    (w_r,), w_st, (w_e,), w_d = _split(weights, config)
+    (w_r,), _, _, w_d = _split(weights, config)
+    stride, source = pointwise(config.stride), Operand("raw", x)
+    inner = _inner_stored if stores(x, weights, norms, config) else _inner
+    dz_r, o, dws, sums = inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin)
+    dx = dw_r = None
+    if needs_x and needs_w[0] and _reduce_fits(x, weights, config, thin):
+        dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
+        dw_r = Splits(part, 1, x.size(1))
+    elif needs_w[0]:
+        dw_r = conv_wgrad(dz_r, source, stride)
+    if needs_x and dx is None:
+        o, o_mask, step = (o, None, config.stride) if w_d else (dy, y, 2 if thin else 1)
+        epilogue = Epilogue(join="add", o=o, o_mask=o_mask, o_stride=step, mask=x if mask_x else None)
+        dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
+    return dx, summed([dw_r, *dws]), sums
+
+
+def _inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin) -> Inner:
+    _, w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
     (record_r,), records_st, (record_e,), record_d = _split(records, config)
     _, needs_st, _, _ = _split(needs_w, config)
     z_r, *raws_st = raws
     kept_d = raws_st.pop() if w_d and norm_d[0].training else None
     kept = raws_st.pop() if norm_e.training else None
-    stride, source = pointwise(config.stride), Operand("raw", x)
-    a_r = Operand("bn_relu", z_r, record_a=record_r)
-
     join, step = join_of(records_st, raws_st, config), 2 if thin else 1
     v, parts, dw_e, sums_e = gram_bwd(dy, y, w_e, norm_e, record_e, join, kept, step, True, config.kind, thin)
-    da, part, dw_st, sums_st = st_bwd(
-        v, parts, a_r, w_st, norm_st, records_st, raws_st, config, (z_r, record_r), True, needs_st
-    )
+    a_r, below = Operand("bn_relu", z_r, record_a=record_r), (z_r, record_r)
+    da, part, dw_st, sums_st = st_bwd(v, parts, a_r, w_st, norm_st, records_st, raws_st, config, below, True, needs_st)
     sums_r = bn_bwd_finalise(part, record_r, z_r.numel() // z_r.size(1), norm_r.training)
     dz_r = Operand("bn_bwd", da, z_r, record_b=record_r, sums=sums_r)
-    epilogue = Epilogue(join="add", o=dy, o_mask=y, o_stride=step, mask=x if mask_x else None)
-    dx = dw_r = None
-    if needs_x and needs_w[0] and _reduce_fits(x, weights, config, thin):
-        dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
-        dw_r = Splits(part, 1, x.size(1))
-    elif needs_w[0]:
-        room = finished(dz_r, dz_r, source, stride) if needs_x else None
-        dw_r = conv_wgrad(dz_r, source, stride, room=room)
-        dz_r = as_finished(dz_r, room)
-    dws, sums = [*sum_splits([dw_r, *dw_st]), dw_e], [sums_r, *sums_st, sums_e]
+    o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
-        o, _, dw_d, sums_d = gram_bwd(dy, y, w_d[0], norm_d[0], record_d[0], source, kept_d, config.stride, needs_x)
-        dws.append(dw_d)
-        sums.append(sums_d)
-        epilogue = Epilogue(join="add", o=o, o_stride=config.stride, mask=epilogue.mask)
-    if needs_x and dx is None:
-        dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
-    return dx, dws, sums
+        of_d = w_d[0], norm_d[0], record_d[0], Operand("raw", x), kept_d, config.stride, needs_x
+        o, _, dw_d, sums_d = gram_bwd(dy, y, *of_d)
+        dws, sums = [*dws, dw_d], [*sums, sums_d]
+    return Inner(dz_r, o, dws, sums)
+
+
+def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin) -> Inner:
+    _, w_st, (w_e,), w_d = _split(weights, config)
+    _, norm_st, _, _ = _split(norms, config)
+    (record_r,), records_st, (record_e,), record_d = _split(records, config)
+    _, needs_st, (needs_e,), needs_d = _split(needs_w, config)
+    z_r, *rest = raws
+    raws_st, (a_r, *finished) = rest[: len(w_st)], rest[len(w_st) : len(rest) - 1 - len(w_d)]
+    z_e, *z_d = rest[len(rest) - 1 - len(w_d) :]
+    step = 2 if thin else 1
+    part_e, *part_d = bn_sums(dy, y, [z_e, *z_d], [record_e, *record_d], step)
+    dz_e, sums_e = _stored_gradient(dy, z_e, record_e, part_e, "bn_bwd_open", y, step)
+    dw_e = conv_wgrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
+    v, parts = join_dgrad(dz_e, w_e, join_of(records_st, raws_st, config), config.kind)
+    below = z_r, record_r
+    da, part, dw_st, sums_st = st_bwd(
+        v, parts, Operand("raw", a_r), w_st, norm_st, records_st, raws_st, config, below, True, needs_st, finished
+    )
+    dz_r, sums_r = _stored_gradient(da, *below, part)
+    o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
+    if w_d:
+        dz_d, sums_d = _stored_gradient(dy, z_d[0], record_d[0], part_d[0], "bn_bwd_open", y)
+        dw_d = conv_wgrad(dz_d, Operand("raw", x), pointwise(config.stride)) if needs_d[0] else None
+        dws, sums = [*dws, dw_d], [*sums, sums_d]
+        if needs_x:
+            o, _ = conv(dz_d, w_d[0], pointwise(), None, tuple(dz_d.a.shape[2:]))
+    return Inner(dz_r, o, dws, sums)
+
+
+def _stored_gradient(*arguments) -> tuple[Operand, Tensor]:
+    dz, sums = bn_bwd_apply(*arguments)
+    return Operand("raw", dz), sums
 
 
 def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config, thin: bool) -> bool:
@@ -124,15 +198,16 @@ def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config, thin: bool) -
     return not w_d and cuda_allowed(x) and _cuda.reduce_bwd_why_not(tuple(x.shape), x.dtype, w_r.size(0), thin) is None
 
 
-def _can_mask(x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool], thin: bool) -> bool:
+def _can_mask(
+    x: Tensor, z_r: Tensor, weights: list[Tensor], config: Config, needs_w: list[bool], thin: bool, stored: bool
+) -> bool:
     """Whether `_bwd` can mask dx by x: in the kernel of both gradients of R, `point_dgrad` or Triton's."""
     if not cuda_allowed(x):
         return True
-    if not needs_w[0] or _reduce_fits(x, weights, config, thin):
+    if _reduce_fits(x, weights, config, thin):
         return needs_w[0]
-    dz, stride = Operand("bn_bwd", z_r, z_r), pointwise(config.stride)
-    left = not thin and not _split(weights, config)[3] and finishes(dz, dz, Operand("raw", x), stride)
-    return left and _cuda.point_dgrad_why_not(z_r, x.size(1)) is None
+    plain = stored and not thin and not _split(weights, config)[3]
+    return plain and _cuda.point_dgrad_why_not(z_r, x.size(1)) is None
 
 
 def _infer(x, weights, records, config):
@@ -151,6 +226,9 @@ def _out_shape(x, weights, config):
 def _raw_shapes(x, weights, norms, config):
     n, *dims = _dims(x, config)
     (w_r,), w_st, *wide = _split(weights, config)
+    if stores(x, weights, norms, config):
+        finished = [w_r, *w_st] if config.kind != "B" else [w_r, w_st[1]]
+        return [(n, w.size(0), *dims) for w in (w_r, *w_st, *finished, *itertools.chain(*wide))]
     pairs = zip(itertools.chain(*wide), itertools.chain(*_split(norms, config)[2:]))
     kept = [(w.numel() + w.size(1),) for w, norm in pairs if norm.training]
     return [(n, w.size(0), *dims) for w in (w_r, *w_st)] + kept
@@ -349,18 +427,18 @@ def _row_fwd(x, weights, norms, config):
 
 def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     blocks = [_by_block(items, config.counts) for items in (weights, norms, records, needs_w)]
-    counts = [  # input first, then raw outputs, then what `gram` kept
-        (3 if block.kind == "2d" else 4) + sum(norm.training for norm in itertools.chain(*_split(own, block)[2:]))
-        for block, own in zip(config.blocks, blocks[1])
-    ]
-    raws = _by_block([x, *raws], counts)
+    rest, raws = [x, *raws], []
+    for block, w, n in zip(config.blocks, *blocks[:2]):  # its input first, then raws of its own
+        count = 1 + len(_raw_shapes(rest[0], w, n, block))
+        raws.append(rest[:count])
+        rest = rest[count:]
     outputs = [own[0] for own in raws[1:]] + [y]
     dws, sums, masked = [], [], False
     for i, ((block, thin), w, n, r, needs) in reversed(list(enumerate(zip(config.of_blocks(), *blocks)))):
         source, *own = raws[i]
-        mask_x = i > 0 and _can_mask(
-            source, own[0], w, block, needs, thin
-        )  # then the block below need not read its output
+        stored = stores(source, w, n, block)
+        # Masked, it spares the block below a read of its output.
+        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs, thin, stored)
         passes = needs_x or i > 0, needs, thin, masked, mask_x
         dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, *passes)
         dws, sums, masked = block_dws + dws, block_sums + sums, mask_x

@@ -23,12 +23,14 @@ from .._checks import check_activation, check_choice, check_weight
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
 from . import _cuda
+from ._apply import bn_apply, bn_bwd_apply
 from ._conv import (
     Epilogue,
     Geometry,
     conv,
     conv_wgrad,
     cuda_allowed,
+    pointwise,
     spatial_dgrad,
     spatial_fwd,
     spatial_wgrad,
@@ -153,23 +155,32 @@ def join_bwd_kernel(
 
 
 def st_fwd(
-    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config, centred: bool = False
-) -> tuple[Operand, list[Tensor], list[Tensor]]:
-    """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order.
+    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config, centred: bool = False, stored: bool = False
+) -> tuple[Operand, list[Tensor], list[Tensor], list[Tensor]]:
+    """(join, records, raws, finished) of S and, unless kind is "2d", T; weights and norms in that order.
 
-    centred: the join gets a centre.
+    centred: the join gets a centre. stored: what S and T read, and the join, are stored, the latter `finished`: what T
+    reads of S, if it does, and the join.
     """
     (w_s, *w_t), (norm_s, *norm_t) = weights, norms
     z_s, part = spatial_fwd(x, w_s, Epilogue(stats=norm_s.training))
-    a_s, alone = Operand("bn_relu", z_s), config.kind == "2d"
-    a_s.record_a = bn_finalise(norm_s, z_s.size(1), part, z_s.device, a_s if centred and alone else None)
+    a_s, alone, finished = Operand("bn_relu", z_s), config.kind == "2d", []
+    if stored and config.kind != "B":
+        a, a_s.record_a = bn_apply(norm_s, z_s, part)
+        finished.append(a)
+    else:
+        a_s.record_a = bn_finalise(norm_s, z_s.size(1), part, z_s.device, a_s if centred and alone else None)
+    read_s = Operand("raw", finished[0]) if finished else a_s
     if alone:
-        return a_s, [a_s.record_a], [z_s]
-    z_t, part = conv(x if config.kind == "B" else a_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
+        return read_s, [a_s.record_a], [z_s], finished
+    z_t, part = conv(x if config.kind == "B" else read_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
     join = join_of([a_s.record_a, None], [z_s, z_t], config)
+    if stored:
+        a, record_t = bn_apply(norm_t[0], z_t, part, join.read, *(() if join.b is None else (z_s, a_s.record_a)))
+        return Operand("raw", a), [a_s.record_a, record_t], [z_s, z_t], [*finished, a]
     record_t = bn_finalise(norm_t[0], z_t.size(1), part, z_t.device, join if centred else None)
     records, raws = [a_s.record_a, record_t], [z_s, z_t]
-    return dataclasses.replace(join_of(records, raws, config), centre=join.centre), records, raws
+    return dataclasses.replace(join_of(records, raws, config), centre=join.centre), records, raws, finished
 
 
 def join_of(records: list[Tensor], raws: list[Tensor], config: Config) -> Operand:
@@ -201,36 +212,36 @@ def st_bwd(
     below: tuple[Tensor, Tensor] | None,
     needs_x: bool,
     needs_w: list[bool],
+    finished: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Splits | None], list[Tensor]]:
     """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`.
 
-    dws are still to be summed over splits.
+    dws are still to be summed over splits. finished: of a stored `st_fwd`; the gradients are then stored, too.
     """
     positions = v.numel() // v.size(1)
     dims = tuple(v.shape[2:])
-
-    def finalise(part, i):
-        return bn_bwd_finalise(part, records[i], positions, norms[i].training)
-
-    def pending(g, i, sums, read="bn_bwd"):
-        return Operand(read, g, raws[i], record_b=records[i], sums=sums)
-
     part_s, part_t = (parts[0], None) if config.kind == "2d" else (parts[::-1] if config.kind == "A" else parts)
     dws, sums = [None] * len(weights), [None] * len(weights)
-    a_s = Operand("bn_relu", raws[0], record_a=records[0])
+
+    def gradient(g, part, i, read="bn_bwd"):
+        if finished is None:
+            sums[i] = bn_bwd_finalise(part, records[i], positions, norms[i].training)
+            return Operand(read, g, raws[i], record_b=records[i], sums=sums[i])
+        dz, sums[i] = bn_bwd_apply(g, raws[i], records[i], part, read)
+        return Operand("raw", dz)
+
+    a_s = Operand("bn_relu", raws[0], record_a=records[0]) if finished is None else Operand("raw", finished[0])
     g_s, o = v, None  # gradient of relu(bn_s(z_s)); what T adds to dx
     if config.kind != "2d":
-        sums[1] = finalise(part_t, 1)
         outer = join_read(config) in ("join_b", "join_c")
-        dz_t = pending(v, 1, sums[1], "bn_bwd_open" if outer else "bn_bwd")
+        dz_t = gradient(v, part_t, 1, "bn_bwd_open" if outer else "bn_bwd")
         if config.kind == "B":
             o, _, dws[1] = _t_bwd(dz_t, x, weights[1], Epilogue(), dims, needs_x, needs_w[1])
         else:
             join, o_c = ("add", v) if config.kind == "C" else ("none", None)
             epilogue = Epilogue(join=join, o=o_c, below=(raws[0], records[0]))
             g_s, part_s, dws[1] = _t_bwd(dz_t, a_s, weights[1], epilogue, dims, True, needs_w[1])
-    sums[0] = finalise(part_s, 0)
-    dz_s = pending(g_s, 0, sums[0])
+    dz_s = gradient(g_s, part_s, 0)
     if needs_w[0]:
         dws[0] = spatial_wgrad(dz_s, x)
     dx = part = None
@@ -312,18 +323,31 @@ def _join_plan(kernel, join: Operand, kind: str) -> Plan:
 
 
 def _fwd(x, weights, norms, config):
-    join, records, raws = st_fwd(Operand("raw", x), weights, norms, config)
+    join, records, raws, _ = st_fwd(Operand("raw", x), weights, norms, config)
     y = empty_ndhwc(join.a.shape, x)
     _join_plan(join_fwd_kernel, join, config.kind)(*join.args()[:4], y)
     return y, records, raws
 
 
+def join_grad(g: Tensor, join: Operand, kind: str) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """(v, `join_parts` of it) of the gradient g of the join."""
+    plan = _join_plan(join_bwd_kernel, join, kind)
+    parts, v = join_parts(join, kind, plan.rows), empty_ndhwc(g.shape, g)
+    plan(g, v, *join.args()[:4], *parts)
+    return v, parts
+
+
+def join_dgrad(dz: Operand, w: Tensor, join: Operand, kind: str) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """`join_grad` of the input gradient dz W of a 1x1x1 convolution of the join, W packed."""
+    dims = tuple(join.a.shape[2:])
+    if join.b is None:
+        v, part = conv(dz, w, pointwise(), Epilogue(below=(join.a, join.record_a)), dims)
+        return v, (part, None)
+    return join_grad(conv(dz, w, pointwise(), None, dims)[0], join, kind)
+
+
 def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
-    join = join_of(records, raws, config)
-    plan = _join_plan(join_bwd_kernel, join, config.kind)
-    parts = join_parts(join, config.kind, plan.rows)
-    v = empty_ndhwc(y.shape, y)
-    plan(dy, v, *join.args()[:4], *parts)
+    v, parts = join_grad(dy, join_of(records, raws, config), config.kind)
     dx, _, dws, sums = st_bwd(
         v, parts, Operand("raw", x), weights, norms, records, raws, config, None, needs_x, needs_w
     )

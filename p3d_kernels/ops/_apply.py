@@ -1,0 +1,308 @@
+"""BN as a pass of its own, for tensors that stay in the second-level cache: what is read is then stored finished.
+
+Between large tensors BN and its backward happen in the prologue of whoever reads them. Where a product is made in many
+tiles of output channels each tile repeats that, and where a tensor is small a pass over it costs less than that. Each
+program of a pass finalises the BN of its own channels first, so that there is no launch for that:
+
+    fwd   a  = relu(u), a join, or relu(u + r);     u = (z - mean) scale + bias         see `Operand` and `bn_apply`
+    bwd   dz = scale (g [..] - c0 - (z - mean) c1)                                      see `bn_bwd_apply`
+
+Statistics, the centred form and rounding are those of `_triton.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._norm import Norm
+from ._tape import Plan, alloc, cdiv, plan_for
+from ._triton import (
+    _UNALIGNED,
+    activation,
+    affine,
+    begin,
+    block,
+    combine_stats,
+    combine_sums,
+    dependent_launch,
+    empty_ndhwc,
+    fold,
+    load_affine,
+    relu,
+    tl,
+    triton,
+    write_record,
+    write_sums,
+)
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def strided_row(p, H, W, Ho, Wo, STEP: tl.constexpr):
+    """The row in [frames, H, W] of position p in [frames, Ho, Wo], its every STEP-th row and column."""
+    return (p // (Wo * Ho) * H + p // Wo % Ho * STEP) * W + p % Wo * STEP
+
+
+@triton.jit(do_not_specialize=["R", "P", "H", "W", "Ho", "Wo"], do_not_specialize_on_alignment=_UNALIGNED)
+def bn_apply_kernel(
+    record,  # [5, C]
+    out,  # [frames, Ho, Wo, C]
+    z,  # [frames, H, W, C]
+    part,  # [R, 3, C]
+    weight,  # [C] or None
+    bias,  # [C] or None
+    o,  # like z: what it is joined with; or None
+    o_record,  # [5, C] or None: o as it is
+    R,
+    eps,
+    P,  # positions of out
+    H,
+    W,
+    Ho,
+    Wo,
+    C: tl.constexpr,
+    READ: tl.constexpr,
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // C_TILES
+    c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p < P)[:, None] & c_mask[None, :]
+    row = p
+    if STEP != 1:
+        row = strided_row(p, H, W, Ho, Wo, STEP)
+    offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+    scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
+    begin(PDL)
+    v = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    if o is not None:
+        other = tl.load(o + offsets, mask=mask, other=0.0).to(tl.float32)
+    count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+    var = m2 / count
+    unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+    first = c_mask & (tile == 0)  # all programs make the record, one stores it
+    mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, first, C)
+    u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
+    if o_record is not None:
+        other = affine(other, o_record, c, c_mask, C)
+    if READ == "add_relu":
+        v = relu(u + other)
+    elif READ == "bn_relu":
+        v = activation(u, None, READ)
+    else:
+        v = activation(other, u, READ)
+    tl.store(out + p.to(tl.int64)[:, None] * C + c[None, :], v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def masked_gradient(g, g_mask, offsets, mask):
+    """g at `offsets` in float32, zero unless g_mask, if there is one, is positive there."""
+    v = tl.load(g + offsets, mask=mask, other=0.0).to(tl.float32)
+    if g_mask is not None:
+        v = tl.where(tl.load(g_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, v)
+    return v
+
+
+@triton.jit(do_not_specialize=["P", "H", "W", "Ho", "Wo"])
+def bn_sums_kernel(
+    g,  # [frames, Ho, Wo, C]
+    g_mask,  # like g, or None
+    z,  # [frames, H, W, C]
+    record,  # [5, C]
+    part,  # [tiles, 2, C]
+    z_d,  # like z, with a record and sums of its own; or None
+    record_d,
+    part_d,
+    P,  # positions of g
+    H,
+    W,
+    Ho,
+    Wo,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // C_TILES
+    c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    row = p
+    if STEP != 1:
+        row = strided_row(p, H, W, Ho, Wo, STEP)
+    begin(PDL)
+    v = masked_gradient(g, g_mask, p.to(tl.int64)[:, None] * C + c[None, :], mask)
+    offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+    write_sums(part, v, z, record, offsets, mask, tile, c, c < C, C, True)
+    if z_d is not None:
+        write_sums(part_d, v, z_d, record_d, offsets, mask, tile, c, c < C, C, True)
+
+
+@triton.jit(do_not_specialize=["R", "P", "H", "W", "Ho", "Wo"])
+def bn_bwd_apply_kernel(
+    sums,  # [4, C], rows (c0, c1, dweight, dbias)
+    dz,  # [frames, H, W, C]
+    g,  # [frames, Ho, Wo, C]: at every STEP-th row and column of z, and zero elsewhere
+    g_mask,  # like g, or None
+    z,  # like dz
+    record,  # [5, C]
+    part,  # [R, 2, C]
+    R,
+    P,  # positions of z
+    H,
+    W,
+    Ho,
+    Wo,
+    C: tl.constexpr,
+    OPEN: tl.constexpr,  # g is the gradient of u, not of relu(u)
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // C_TILES
+    c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < C
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p < P)[:, None] & c_mask[None, :]
+    offsets = p.to(tl.int64)[:, None] * C + c[None, :]
+    g_row, there = p, mask
+    if STEP != 1:
+        h = p // W % H
+        w = p % W
+        g_row = (p // (W * H) * Ho + h // STEP) * Wo + w // STEP
+        there = mask & ((h % STEP == 0) & (w % STEP == 0))[:, None]
+    begin(PDL)
+    v = masked_gradient(g, g_mask, g_row.to(tl.int64)[:, None] * C + c[None, :], there)
+    b = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(record + c, mask=c_mask, other=0.0)
+    scale = tl.load(record + C + c, mask=c_mask, other=0.0)
+    invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
+    sum_g, sum_gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+    sum_g, sum_gz = sum_g.to(tl.float32), sum_gz.to(tl.float32)
+    c0 = sum_g / P
+    c1 = invstd * invstd * (sum_gz / P)
+    first = c_mask & (tile == 0)
+    tl.store(sums + c, c0, mask=first)
+    tl.store(sums + C + c, c1, mask=first)
+    tl.store(sums + 2 * C + c, invstd * sum_gz, mask=first)
+    tl.store(sums + 3 * C + c, sum_g, mask=first)
+    d = b - mean[None, :]
+    if not OPEN:
+        bias = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
+        v = tl.where(d * scale[None, :] + bias[None, :] <= 0, 0.0, v)
+    v = scale[None, :] * (v - c0[None, :] - d * c1[None, :])
+    tl.store(dz + offsets, v.to(dz.dtype.element_ty), mask=mask)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def bn_apply(
+    norm: Norm,
+    z: Tensor,
+    part: Tensor,
+    read: str = "bn_relu",
+    o: Tensor | None = None,
+    o_record: Tensor | None = None,
+    step: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """(a, record) of `norm` in training on raw z [N, C, T, H, W], of its partial statistics [R, 3, C].
+
+    read: "bn_relu": a = relu(u); a join: of o, raw with its record, and z; "add_relu": a = relu(u + o), o as it is or
+    normalised by its record. step: a at every step-th row and column alone.
+    """
+    n, channels, t, h, w = z.shape
+    part, affines = fold(part), (norm.weight, norm.bias)
+    out = empty_ndhwc((n, channels, t, cdiv(h, step), cdiv(w, step)), z)
+    record = alloc((5, channels), z.device)
+    dtypes = tuple([None if a is None else a.dtype for a in affines])
+    key = z.shape, z.dtype, z.device, part.shape, part.dtype, read, o is None, o_record is None, step, norm.eps, dtypes
+
+    def build() -> Plan:
+        sizes = out.numel() // channels, h, w, *out.shape[3:]
+        return _plan(bn_apply_kernel, channels, sizes, part.size(0), (norm.eps,), z.device, READ=read, STEP=step)
+
+    plan_for(("bn_apply", *key), build)(record, out, z, part, *affines, o, o_record)
+    return out, record
+
+
+def bn_sums(g: Tensor, g_mask: Tensor | None, zs: list[Tensor], records: list[Tensor], step: int = 1) -> list[Tensor]:
+    """The partial sums [R, 2, C] of g for the norms of one or two raw tensors, with no ReLU between.
+
+    g: at every step-th row and column of these; masked by [g_mask > 0] if there is one.
+    """
+    channels, device = g.size(1), g.device
+    key = g.shape, g.dtype, device, zs[0].shape, g_mask is None, len(zs), step
+
+    def build() -> Plan:
+        sizes = g.numel() // channels, *zs[0].shape[3:], *g.shape[3:]
+        return _plan(bn_sums_kernel, channels, sizes, None, (), device, STEP=step)
+
+    plan = plan_for(("bn_sums", *key), build)
+    parts = [alloc((plan.rows, 2, channels), device) for _ in zs]
+    given = [t for triple in zip(zs, records, parts) for t in triple]
+    plan(g, g_mask, *given, *[None] * (6 - len(given)))
+    return parts
+
+
+def bn_bwd_apply(
+    g: Tensor,
+    z: Tensor,
+    record: Tensor,
+    part: Tensor,
+    read: str = "bn_bwd",
+    g_mask: Tensor | None = None,
+    step: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """(dz, sums [4, C]) of a norm in training from the gradient g and its partial sums [R, 2, C].
+
+    read: "bn_bwd" or "bn_bwd_open", see `Operand`. g, g_mask, step: as in `bn_sums`.
+    """
+    channels, part = z.size(1), fold(part)
+    dz, sums = empty_ndhwc(z.shape, z), alloc((4, channels), z.device)
+    key = z.shape, z.dtype, z.device, g.shape, part.shape, part.dtype, read, g_mask is None, step
+
+    def build() -> Plan:
+        sizes = z.numel() // channels, *z.shape[3:], *g.shape[3:]
+        return _plan(
+            bn_bwd_apply_kernel, channels, sizes, part.size(0), (), z.device, OPEN=read == "bn_bwd_open", STEP=step
+        )
+
+    plan_for(("bn_bwd_apply", *key), build)(sums, dz, g, g_mask, z, record, part)
+    return dz, sums
+
+
+def _plan(
+    kernel, channels: int, sizes: tuple, rows: int | None, scalars: tuple, device: torch.device, **constants
+) -> Plan:
+    """A pass over `sizes` = (positions, H, W, Ho, Wo); rows: of partial results that each program combines, or None."""
+    block_c = block(channels, 16, 32)
+    programs = sizes[0] * channels // 4096  # each combines partial results anew, so of a large tensor a larger tile
+    elements = 4096 if programs <= 264 else 8192 if programs <= 1056 else 16384
+    block_p = block(sizes[0], 16, elements // block_c)
+    plan_rows, constants["num_warps"] = cdiv(sizes[0], block_p), max(1, min(16, block_p * block_c // 1024))
+    if rows is not None:
+        block_r = constants["num_warps"] * 32 // block_c
+        constants |= {"BLOCK_R": block_r, "UNROLL": block(cdiv(rows, block_r), 1, 8)}
+        scalars = rows, *scalars
+    plan = Plan(
+        kernel, (plan_rows * cdiv(channels, block_c),), (*scalars, *sizes),
+        C=channels, BLOCK_P=block_p, BLOCK_C=block_c, **dependent_launch(device), **constants,
+    )  # fmt: skip
+    plan.rows = plan_rows
+    return plan
