@@ -1,4 +1,4 @@
-"""Blocks that store what their convolutions read, with BN as a pass of its own: against float64, and which blocks do."""
+"""Blocks that store what their convolutions read, with BN as a pass of its own: against float64, and who does so."""
 
 from __future__ import annotations
 
