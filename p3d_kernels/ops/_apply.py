@@ -2,7 +2,7 @@
 
 Between large tensors BN and its backward happen in the prologue of whoever reads them. Where a product is made in many
 tiles of output channels each tile repeats that, and where a tensor is small a pass over it costs less than that. Each
-program of a pass finalises the BN of its own channels first, so that there is no launch for that:
+program of a pass can finalise the BN of its own channels first, which spares a launch where partial results are few:
 
     fwd   a  = relu(u), a join, or relu(u + r);     u = (z - mean) scale + bias         see `Operand` and `bn_apply`
     bwd   dz = scale (g [..] - c0 - (z - mean) c1)                                      see `bn_bwd_apply`
@@ -23,6 +23,7 @@ from ._triton import (
     affine,
     begin,
     block,
+    bn_finalise,
     combine_stats,
     combine_sums,
     dependent_launch,
@@ -33,7 +34,6 @@ from ._triton import (
     tl,
     triton,
     write_record,
-    write_sums,
 )
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def bn_apply_kernel(
     record,  # [5, C]
     out,  # [frames, Ho, Wo, C]
     z,  # [frames, H, W, C]
-    part,  # [R, 3, C]
+    part,  # [R, 3, C]; or None: the record is there
     weight,  # [C] or None
     bias,  # [C] or None
     o,  # like z: what it is joined with; or None
@@ -81,17 +81,21 @@ def bn_apply_kernel(
     if STEP != 1:
         row = strided_row(p, H, W, Ho, Wo, STEP)
     offsets = row.to(tl.int64)[:, None] * C + c[None, :]
-    scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
+    if part is not None:
+        scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
     begin(PDL)
     v = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
     if o is not None:
         other = tl.load(o + offsets, mask=mask, other=0.0).to(tl.float32)
-    count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-    var = m2 / count
-    unbiased = m2 / tl.maximum(count - 1.0, 1.0)
-    first = c_mask & (tile == 0)  # all programs make the record, one stores it
-    mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, first, C)
-    u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
+    if part is not None:
+        count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+        var = m2 / count
+        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+        first = c_mask & (tile == 0)  # all programs make the record, one stores it
+        mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, first, C)
+        u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
+    else:
+        u = affine(v, record, c, c_mask, C)
     if o_record is not None:
         other = affine(other, o_record, c, c_mask, C)
     if READ == "add_relu":
@@ -118,7 +122,7 @@ def bn_sums_kernel(
     g_mask,  # like g, or None
     z,  # [frames, H, W, C]
     record,  # [5, C]
-    part,  # [tiles, 2, C]
+    part,  # [tiles, 2, C]: sum g and sum g (z - mean)
     z_d,  # like z, with a record and sums of its own; or None
     record_d,
     part_d,
@@ -132,21 +136,41 @@ def bn_sums_kernel(
     PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of positions, to a tile
 ):
     C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile = tl.program_id(0) // C_TILES
     c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (p < P)[:, None] & (c < C)[None, :]
-    row = p
-    if STEP != 1:
-        row = strided_row(p, H, W, Ho, Wo, STEP)
+    c_mask = c < C
     begin(PDL)
-    v = masked_gradient(g, g_mask, p.to(tl.int64)[:, None] * C + c[None, :], mask)
-    offsets = row.to(tl.int64)[:, None] * C + c[None, :]
-    write_sums(part, v, z, record, offsets, mask, tile, c, c < C, C, True)
+    mean = tl.load(record + c, mask=c_mask, other=0.0)[None, :]
+    sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_gz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     if z_d is not None:
-        write_sums(part_d, v, z_d, record_d, offsets, mask, tile, c, c < C, C, True)
+        mean_d = tl.load(record_d + c, mask=c_mask, other=0.0)[None, :]
+        sum_gd = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for i in range(BLOCKS):
+        p = (tile * BLOCKS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (p < P)[:, None] & c_mask[None, :]
+        row = p
+        if STEP != 1:
+            row = strided_row(p, H, W, Ho, Wo, STEP)
+        v = masked_gradient(g, g_mask, p.to(tl.int64)[:, None] * C + c[None, :], mask)
+        offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+        sum_g += v
+        d = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32) - mean
+        sum_gz += tl.where(mask, v * d, 0.0)
+        if z_d is not None:
+            d = tl.load(z_d + offsets, mask=mask, other=0.0).to(tl.float32) - mean_d
+            sum_gd += tl.where(mask, v * d, 0.0)
+    total = tl.sum(sum_g, 0)
+    row = part + tile * 2 * C + c
+    tl.store(row, total, mask=c_mask)
+    tl.store(row + C, tl.sum(sum_gz, 0), mask=c_mask)
+    if z_d is not None:
+        row = part_d + tile * 2 * C + c
+        tl.store(row, total, mask=c_mask)
+        tl.store(row + C, tl.sum(sum_gd, 0), mask=c_mask)
 
 
 @triton.jit(do_not_specialize=["R", "P", "H", "W", "Ho", "Wo"])
@@ -229,13 +253,16 @@ def bn_apply(
     n, channels, t, h, w = z.shape
     part, affines = fold(part), (norm.weight, norm.bias)
     out = empty_ndhwc((n, channels, t, cdiv(h, step), cdiv(w, step)), z)
-    record = alloc((5, channels), z.device)
-    dtypes = tuple([None if a is None else a.dtype for a in affines])
-    key = z.shape, z.dtype, z.device, part.shape, part.dtype, read, o is None, o_record is None, step, norm.eps, dtypes
+    if out.numel() > TWICE:
+        record, part, affines = bn_finalise(norm, channels, part, z.device), None, (None, None)
+    else:
+        record = alloc((5, channels), z.device)
+    given = tuple([None if t is None else (t.shape, t.dtype) for t in (part, *affines)])
+    key = z.shape, z.dtype, z.device, given, read, o is None, o_record is None, step, norm.eps
 
     def build() -> Plan:
-        sizes = out.numel() // channels, h, w, *out.shape[3:]
-        return _plan(bn_apply_kernel, channels, sizes, part.size(0), (norm.eps,), z.device, READ=read, STEP=step)
+        sizes, rows = (out.numel() // channels, h, w, *out.shape[3:]), 0 if part is None else part.size(0)
+        return _plan(bn_apply_kernel, channels, sizes, rows, (norm.eps,), z.device, READ=read, STEP=step)
 
     plan_for(("bn_apply", *key), build)(record, out, z, part, *affines, o, o_record)
     return out, record
@@ -251,7 +278,8 @@ def bn_sums(g: Tensor, g_mask: Tensor | None, zs: list[Tensor], records: list[Te
 
     def build() -> Plan:
         sizes = g.numel() // channels, *zs[0].shape[3:], *g.shape[3:]
-        return _plan(bn_sums_kernel, channels, sizes, None, (), device, STEP=step)
+        blocks = 4 if g.numel() > TWICE else 1  # few partial results, which each program of the next pass combines
+        return _plan(bn_sums_kernel, channels, sizes, None, (), device, STEP=step, BLOCKS=blocks)
 
     plan = plan_for(("bn_sums", *key), build)
     parts = [alloc((plan.rows, 2, channels), device) for _ in zs]
@@ -287,22 +315,23 @@ def bn_bwd_apply(
     return dz, sums
 
 
+TWICE = 1 << 22  # elements beyond which the programs of a forward pass are too many to combine statistics each
+
+
 def _plan(
     kernel, channels: int, sizes: tuple, rows: int | None, scalars: tuple, device: torch.device, **constants
 ) -> Plan:
     """A pass over `sizes` = (positions, H, W, Ho, Wo); rows: of partial results that each program combines, or None."""
     block_c = block(channels, 16, 32)
-    programs = sizes[0] * channels // 4096  # each combines partial results anew, so of a large tensor a larger tile
-    elements = 4096 if programs <= 264 else 8192 if programs <= 1056 else 16384
-    block_p = block(sizes[0], 16, elements // block_c)
-    plan_rows, constants["num_warps"] = cdiv(sizes[0], block_p), max(1, min(16, block_p * block_c // 1024))
+    block_p = block(sizes[0], 16, 4096 // block_c)  # 16 elements a thread: with more a processor has too few threads
+    tiles, warps = cdiv(sizes[0], block_p * constants.get("BLOCKS", 1)), max(1, block_p * block_c // 512)
     if rows is not None:
-        block_r = constants["num_warps"] * 32 // block_c
-        constants |= {"BLOCK_R": block_r, "UNROLL": block(cdiv(rows, block_r), 1, 8)}
+        block_r = 32 * warps // block_c
+        constants |= {"BLOCK_R": block_r, "UNROLL": block(cdiv(max(rows, 1), block_r), 1, 8)}
         scalars = rows, *scalars
     plan = Plan(
-        kernel, (plan_rows * cdiv(channels, block_c),), (*scalars, *sizes),
-        C=channels, BLOCK_P=block_p, BLOCK_C=block_c, **dependent_launch(device), **constants,
+        kernel, (tiles * cdiv(channels, block_c),), (*scalars, *sizes),
+        C=channels, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, **dependent_launch(device), **constants,
     )  # fmt: skip
-    plan.rows = plan_rows
+    plan.rows = tiles
     return plan
