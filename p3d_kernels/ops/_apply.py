@@ -250,22 +250,38 @@ def bn_apply(
     read: "bn_relu": a = relu(u); a join: of o, raw with its record, and z; "add_relu": a = relu(u + o), o as it is or
     normalised by its record. step: a at every step-th row and column alone.
     """
+    part = fold(part)
+    if z.numel() > TWICE * step * step:
+        record = bn_finalise(norm, z.size(1), part, z.device)
+        return bn_applied(z, record, read, o, o_record, step), record
+    record = alloc((5, z.size(1)), z.device)
+    return _apply(z, record, part, (norm.weight, norm.bias), norm.eps, read, o, o_record, step), record
+
+
+def bn_applied(
+    z: Tensor,
+    record: Tensor,
+    read: str = "bn_relu",
+    o: Tensor | None = None,
+    o_record: Tensor | None = None,
+    step: int = 1,
+) -> Tensor:
+    """The a of `bn_apply`, given the record."""
+    return _apply(z, record, None, (None, None), 0.0, read, o, o_record, step)
+
+
+def _apply(z, record, part, affines, eps, read, o, o_record, step) -> Tensor:
     n, channels, t, h, w = z.shape
-    part, affines = fold(part), (norm.weight, norm.bias)
     out = empty_ndhwc((n, channels, t, cdiv(h, step), cdiv(w, step)), z)
-    if out.numel() > TWICE:
-        record, part, affines = bn_finalise(norm, channels, part, z.device), None, (None, None)
-    else:
-        record = alloc((5, channels), z.device)
     given = tuple([None if t is None else (t.shape, t.dtype) for t in (part, *affines)])
-    key = z.shape, z.dtype, z.device, given, read, o is None, o_record is None, step, norm.eps
+    key = z.shape, z.dtype, z.device, given, read, o is None, o_record is None, step, eps
 
     def build() -> Plan:
         sizes, rows = (out.numel() // channels, h, w, *out.shape[3:]), 0 if part is None else part.size(0)
-        return _plan(bn_apply_kernel, channels, sizes, rows, (norm.eps,), z.device, READ=read, STEP=step)
+        return _plan(bn_apply_kernel, channels, sizes, rows, (eps,), z.device, READ=read, STEP=step)
 
     plan_for(("bn_apply", *key), build)(record, out, z, part, *affines, o, o_record)
-    return out, record
+    return out
 
 
 def bn_sums(g: Tensor, g_mask: Tensor | None, zs: list[Tensor], records: list[Tensor], step: int = 1) -> list[Tensor]:
