@@ -77,12 +77,12 @@ p3d::ConvTrainShape conv_train_shape(const ConvTrainSizes& sizes) {
     return {clips, time, frame, ci, co, taps, transposed, read(x_read), loads, sums};
 }
 
-// (positions, M, Co, read, whether there is y)
-using GramBwdSizes = std::tuple<int64_t, int64_t, int64_t, std::string, bool>;
+// (N * T, H, W, M, Co, read, whether there is y, thin)
+using GramBwdSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, std::string, bool, bool>;
 
 p3d::GramBwdShape gram_bwd_shape(const GramBwdSizes& sizes) {
-    const auto& [positions, m, co, x_read, masked] = sizes;
-    return {positions, m, co, read(x_read), masked};
+    const auto& [frames, height, width, m, co, x_read, masked, thin] = sizes;
+    return {frames, height, width, m, co, read(x_read), masked, thin};
 }
 
 // (N, T, H * W, C, g is added, sums)
@@ -539,7 +539,8 @@ PYBIND11_MODULE(_C, module) {
         "gram_add",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t v, uintptr_t scales,
            uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da, uintptr_t partials_a, uintptr_t partials_b,
-           int c_parts, const ConvTrainSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
+           int c_parts, int64_t thin_width, const ConvTrainSizes& sizes, const std::string& dtype_name,
+           uintptr_t stream) {
             p3d::GramAdd p{};
             p.shape = conv_train_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -553,12 +554,13 @@ PYBIND11_MODULE(_C, module) {
             p.da = pointer<void>(da);
             p.partials_a = pointer<float>(partials_a);
             p.partials_b = pointer<float>(partials_b);
+            p.thin_width = thin_width;
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::gram_add(p));
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("v"), py::arg("scales"),
         py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"), py::arg("partials_a"), py::arg("partials_b"),
-        py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
+        py::arg("c_parts"), py::arg("thin_width"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "gram_tiles",

@@ -18,9 +18,10 @@
 // A block is persistent: two warpgroups compute, a warp each brings the operands of a *team* and what the epilogue of a
 // warpgroup reads. Teams are one warpgroup, or, where a unit has two slices, both, of which each makes one.
 //
-// What an epilogue reads comes in boxes too; the last of a slice is where y is formed, else a box of its own. Every
-// warp stores the 16 positions that it computed. Statistics and sums stay in registers until the end: those of a thread
-// are of 16 channels and of every 8th position of its units, so they are joined once, in fixed order.
+// What an epilogue reads comes in boxes too, a thin v (p3d.h) row by row; the last box of a slice is where y is formed,
+// else one of its own. Every warp stores the 16 positions that it computed. Statistics and sums stay in registers until
+// the end: those of a thread are of 16 channels and of every 8th position of its units, so they are joined once, in
+// fixed order.
 #include <algorithm>
 
 #include "reads.cuh"
@@ -53,8 +54,10 @@ struct TrainArgs {
     const float* second;        // [3, Co] of o, of below or of the second product; or nullptr
     const float* c;             // [c_parts, Co] of the Gram identity; or nullptr
     const float* column_scale;  // [Co] of its product; or nullptr
-    const float* scales;        // [parts, units, Co / 64, 4] of its v
-    int c_parts;
+    const float* scales;        // [parts, v_rows, Co / 64] of its v
+    const char* thin;           // [parts, v_rows, Co] that v, of even rows and columns alone; or nullptr
+    int c_parts, v_rows;
+    int height, width;                      // thin: H, W
     bool has_below, has_mask, has_o, relu;  // the Gram identity adds all that `mask` and `o` have
     float *partials, *partials_b;           // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
     int out_channels;
@@ -151,7 +154,12 @@ struct Step {
     }
 };
 
-// ---- Producers: one thread each.
+// ---- Producers: one thread each, of a thin v a warp.
+
+// An arrival of this thread when all that it has begun to copy by copy_16 is there.
+__device__ __forceinline__ void copy_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 
 __device__ __forceinline__ void bring(Ring& ring, const CUtensorMap& map, int channel, int position, int frame) {
     ring.claim();
@@ -216,6 +224,43 @@ __device__ __forceinline__ void produce_operands(const TrainMaps& maps, const Tr
             if constexpr (kForm == Form::pair) bring(ring, maps.down, 0, piece.position, 0);
         }
     }
+}
+
+// The row of v that a position has; -1: none.
+__device__ __forceinline__ int row_of_v(const TrainArgs& a, int position) {
+    if (position >= a.limit) return -1;
+    if (!a.thin) return position;
+    int line = position / a.width, w = position - line * a.width, frame = line / a.height, h = line - frame * a.height;
+    return (h | w) % 2 == 0 ? (frame * ((a.height + 1) / 2) + h / 2) * ((a.width + 1) / 2) + w / 2 : -1;
+}
+
+// A thin v as the epilogue reads it: rows where they belong, and zeros between them. Of a whole warp.
+template <Form kForm, int kChunks>
+__device__ __forceinline__ void produce_thin(const TrainArgs& a, const Place& place, int group) {
+    using Team = Teams<kForm, kChunks>;
+    constexpr int kRowBytes = 2 * kChunks * kChunk;
+    Ring ring = place.out(group);
+    int team = Team::kParts == 2 ? 0 : group, part = Team::kParts == 2 ? group : 0, lane = threadIdx.x % 32;
+    Units<kForm, kChunks> units(a);
+    for (int turn = units.first; turn < a.turns; turn += units.step) {
+        int position = units.position(turn, team);
+        int rows[2] = {row_of_v(a, position + lane), row_of_v(a, position + 32 + lane)};
+#pragma unroll 1
+        for (int of = a.has_mask; of >= 0; --of) {  // parts of v
+            const char* from = a.thin + int64_t(of) * a.v_rows * kRowBytes + 2 * part * kChunk + 16 * (lane % 8);
+            barrier_wait(ring.full() + 8, ring.parity ^ 1);
+#pragma unroll
+            for (int k = 0; k < 16; ++k) {
+                int to = 4 * k + lane / 8, row = __shfl_sync(~0u, rows[k / 8], to % 32);
+                copy_16(ring.slot() + to * 128 + ((lane % 8 ^ to % 8) << 4), from + int64_t(max(row, 0)) * kRowBytes,
+                        row >= 0);
+            }
+            copy_arrive(ring.full());
+            ring.advance();
+        }
+    }
+    copy_commit();
+    copy_wait(0);
 }
 
 template <Form kForm, int kChunks>
@@ -505,7 +550,7 @@ struct Consumer {
     // The end of the Gram identity: the gradient of what the operand reads, whose boxes of this slice are x and b, with
     // its masks and sums.
     __device__ __forceinline__ void store_join(const float (&d)[32], const Fragments& x, const Fragments& b,
-                                               float2 scale, int position) {
+                                               const float2 (&scale)[2], int position) {
         if constexpr (kForm == Form::narrow && kBack) {
             Read read = a.x.read;
             bool outer = read == Read::join_b || read == Read::join_c;
@@ -531,8 +576,8 @@ struct Consumer {
                         int i = 2 * half + m;
                         float2 v = {fmaf(d[4 * j + 2 * m], c.z, c.x), fmaf(d[4 * j + 2 * m + 1], c.w, c.y)};
                         float2 one = unpack<__half>(o[i]), two = unpack<__half>(p[i]);
-                        v.x = fmaf(one.x, scale.x, fmaf(two.x, scale.y, v.x));
-                        v.y = fmaf(one.y, scale.x, fmaf(two.y, scale.y, v.y));
+                        v.x = fmaf(one.x, scale[m].x, fmaf(two.x, scale[m].y, v.x));
+                        v.y = fmaf(one.y, scale[m].x, fmaf(two.y, scale[m].y, v.y));
                         float2 z = unpack<T>(x[k][i]), w = unpack<T>(b[k][i]), u = of.affine(z), t = of.other(w);
                         if (outer) {
                             v.x = relu(u.x) + t.x <= 0 ? 0 : v.x, v.y = relu(u.y) + t.y <= 0 ? 0 : v.y;
@@ -567,11 +612,16 @@ struct Consumer {
             int position = units.position(turn, team);
             float d[32];
             Fragments kept_x, kept_b;  // this slice of the operand, if it is the one whose gradient this is
-            float2 scale = {};
-            if (kBack && a.c && position < a.limit) {
-                int64_t tile = 4 * (int64_t(position / kUnit) * kChunks + part) + warp;
-                scale.x = a.scales[tile];
-                if (a.has_mask) scale.y = a.scales[4 * kChunks * int64_t((a.limit - 1) / kUnit + 1) + tile];
+            float2 scale[2] = {};      // of v in this thread's rows, a component a part
+            if (kBack && a.c) {
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    int row = row_of_v(a, position + 16 * warp + 8 * m + lane / 4);
+                    if (row < 0) continue;
+                    const float* of = a.scales + int64_t(row) * kChunks + part;
+                    scale[m].x = of[0];
+                    if (a.has_mask) scale[m].y = of[int64_t(a.v_rows) * kChunks];
+                }
             }
             zero(d);
 #pragma unroll 1
@@ -750,8 +800,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         barrier_init(place.barriers, 1);
         for (int i = 0; i < Team::kCount * a.in_slots + 2 * a.out_slots; ++i) {
-            barrier_init(place.barriers + 16 * (1 + i), 1);
             bool operand = i < Team::kCount * a.in_slots;
+            barrier_init(place.barriers + 16 * (1 + i), !operand && a.thin ? 32 : 1);
             barrier_init(place.barriers + 16 * (1 + i) + 8, operand ? 4 * Team::kParts : 4);  // the warps that use it
         }
         barrier_init_fence();
@@ -761,6 +811,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     if (warp < 4) {
         set_registers<kProducerRegisters, false>();
+        if constexpr (kForm == Form::narrow && kBack)
+            if (a.thin && warp >= 2) return produce_thin<kForm, kChunks>(a, place, warp - 2);
         if (threadIdx.x % 32) return;
         if (warp == 0) produce_weights<kForm, kChunks, kBack>(maps, a, place);
         if (warp < Team::kCount) produce_operands<kForm, kChunks>(maps, a, place, warp);
@@ -977,6 +1029,8 @@ const char* gram_add(const GramAdd& p) {
         return "gram_add: expected a gradient of 1x1x1, of as many channels, with one or two loads";
     if (!p.v || !p.scales || !p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
         return "gram_add: expected v, scales, q, c, and the sums of the shape";
+    if (p.thin_width < 0 || (p.thin_width && s.frame % p.thin_width))
+        return "gram_add: thin: expected a width that divides H * W";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
         return "gram_add: expected sums of tensors that the read normalises";
     if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_add: expected an activation for x";
@@ -985,8 +1039,16 @@ const char* gram_add(const GramAdd& p) {
     TrainArgs& args = launch.args;
     args.has_o = true, args.has_mask = s.loads == 2;
     auto* v = static_cast<const char*>(p.v);
-    launch.positions(launch.maps.o, v, s.out_channels, kUnit);
-    if (args.has_mask) launch.positions(launch.maps.mask, v + 2 * launch.rows * s.out_channels, s.out_channels, kUnit);
+    args.v_rows = args.limit;
+    if (p.thin_width) {
+        args.thin = v;
+        args.width = int(p.thin_width), args.height = int(s.frame / p.thin_width);
+        args.v_rows = int(s.clips * s.time) * ((args.height + 1) / 2) * ((args.width + 1) / 2);
+    } else {
+        launch.positions(launch.maps.o, v, s.out_channels, kUnit);
+        if (args.has_mask)
+            launch.positions(launch.maps.mask, v + 2 * launch.rows * s.out_channels, s.out_channels, kUnit);
+    }
     args.c = p.c, args.c_parts = p.c_parts;
     args.column_scale = p.q_scale;
     args.scales = p.scales;

@@ -10,6 +10,10 @@
 // that of v. M stays in registers until the end, every other 64 couts in a warpgroup. v of 64 columns is made by the
 // two warpgroups in turns, of 128 by each of them a half. scale * w stays in shared memory.
 //
+// Positions are those of g. They have the coordinates (w, h, f), of which a unit covers a rectangle of w and h:
+//   not thin  w = all positions
+//   thin      w, h = those of g, f = frames; where H is even, h goes on from frame to frame. g has even rows and
+//             columns of X alone, and strides of X's maps skip the rest
 // Positions that do not exist have a gradient of zero, and so no part in any sum.
 #include <algorithm>
 
@@ -31,8 +35,8 @@ constexpr int kMaxXSlots = 4, kMaxGSlots = 24;
 constexpr int kBarrierBytes = 24 * (kMaxXSlots + kMaxGSlots);
 
 struct GramMaps {
-    CUtensorMap g, y, a, b;  // [1, P, C], read in boxes of a unit
-    CUtensorMap v;           // [parts, P, M], written in boxes of a warp's 16 positions
+    CUtensorMap g, y, a, b;  // [f, h, w, C], read in boxes of a unit
+    CUtensorMap v;           // [parts * f, h, w, M], written in boxes of a warp's 16 positions
 };
 
 struct GramArgs {
@@ -40,9 +44,13 @@ struct GramArgs {
     const void* w;       // [Co, M]
     const float* scale;  // [Co]
     float* partials;     // [splits, Co * M + Co]
-    float* scales;       // [parts, units, M / 64, 4]: what 16 positions of 64 columns of v are to be multiplied with
+    float* scales;       // [parts, P, M / 64]: what 64 columns of v are to be multiplied with
     bool masked;         // y is there
     int out_channels, parts, splits, units;
+    int width, height, frames;  // of the positions
+    int box_width, box_shift;   // of a unit: 2^box_shift positions of w, the rest of h
+    int w_boxes, h_boxes;
+    FastDivide by_w_boxes, by_h_boxes;  // if there are two or more
     int x_slots, g_slots;
 };
 
@@ -107,25 +115,36 @@ struct Job {  // of a block
     __device__ __forceinline__ int first() const { return part * kCouts; }  // of its couts
 };
 
+struct Unit {  // where it begins
+    int w, h, f;
+
+    __device__ __forceinline__ Unit(const GramArgs& a, int number) {
+        int row = a.w_boxes == 1 ? number : a.by_w_boxes(number);
+        f = a.h_boxes == 1 ? row : a.by_h_boxes(row);
+        w = (number - row * a.w_boxes) * a.box_width;
+        h = (row - f * a.h_boxes) * (kUnit >> a.box_shift);
+    }
+};
+
 // ---- The producer: one thread.
 
 __device__ __forceinline__ void produce(const GramMaps& maps, const GramArgs& a, const Job& job, Stages x, Stages g) {
 #pragma unroll 1
     for (int unit = job.split; unit < a.units; unit += a.splits) {
-        int position = unit * kUnit;
+        Unit at(a, unit);
         x.claim();
         for (int c = 0; c < a.x.chunks; ++c) {
-            copy_box(x.slot() + c * kBoxBytes, maps.a, x.copied(), c * kChunk, position, 0);
+            copy_box(x.slot() + c * kBoxBytes, maps.a, x.copied(), c * kChunk, at.w, at.h, at.f);
             if (two_tensors(a.x.read))
-                copy_box(x.slot() + (a.x.chunks + c) * kBoxBytes, maps.b, x.copied(), c * kChunk, position, 0);
+                copy_box(x.slot() + (a.x.chunks + c) * kBoxBytes, maps.b, x.copied(), c * kChunk, at.w, at.h, at.f);
         }
         x.advance();
 #pragma unroll 1
         for (int box = 0; box < kBoxes; ++box, g.advance()) {
             int channel = job.first() + box * kChunk;
             g.claim();
-            copy_box(g.slot(), maps.g, g.copied(), channel, position, 0);
-            if (a.masked) copy_box(g.slot() + kBoxBytes, maps.y, g.copied(), channel, position, 0);
+            copy_box(g.slot(), maps.g, g.copied(), channel, at.w, at.h, at.f);
+            if (a.masked) copy_box(g.slot() + kBoxBytes, maps.y, g.copied(), channel, at.w, at.h, at.f);
         }
     }
 }
@@ -205,6 +224,14 @@ __device__ __forceinline__ void finish_all(const GramArgs& a, const Job& job, St
 }
 
 // ---- The consumers.
+
+// Stores a box to memory as a group of its own; what lies outside the tensor is left out.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2, int i3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // A power of two that the scales of the block's couts lie below twice of, for float16: so divided, they neither
 // overflow nor underflow. Every warp finds it.
@@ -338,10 +365,16 @@ struct Consumer {
         }
         fence_proxy_async();
         __syncwarp();
-        if (lane == 0) {
-            store_box(maps.v, box, kSlice * kChunk, unit * kUnit + 16 * warp, job.part);
-            int64_t tile = (int64_t(job.part) * a.units + unit) * kChunks + kSlice;
-            a.scales[4 * tile + warp] = __uint_as_float((exponent - 14) << 23) * most;
+        Unit at(a, unit);
+        int row = 16 * warp, frame = job.part * a.frames + at.f;
+        if (lane == 0)
+            store_box(maps.v, box, kSlice * kChunk, at.w + (row & (a.box_width - 1)), at.h + (row >> a.box_shift),
+                      frame);
+        row += lane;
+        int w = at.w + (row & (a.box_width - 1)), h = at.h + (row >> a.box_shift);
+        if (lane < 16 && w < a.width && h < a.height) {
+            int64_t position = (int64_t(frame) * a.height + h) * a.width + w;
+            a.scales[position * kChunks + kSlice] = __uint_as_float((exponent - 14) << 23) * most;
         }
     }
 
@@ -356,10 +389,13 @@ struct Consumer {
             wgmma_pin(m[i]), wgmma_pin(total[i]);
         }
 #pragma unroll 1
-        for (int unit = job.split; unit < a.units; unit += 2 * a.splits) {
+        for (int unit = job.split; unit < a.units; unit += a.splits) {
             add<kChunks == 2 || kGroup == 0>(m, total, unit);
-            if (unit + a.splits >= a.units) break;
-            add<kChunks == 2 || kGroup == 1>(m, total, unit + a.splits);
+            if constexpr (kChunks == 1) {
+                unit += a.splits;
+                if (unit >= a.units) break;
+                add<kGroup == 1>(m, total, unit);
+            }
         }
         if (lane == 0) store_wait<0>();
         float* out = a.partials + job.split * (int64_t(a.out_channels) * (kColumns + 1));
@@ -428,8 +464,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct GramPlan {
     int parts, splits, units;
+    int64_t width, height, frames;  // of the positions
+    int box_shift, w_boxes, h_boxes;
     int x_slots, g_slots, shared;
 };
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a shape is divided, or why it cannot run.
 const char* gram_plan(GramPlan& plan, const GramBwdShape& s) {
@@ -438,17 +478,31 @@ const char* gram_plan(GramPlan& plan, const GramBwdShape& s) {
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (s.positions < 1 || s.positions > 2147000000)
-        return fail("gram_bwd: expected 1 to 2147000000 positions, got %lld", Long(s.positions));
+    if (std::min({s.frames, s.height, s.width}) < 1 ||
+        double(s.frames) * double(s.height) * double(s.width) > 2147000000.0)
+        return fail("gram_bwd: expected 1 to 2147000000 positions, got N * T, H, W = %lld, %lld, %lld", Long(s.frames),
+                    Long(s.height), Long(s.width));
     if ((s.channels != kChunk && s.channels != 2 * kChunk) || s.out_channels < kCouts || s.out_channels % kCouts ||
         s.out_channels > kMaxParts * kCouts)
         return fail("gram_bwd: channels: expected 64 or 128 and, of the gradient, 256 or 512, got %lld and %lld",
                     Long(s.channels), Long(s.out_channels));
     if (s.read != Read::raw && s.read != Read::bn_relu && !joins(s.read))
         return "gram_bwd: expected an activation for x";
+    plan.width = s.frames * s.height * s.width, plan.height = plan.frames = 1;
+    if (s.thin) {
+        plan.width = (s.width + 1) / 2, plan.height = (s.height + 1) / 2, plan.frames = s.frames;
+        if (s.height % 2 == 0) plan.height *= plan.frames, plan.frames = 1;
+    }
+    int64_t units = 0;
+    for (int shift = 0; kUnit >> shift > 0; ++shift) {  // the boxes that are fewest, or of those the widest
+        int64_t w_boxes = ceil_divide(plan.width, 1 << shift), h_boxes = ceil_divide(plan.height, kUnit >> shift);
+        if (units && w_boxes * h_boxes * plan.frames > units) continue;
+        units = w_boxes * h_boxes * plan.frames;
+        plan.box_shift = shift, plan.w_boxes = int(w_boxes), plan.h_boxes = int(h_boxes);
+    }
     plan.parts = int(s.out_channels / kCouts);
-    plan.units = int((s.positions + kUnit - 1) / kUnit);
-    plan.splits = std::min(plan.units, std::max(1, processors / plan.parts));
+    plan.units = int(units);
+    plan.splits = int(ceil_divide(units, ceil_divide(units, std::max(1, processors / plan.parts))));
 
     Source x{s.read, int(s.channels / kChunk)};
     int fixed = (kBoxes * x.chunks + 2) * kBoxBytes + constants_of(x) + kOnesBytes + kBarrierBytes;
@@ -460,6 +514,27 @@ const char* gram_plan(GramPlan& plan, const GramBwdShape& s) {
     }
     plan.shared = fixed + plan.x_slots * x_bytes + plan.g_slots * g_bytes;
     return nullptr;
+}
+
+// A packed tensor [frames, height, width, C] of positions, or with `step` 2 even rows and columns of X, in boxes.
+const char* position_map(CUtensorMap& map, const void* base, const GramBwd& p, const GramPlan& plan, int64_t channels,
+                         int64_t frames, int step, int box) {
+    auto encode = tensor_map_encoder();
+    if (!encode) return "gram_bwd: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
+    int64_t line = plan.width, frame = plan.width * plan.height;
+    if (step == 2) line = 2 * p.shape.width, frame = p.shape.height * p.shape.width;
+    int width = std::min(box, 1 << plan.box_shift);
+    cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(plan.width), cuuint64_t(plan.height), cuuint64_t(frames)};
+    cuuint64_t strides[] = {cuuint64_t(2 * channels * step), cuuint64_t(2 * channels * line),
+                            cuuint64_t(2 * channels * frame)};
+    cuuint32_t boxes[] = {kChunk, cuuint32_t(width), cuuint32_t(box / width), 1}, steps[] = {1, 1, 1, 1};
+    auto type = p.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    // Between the rows of 64 channels that a step takes lie as many that nobody wants.
+    auto promotion = step == 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+    CUresult result =
+        encode(&map, type, 4, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : fail("gram_bwd: cuTensorMapEncodeTiled failed with %d", int(result));
 }
 
 template <typename T>
@@ -491,14 +566,14 @@ const char* gram_bwd(const GramBwd& p) {
         return "gram_bwd: expected g, w, the affine, v, scales and partials, and y as the shape says";
     GramMaps maps{};
     const char* failed = nullptr;
-    auto encode = [&](CUtensorMap& map, const void* base, int64_t outer, int64_t channels, int box) {
-        if (base && !failed) failed = tensor_map("gram_bwd", map, base, p.dtype, outer, s.positions, channels, box);
+    auto encode = [&](CUtensorMap& map, const void* base, int64_t channels, int64_t frames, int step, int box) {
+        if (base && !failed) failed = position_map(map, base, p, plan, channels, frames, step, box);
     };
-    encode(maps.g, p.g, 1, s.out_channels, kUnit);
-    encode(maps.y, p.y, 1, s.out_channels, kUnit);
-    encode(maps.a, p.x.a, 1, s.channels, kUnit);
-    encode(maps.b, p.x.b, 1, s.channels, kUnit);
-    encode(maps.v, p.v, plan.parts, s.channels, 16);
+    encode(maps.g, p.g, s.out_channels, plan.frames, 1, kUnit);
+    encode(maps.y, p.y, s.out_channels, plan.frames, 1, kUnit);
+    encode(maps.a, p.x.a, s.channels, plan.frames, 1 + s.thin, kUnit);
+    encode(maps.b, p.x.b, s.channels, plan.frames, 1 + s.thin, kUnit);
+    encode(maps.v, p.v, s.channels, plan.parts * plan.frames, 1, 16);
     if (failed) return failed;
     GramArgs args{};
     args.x = {s.read, int(s.channels / kChunk), p.x.affine_a, p.x.affine_b};
@@ -509,6 +584,10 @@ const char* gram_bwd(const GramBwd& p) {
     args.masked = s.masked;
     args.out_channels = int(s.out_channels);
     args.parts = plan.parts, args.splits = plan.splits, args.units = plan.units;
+    args.width = int(plan.width), args.height = int(plan.height), args.frames = int(plan.frames);
+    args.box_width = 1 << plan.box_shift, args.box_shift = plan.box_shift;
+    args.w_boxes = plan.w_boxes, args.h_boxes = plan.h_boxes;
+    args.by_w_boxes = FastDivide(std::max(2, plan.w_boxes)), args.by_h_boxes = FastDivide(std::max(2, plan.h_boxes));
     args.x_slots = plan.x_slots, args.g_slots = plan.g_slots;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)
                                   : launch<__half>(maps, args, plan, p.stream);

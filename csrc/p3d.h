@@ -237,8 +237,9 @@ const char* conv_pair_why_not(const ConvPairShape& shape);
 //     M[co,m] = sum over p of g[p,co] * X[p,m], and sum over p of g[p,co], of each of R parts of the positions
 //     v[p,m] = sum over co of g[p,co] * (scale[co] w[co,m]), the factor rounded, of each 256 couts
 //
-// v is kept as float16 with a power of two for each 16 positions and 64 channels: rounded to bfloat16 it would make da
-// a fifth less exact.
+// v is kept as float16 with a power of two, shared by 16 positions or fewer, for 64 channels: rounded to bfloat16 it
+// would make da a fifth less exact. *Thin*, g, y and v are those of even rows and columns of X alone, K = N * T *
+// ceil(H / 2) * ceil(W / 2) of them; sums are over these, and v is zero elsewhere. K = P if not thin.
 //
 // gram_add makes da of what is known once these are summed; gram_tiles does without v, for any channels in multiples of
 // 64, X read at every stride-th row and column, scale g rounded:
@@ -250,21 +251,23 @@ const char* conv_pair_why_not(const ConvPairShape& shape);
 // there. Rounded. Sums: rows (sum t, sum t (z - mean)) for z = a, t = da where u_a is not <= 0, and for z = b, t = da
 // or, of join_port, da where u_b is not <= 0.
 struct GramBwdShape {
-    int64_t positions, channels, out_channels;  // P, M of X, Co of g
-    Read read;                                  // of X
-    bool masked;                                // whether there is y
+    int64_t frames, height, width;   // N * T, H, W of X
+    int64_t channels, out_channels;  // M of X, Co of g
+    Read read;                       // of X
+    bool masked;                     // whether there is y
+    bool thin;
 };
 
 struct GramBwd {
     GramBwdShape shape;
     DType dtype;          // of the tensors; sums are float32
-    WgradOperand x;       // [P, M]
-    const void* g;        // [P, Co]  16-byte aligned, as all pointers are
+    WgradOperand x;       // [N, T, H, W, M]
+    const void* g;        // [K, Co]  16-byte aligned, as all pointers are
     const void* y;        // like g; or nullptr
     const float* affine;  // [3, Co], of which row 1, scale, is read
     const void* w;        // [Co, M]
-    void* v;              // [Co / 256, P, M] float16
-    float* scales;        // [Co / 256, ceil(P / 64), M / 64, 4]: v times these, for each 16 of 64 positions
+    void* v;              // [Co / 256, K, M] float16
+    float* scales;        // [Co / 256, K, M / 64]: v times these
     float* partials;      // [R, Co * M + Co], R = gram_bwd_partials(shape)
     CUstream_st* stream;
 };
@@ -278,9 +281,9 @@ int gram_bwd_partials(const GramBwdShape& shape);
 struct GramAdd {
     ConvTrainShape shape;  // transposed, M to M channels of 1x1x1, as many loads as v has parts
     DType dtype;
-    WgradOperand x;        // [N, T, H, W, M]
-    const void* v;         // [parts, N, T, H, W, M] float16
-    const float* scales;   // as in GramBwd
+    WgradOperand x;  // [N, T, H, W, M]
+    const void* v;   // as in GramBwd, with its scales
+    const float* scales;
     const void* q;         // [M, M]
     const float* q_scale;  // [M]; or nullptr: 1
     const float* c;        // [c_parts, M], to be added up
@@ -288,6 +291,7 @@ struct GramAdd {
     void* da;           // like X
     float* partials_a;  // [R, 2, M], R = conv_train_partials(shape); or nullptr
     float* partials_b;
+    int64_t thin_width;  // W, if v is thin; else 0
     CUstream_st* stream;
 };
 

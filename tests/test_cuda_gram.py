@@ -15,13 +15,16 @@ from tolerance import check
 pytestmark = pytest.mark.usefixtures("hopper")
 
 CHANNELS = [(64, 256), (128, 512), (64, 512), (128, 256)]  # M, Co
+# Even and odd frames of even and odd rows, whose units are boxes from 1 by 64 to 64 by 1 positions.
+THIN_SIZES = [(2, 3, 9, 7), (1, 5, 8, 6), (3, 4, 20, 20), (17, 8, 11, 13), (2, 3, 1, 9), (3, 2, 7, 1), (1, 2, 6, 150)]
 READS = [("raw", None), ("bn_relu", "A"), ("join_port", "B"), ("join_b", "B"), ("join_c", "C")]  # and a kind
 
 
-def _tensors(read, size, m, co, dtype, mean=0.0):
+def _tensors(read, size, m, co, dtype, mean=0.0, thin=False):
     """x, dy, y, record and w."""
     n, *dims = size
     x = operand(read, (n, m, *dims), dtype, mean)
+    dims = _cuda._thin(dims) if thin else dims
     dy, y = (activation((n, co, *dims), dtype) for _ in range(2))
     return x, dy, y, record(co), (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
 
@@ -38,11 +41,8 @@ def _scaled(rows, w):
 
 def _whole(v, scales):
     """v in float64 [P, M], its parts added up."""
-    parts, units, slices, warps = scales.shape
     v = v.double().movedim(2, -1).flatten(1, -2)
-    at = torch.arange(v.size(1), device=v.device)
-    factor = scales.double()[:, at // 64, :, at % 64 // 16]  # [P, parts, slices]
-    return (v * factor.movedim(0, 1).repeat_interleave(64, 2)).sum(0)
+    return (v * scales.double().repeat_interleave(64, 2)).sum(0)
 
 
 def _check_products(m, expected):
@@ -58,7 +58,8 @@ def _check_v(v, expected):
 
 def _judge_pass(x, dy, y, rows, w):
     v, scales, part = _cuda.gram_bwd(dy, y, rows, w, x)
-    a, g = _rows(value(x)), _rows(dy)
+    a = value(x)
+    a, g = _rows(a if a.shape[2:] == dy.shape[2:] else a[..., ::2, ::2]), _rows(dy)
     if y is not None:
         g = torch.where(_rows(y) <= 0, 0, g)
     co, m = w.shape
@@ -68,17 +69,17 @@ def _judge_pass(x, dy, y, rows, w):
     assert ((sums[co * m :] - g.sum(0)).abs() <= 1e-5 * g.abs().sum(0) + 1e-12).all()
 
 
-def _judge_end(x, kind, dtype, parts):
+def _judge_end(x, kind, dtype, parts, thin=False):
     n, m, *dims = x.a.shape
-    v = torch.randn(parts, n, *dims, m, device="cuda").half().movedim(-1, 2)
-    positions = x.a.numel() // m
-    scales = 2.0 ** torch.randint(-3, 4, (parts, -(-positions // 64), m // 64, 4), device="cuda")
+    v = torch.randn(parts, n, *(_cuda._thin(dims) if thin else dims), m, device="cuda").half().movedim(-1, 2)
+    scales = 2.0 ** torch.randint(-3, 4, (parts, v[0, :, 0].numel(), m // 64), device="cuda")
     q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
     q_scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None
     sums = kind not in (None, "C"), kind is not None and x.b is not None
     da, (part_a, part_b) = _cuda.gram_add(v, scales, x, q, q_scale, c, *sums)
     u = (_rows(value(x)) @ q.double()) * (1 if q_scale is None else q_scale.double())
-    u = (u + c.double().sum(0) + _whole(v, scales)).view(n, *dims, m).movedim(-1, 1)
+    u = (u + c.double().sum(0)).view(n, *dims, m).movedim(-1, 1)
+    (u[..., ::2, ::2] if thin else u).add_(_whole(v, scales).view(n, *v.shape[3:], m).movedim(-1, 1))
     if x.read in ("join_b", "join_c"):
         u_a, u_b = normalised(x.a, x.record_a).float(), normalised(x.b, x.record_b).float()
         u = torch.where(torch.relu(u_a) + u_b <= 0, 0, u)
@@ -101,6 +102,18 @@ def test_every_size(size, channels, dtype):
         _judge_pass(x, dy, y, *rest)
         _judge_pass(x, dy, None, *rest)
         _judge_end(x, kind, dtype, channels[1] // 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("size", THIN_SIZES, ids=str)
+def test_every_size_thin(size, channels, dtype):
+    for read, kind in READS:
+        x, dy, y, *rest = _tensors(read, size, *channels, dtype, thin=True)
+        _judge_pass(x, dy, y, *rest)
+        _judge_pass(x, dy, None, *rest)
+        _judge_end(x, kind, dtype, channels[1] // 256, thin=True)
 
 
 @pytest.mark.gpu
@@ -137,10 +150,25 @@ def test_a_nan_stays_where_it_is(channels):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", CHANNELS[:2], ids=str)
+def test_a_nan_where_v_is_thin_stays_where_it_is(channels):
+    x, dy, _, rows, w = _tensors("raw", (2, 4, 9, 7), *channels, torch.bfloat16, thin=True)
+    x.a[..., 1::2, :] = torch.nan  # nobody reads them in the pass
+    x.a[..., 1::2] = torch.nan
+    v, scales, part = _cuda.gram_bwd(dy, None, rows, w, x)
+    assert not v.isnan().any() and not part.isnan().any()
+    x.a.nan_to_num_(0.0)
+    x.a[1, 5, 2, 5, 2], v[0, 1, 3, 2, 1, 0] = torch.nan, torch.nan
+    q, c = torch.randn_like(w[: channels[0]]), torch.randn(2, channels[0], device="cuda")
+    da, _ = _cuda.gram_add(v, scales, x, q, None, c)
+    assert da[1, :, 2, 5, 2].isnan().all() and da[1, 3, 2, 2, 0].isnan() and da.isnan().sum() == x.channels + 1
+
+
+@pytest.mark.gpu
 def test_runs_are_equal_and_a_graph_replays_them():
     for channels in CHANNELS[:2]:
-        for masked in (True, False):
-            x, dy, y, rows, w = _tensors("join_b", (37, 4, 21, 13), *channels, torch.bfloat16)
+        for masked, thin in ((True, False), (False, False), (True, True)):
+            x, dy, y, rows, w = _tensors("join_b", (37, 4, 21, 13), *channels, torch.bfloat16, thin=thin)
             q, c = torch.randn_like(w[: channels[0]]), torch.randn(2, channels[0], device="cuda")
 
             def run(x=x, dy=dy, y=y if masked else None, rows=rows, w=w, q=q, c=c):
@@ -170,23 +198,25 @@ def test_more_than_2_to_the_31_elements():
     g, x = (torch.cat([_rows(t[end]) for end in ends]) for t in (dy, a))
     _check_products(part[:, : w.numel()].double().sum(0).view_as(w), g.T @ x)
     positions = 8 * 40 * 40
-    for end, units in zip(ends, (slice(0, positions // 64), slice(-positions // 64, None))):
-        _check_v(_whole(v[:, end], scales[:, units]), _rows(dy[end]) @ _scaled(rows, w))
+    for end, at in zip(ends, (slice(0, positions), slice(-positions, None))):
+        _check_v(_whole(v[:, end], scales[:, at]), _rows(dy[end]) @ _scaled(rows, w))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("thin", [False, True], ids=["", "thin"])
 @pytest.mark.parametrize("channels", CHANNELS[:2], ids=str)
 @pytest.mark.parametrize(("read", "kind"), READS)
-def test_the_identity_takes_the_kernels_and_triton_agrees(read, kind, channels, monkeypatch):
+def test_the_identity_takes_the_kernels_and_triton_agrees(read, kind, channels, thin, monkeypatch):
     m, co = channels
-    x, dy, y, _, w = _tensors(read, (2, 3, 9, 7), m, co, torch.bfloat16)
+    x, dy, y, _, w = _tensors(read, (2, 3, 9, 7), m, co, torch.bfloat16, thin=thin)
     w = w.view(co, m, 1, 1, 1).contiguous(memory_format=torch.channels_last_3d)
     norm = Norm.of(torch.nn.BatchNorm3d(co).cuda())
     kept, rows = _gram.gram(x, w, norm=norm)
     masked = torch.where(y <= 0, 0, dy)
 
     def both():
-        return [_gram.gram_bwd(*g, w, norm, rows, x, kept, 1, True, kind) for g in ((dy, y), (masked, None))]
+        pairs, stride = ((dy, y), (masked, None)), 1 + thin
+        return [_gram.gram_bwd(*g, w, norm, rows, x, kept, stride, True, kind, thin) for g in pairs]
 
     with monkeypatch.context() as patch:
         patch.setattr(_cuda, "gram_dgrad", None)
@@ -201,13 +231,29 @@ def test_the_identity_takes_the_kernels_and_triton_agrees(read, kind, channels, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS[:2], ids=str)
+@pytest.mark.parametrize("thin", [False, True], ids=["", "thin"])
+def test_over_all_positions_the_gradient_sums_to_zero(thin, channels, dtype, monkeypatch):
+    m, co = channels
+    x, dy, y, _, w = _tensors("bn_relu", (4, 4, 21, 13), m, co, dtype, thin=thin)
+    w = w.view(co, m, 1, 1, 1).contiguous(memory_format=torch.channels_last_3d)
+    norm = Norm.of(torch.nn.BatchNorm3d(co).cuda())
+    kept, rows = _gram.gram(x, w, norm=norm)
+    monkeypatch.setattr(_cuda, "gram_dgrad", None)
+    da = _rows(_gram.gram_bwd(dy + 1, y, w, norm, rows, x, kept, 1 + thin, True, "A", thin)[0])
+    assert (da.sum(0).abs() <= 3e-4 * da.abs().sum(0)).all()
+
+
+@pytest.mark.gpu
 def test_reasons():
     def why(m=64, co=256, size=(2, 3, 9, 5), read="raw", dtype=torch.bfloat16):
         x, *_ = _tensors(read, (2, 3, 9, 5), m, co, dtype)
         return _cuda.gram_bwd_why_not(x, activation((2, co, *size[1:]), dtype), None)
 
     assert why() is None and why(128, 512) is None and why(dtype=torch.float16) is None
-    assert "64 or 128" in why(256, 1024) and "256 or 512" in why(64, 192) and "stride" in why(size=(2, 3, 5, 3))
+    assert why(size=(2, 3, 5, 3)) is None
+    assert "64 or 128" in why(256, 1024) and "256 or 512" in why(64, 192) and "gradient at" in why(size=(2, 3, 4, 3))
     assert "activation" in why(read="bn_bwd") and "dtype" in why(dtype=torch.float32)
 
 
@@ -232,7 +278,7 @@ def test_arguments_are_checked_before_any_launch():
     half = a.half()[None]
 
     def end(v=half, scales=None, **arguments):
-        scales = torch.zeros(1, 1, 1, 4) if scales is None else scales
+        scales = torch.zeros(1, 32, 1) if scales is None else scales
         _cuda.gram_add(v, scales, x, q, None, torch.zeros(2, 64), **arguments)
 
     with pytest.raises(ValueError, match="v: expected torch.float16"):
@@ -240,7 +286,10 @@ def test_arguments_are_checked_before_any_launch():
     with pytest.raises(ValueError, match="v: expected one part or two"):
         end(half.expand(3, *a.shape))
     with pytest.raises(ValueError, match="scales: expected torch.float32"):
-        end(scales=torch.zeros(1, 2, 1, 4))
+        end(scales=torch.zeros(1, 1, 1, 4))
+    thin = _zeros(1, 64, 2, 2, 2).half()[None]
+    with pytest.raises(ValueError, match=r"scales: expected torch.float32 \[1, 8, 1\]"):
+        end(thin)
     with pytest.raises(ValueError, match="sums_a, sums_b"):
         end(sums_a=True)
 
@@ -248,6 +297,6 @@ def test_arguments_are_checked_before_any_launch():
 def test_no_positions_need_no_launch():
     x, g = Operand("raw", _zeros(0, 64, 2, 4, 4)), _zeros(0, 256, 2, 4, 4)
     v, scales, part = _cuda.gram_bwd(g, None, torch.zeros(5, 256), torch.zeros(256, 64, dtype=g.dtype), x)
-    assert v.shape == (1, 0, 64, 2, 4, 4) and scales.shape == (1, 0, 1, 4) and not part.any()
+    assert v.shape == (1, 0, 64, 2, 4, 4) and scales.shape == (1, 0, 1) and not part.any()
     da, parts = _cuda.gram_add(v, scales, x, torch.zeros(64, 64, dtype=g.dtype), None, torch.zeros(1, 64))
     assert da.shape == x.a.shape and parts == (None, None)

@@ -6,13 +6,14 @@ A tensor's "affine" is float32 [3, C], rows mean, scale and bias: u = (z - mean)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from ._tape import NativePlan, alloc, cdiv, plan_for
+from ._tape import NativePlan, alloc, plan_for
 from ._triton import Operand
 from .max_pool import out_sizes
 
@@ -706,14 +707,20 @@ def _gram_operand_why_not(name: str, x: Operand) -> str | None:
 
 
 def _gram_bwd_sizes(x: Operand, g: Tensor, y: Tensor | None) -> tuple:
-    co = g.size(1)
-    return g.numel() // co, x.channels, co, x.read, y is not None
+    n, m, t, *size = x.a.shape
+    return n * t, *size, m, g.size(1), x.read, y is not None, g.shape[2:] != x.a.shape[2:]
+
+
+def _thin(dims: Sequence[int]) -> tuple[int, int, int]:
+    """T, H, W of every second row and column."""
+    return _conv_wgrad_out(dims, (1, 2))
 
 
 def gram_bwd_why_not(x: Operand, g: Tensor, y: Tensor | None) -> str | None:
     """Why `gram_bwd`, or `gram_add` after it, cannot run these, or None."""
-    if g.shape[2:] != x.a.shape[2:]:
-        return "gram_bwd: a stride (expected 1)"
+    dims = tuple(x.a.shape[2:])
+    if tuple(g.shape[2:]) not in (dims, _thin(dims)):
+        return f"gram_bwd: a gradient at {list(g.shape[2:])} (expected {list(dims)} or {list(_thin(dims))})"
     if why := _gram_operand_why_not("gram_bwd", x):
         return why
     native = _backends.native()
@@ -725,7 +732,7 @@ GRAM_COUTS = 256  # of g, of which `gram_bwd` makes one v
 
 
 def gram_bwd(
-    g: Tensor,  # [N, Co, T, H, W]
+    g: Tensor,  # [N, Co, T, H, W], or thin [N, Co, T, ceil(H / 2), ceil(W / 2)]
     y: Tensor | None,  # like g
     record: Tensor,  # [3, Co] or more rows
     w: Tensor,  # [Co, M]
@@ -733,13 +740,13 @@ def gram_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(v, scales, part): the Gram identity's pass over the wide gradient, ops/_gram.py; M is 64 or 128, Co 256 or 512.
 
-    With g counted where not y <= 0 (everywhere without y) and a what x reads, part has M = g^T a and the sums of g, and
-    v is g (scale w), scale of `record`, the factor rounded; float32 accumulation.
+    With g counted where not y <= 0 (everywhere without y) and a what x reads, thin at every second row and column, part
+    has M = g^T a and the sums of g, and v is g (scale w), scale of `record`, the factor rounded; float32 accumulation.
 
     Returns:
-        v float16 [Co / 256 parts to be added up, N, M, T, H, W], each channels_last_3d, which is to be multiplied with
-        scales, float32 [parts, ceil(P / 64), M / 64, 4], powers of two for each 16 of 64 positions; and float32
-        [R, Co * M + Co], to be summed. Runs of the same shape on the same card give the same bits.
+        v float16 [Co / 256 parts to be added up, N, M, *grid of g], each channels_last_3d, which is to be multiplied
+        with scales, float32 [parts, positions of g, M / 64], powers of two; and float32 [R, Co * M + Co], to be summed.
+        Runs of the same shape on the same card give the same bits.
 
     Raises:
         ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
@@ -749,6 +756,8 @@ def gram_bwd(
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
+    if tuple(g.shape[2:]) == _thin(dims):
+        dims = _thin(dims)
     for name, tensor in (("g", g), ("y", y)):
         if tensor is not None:
             _check_activation(name, tensor, (n, co, *dims), dtype)
@@ -767,7 +776,7 @@ def gram_bwd(
         return plan
 
     v = alloc((max(1, co // GRAM_COUTS), n, *dims, m), device, torch.float16)
-    scales = alloc((v.size(0), cdiv(sizes[0], 64), m // 64, 4), device)
+    scales = alloc((v.size(0), n * math.prod(dims), m // 64), device)
     if g.numel() == 0:
         return v.movedim(-1, 2), scales, torch.zeros(1, co * m + co, device=device)
     plan = plan_for(("gram_bwd", sizes, dtype, device), build)
@@ -777,8 +786,8 @@ def gram_bwd(
 
 
 def gram_add(
-    v: Tensor,  # float16 [parts, N, M, T, H, W]
-    scales: Tensor,  # [parts, ceil(P / 64), M / 64, 4]
+    v: Tensor,  # float16 [parts, N, M, T, H, W], or thin [parts, N, M, T, ceil(H / 2), ceil(W / 2)]
+    scales: Tensor,  # [parts, positions of v, M / 64]
     x: Operand,  # [N, M, T, H, W]
     q: Tensor,  # [M, M]
     q_scale: Tensor | None,  # [M] float32
@@ -789,7 +798,8 @@ def gram_add(
     """(da, partial sums for the norms of x's a and b): the end of the gradient through the Gram identity, ops/_gram.py.
 
     u = sum of v, scaled, + (a q) q_scale + sum of c, a what x reads, rounded; da is, of a join, what its outer ReLU
-    passes of u, times 0.5 in join_c. float32 accumulation. v and scales: by `gram_bwd`.
+    passes of u, times 0.5 in join_c. A thin v is that of every second row and column, and zero elsewhere. float32
+    accumulation. v and scales: by `gram_bwd`.
 
     Returns and Raises: as `gram_dgrad`.
     """
@@ -797,11 +807,13 @@ def gram_add(
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
+    thin = tuple(v.shape[3:]) != tuple(dims)
+    of_v = _thin(dims) if thin else dims
     for part in v:
-        _check_activation("v", part, x.a.shape, torch.float16)
-    if v.size(0) not in (1, 2) or (v.size(0) == 2 and v.stride(0) != x.a.numel()):
+        _check_activation("v", part, (n, m, *of_v), torch.float16)
+    if v.size(0) not in (1, 2) or (v.size(0) == 2 and v.stride(0) != v[0].numel()):
         raise ValueError(f"v: expected one part or two that follow one another, got {v.size(0)}")
-    _check_matrix("scales", scales, (v.size(0), cdiv(x.a.numel() // m, 64), m // 64, 4), torch.float32)
+    _check_matrix("scales", scales, (v.size(0), n * math.prod(of_v), m // 64), torch.float32)
     _check_gram(x, q, q_scale, c, sums_a, sums_b)
     da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
@@ -812,13 +824,13 @@ def gram_add(
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
-        rest = c.size(0), sizes, _DTYPES[dtype]
+        rest = c.size(0), dims[-1] if thin else 0, sizes, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.gram_add(*addresses, *rest, stream))
         with torch.cuda.device(device):
             plan.rows = native.conv_train_partials(sizes)
         return plan
 
-    plan = plan_for(("gram_add", sizes, c.size(0), dtype, device), build)
+    plan = plan_for(("gram_add", sizes, dims[-1] if thin else 0, c.size(0), dtype, device), build)
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
     plan(*x.args()[:4], v, scales, q, q_scale, c, da, *parts)
     return da, parts

@@ -567,7 +567,8 @@ def gram_bwd(
     """
     n, co, *out = dy.shape
     ci, out = x.channels, x.a.shape[2:] if thin else out
-    fused = norm.training and needs_x and not thin and cuda_allowed(dy) and _cuda.gram_bwd_why_not(x, dy, y) is None
+    fused = norm.training and needs_x and (thin or stride == 1) and cuda_allowed(dy)
+    fused = fused and _cuda.gram_bwd_why_not(x, dy, y) is None
     if fused:
         *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
     else:
