@@ -15,8 +15,9 @@ from tolerance import check
 pytestmark = pytest.mark.usefixtures("hopper")
 
 CHANNELS = [(64, 256), (128, 512), (64, 512), (128, 256)]  # M, Co
-# Even and odd frames of even and odd rows, whose units are boxes from 1 by 64 to 64 by 1 positions.
-THIN_SIZES = [(2, 3, 9, 7), (1, 5, 8, 6), (3, 4, 20, 20), (17, 8, 11, 13), (2, 3, 1, 9), (3, 2, 7, 1), (1, 2, 6, 150)]
+# Even and odd H and W; units that are 1, 2, 4, 8, 16, 32 or 64 positions wide.
+THIN_SIZES = [(10, 4, 6, 2), (3, 4, 20, 20), (1, 5, 8, 6), (2, 3, 9, 7), (17, 8, 11, 13), (3, 2, 7, 1), (1, 2, 6, 150)]
+THIN_SIZES += [(2, 3, 1, 9), (2, 3, 2, 1)]
 READS = [("raw", None), ("bn_relu", "A"), ("join_port", "B"), ("join_b", "B"), ("join_c", "C")]  # and a kind
 
 
