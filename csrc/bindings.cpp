@@ -566,7 +566,7 @@ PYBIND11_MODULE(_C, module) {
         "gram_tiles",
         [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t g, uintptr_t y,
            uintptr_t affine, uintptr_t w, uintptr_t q, uintptr_t q_scale, uintptr_t c, uintptr_t da,
-           uintptr_t partials_a, uintptr_t partials_b, uintptr_t finished, int c_parts, const ConvTrainSizes& sizes,
+           uintptr_t partials_a, uintptr_t partials_b, int c_parts, const ConvTrainSizes& sizes,
            const std::string& dtype_name, uintptr_t stream, int64_t width, int stride, const ConvInferPlan& plan) {
             p3d::GramDgrad p{};
             p.shape = conv_train_shape(sizes);
@@ -575,7 +575,6 @@ PYBIND11_MODULE(_C, module) {
             p.g = pointer<const void>(g);
             p.y = pointer<const void>(y);
             p.affine = pointer<const float>(affine);
-            p.finished = pointer<const void>(finished);
             p.w = pointer<const void>(w);
             p.q = pointer<const void>(q);
             p.q_scale = pointer<const float>(q_scale);
@@ -589,8 +588,8 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("g"), py::arg("y"),
         py::arg("affine"), py::arg("w"), py::arg("q"), py::arg("q_scale"), py::arg("c"), py::arg("da"),
-        py::arg("partials_a"), py::arg("partials_b"), py::arg("finished"), py::arg("c_parts"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("stream"), py::arg("width"), py::arg("stride"), py::arg("plan"));
+        py::arg("partials_a"), py::arg("partials_b"), py::arg("c_parts"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"), py::arg("width"), py::arg("stride"), py::arg("plan"));
 
     m.def(
         "conv_train_why_not",
@@ -607,25 +606,23 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "conv_tiles_why_not",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished) {
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram, finished}, {});
+            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
             return why ? std::optional<std::string>(why) : std::nullopt;
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"));
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"));
 
     // A plan and the rows of the partials it leaves.
     m.def(
         "conv_tiles_plan",
-        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, bool finished,
-           const ConvInferTile& wish) {
-            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram, finished};
+        [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram, const ConvInferTile& wish) {
+            p3d::ConvTilesShape shape{conv_train_shape(sizes), width, stride, gram};
             p3d::ConvInferPlan plan{};
             check(p3d::conv_tiles_plan(plan, shape, {wish[0], wish[1], wish[2]}));
             return std::tuple(conv_plan(plan), p3d::conv_tiles_partials(shape, plan));
         },
-        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("finished"),
-        py::arg("wish") = ConvInferTile{});
+        py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"), py::arg("wish") = ConvInferTile{});
 
     m.def(
         "point_dgrad",

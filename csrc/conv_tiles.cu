@@ -618,8 +618,7 @@ struct Launch {
     int shared = 0;
     const char* failed;
 
-    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y,
-           const void* finished = nullptr)
+    Launch(const ConvTilesShape& s, const ConvInferPlan& plan, DType dtype, const WgradOperand& x, void* y)
         : op(s.gram ? "gram_tiles" : "conv_tiles"),
           shape(s),
           plan(plan),
@@ -632,13 +631,12 @@ struct Launch {
         args.x[1] = {};
         if (s.gram) args.x[1].chunks = int(c.in_channels / kChunk);
         args.join = c.read;
-        if (s.finished) args.x[0].read = Read::raw;
         args.y = static_cast<char*>(y);
         args.out_channels = int(c.out_channels);
         args.taps = c.taps;
         args.width = int(s.width), args.height = int(c.frame / s.width), args.stride = s.stride;
         args.spread = c.transposed && !s.gram && s.stride > 1;
-        args.raw = s.finished || (!s.gram && c.read == Read::raw);
+        args.raw = !s.gram && c.read == Read::raw;
         args.box_bytes = kChunk * 2;
         int64_t tiles = c.out_channels / tile.columns;
         args.column_tiles = int(tiles);
@@ -658,7 +656,7 @@ struct Launch {
         if (!failed && (plan.blocks != tiles * tile.splits || shared > kSharedLimit))
             failed = fail("%s: plan: expected conv_tiles_plan's for this shape", op);
         bool strided = s.gram || !c.transposed;
-        positions(maps.a[0], finished ? finished : x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
+        positions(maps.a[0], x.a, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
         positions(maps.b[0], x.b, strided ? grid.far : grid.near, args.x[0].chunks * kChunk);
     }
     void positions(CUtensorMap& map, const void* base, const ConvView& view, int64_t channels) {
@@ -715,7 +713,7 @@ int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan) 
 const char* conv_tiles(const ConvTiles& t) {
     const ConvTrain& p = t.conv;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, false, false};
+    ConvTilesShape shape{s, t.width, t.stride, false};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (s.loads != bool(p.o) + bool(p.o_mask) + bool(p.below) || s.sums != bool(p.partials))
         return "conv_tiles: expected the loads and sums of the shape";
@@ -742,23 +740,22 @@ const char* conv_tiles(const ConvTiles& t) {
 const char* gram_tiles(const GramTiles& t) {
     const GramDgrad& p = t.gram;
     const ConvTrainShape& s = p.shape;
-    ConvTilesShape shape{s, t.width, t.stride, true, p.finished != nullptr};
+    ConvTilesShape shape{s, t.width, t.stride, true};
     if (const char* reason = plan_why_not(shape, t.plan)) return reason;
     if (!p.q || !p.c || p.c_parts < 1 || s.sums != (p.partials_a || p.partials_b))
         return "gram_tiles: expected q, c, and the sums of the shape";
-    if (shape.finished ? p.y || p.affine || p.dtype != DType::bf16 : !p.affine)
-        return "gram_tiles: expected the affine or, of bfloat16 and without y, what X reads";
+    if (!p.affine) return "gram_tiles: expected the affine";
     if (p.q_scale && p.dtype != DType::fp16) return "gram_tiles: expected a q_scale of float16 alone";
     if ((p.partials_a && s.read == Read::raw) || (p.partials_b && !joins(s.read)))
         return "gram_tiles: expected sums of tensors that the read normalises";
     if (s.read == Read::bn_bwd || s.read == Read::bn_bwd_open) return "gram_tiles: expected an activation for x";
-    Launch launch(shape, t.plan, p.dtype, p.x, p.da, p.finished);
+    Launch launch(shape, t.plan, p.dtype, p.x, p.da);
     launch.positions(launch.maps.a[1], p.g, launch.grid.near, s.in_channels);
     launch.positions(launch.maps.b[1], p.y, launch.grid.near, s.in_channels);
     launch.weights(launch.maps.w[0], p.q, s.out_channels, s.out_channels);
     launch.weights(launch.maps.w[1], p.w, s.in_channels, s.out_channels);
     TilesArgs& args = launch.args;
-    args.x[1].read = p.finished ? Read::raw : p.y ? Read::masked : Read::scaled;
+    args.x[1].read = p.y ? Read::masked : Read::scaled;
     args.x[1].affine_b = p.affine;
     args.c = p.c, args.c_parts = p.c_parts;
     args.column_scale = p.q_scale;

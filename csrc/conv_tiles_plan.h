@@ -86,11 +86,9 @@ struct TilesLayout {
 
 // Tensors that a step brings, and bytes of the constants of a shape's reads.
 inline int tiles_tensors(const ConvTilesShape& s) {
-    if (s.finished) return 1;
     return s.gram || !(s.conv.read == Read::raw || s.conv.read == Read::bn_relu) ? 2 : 1;
 }
 inline int64_t tiles_constants(const ConvTilesShape& s) {
-    if (s.finished) return 0;
     int planes = s.conv.read == Read::raw ? 0 : s.conv.read == Read::bn_relu ? 2 : 3;
     return 8 * (s.gram ? planes * s.conv.out_channels + s.conv.in_channels : planes * s.conv.in_channels);
 }
@@ -117,7 +115,6 @@ inline const char* conv_tiles_sizes_why_not(const ConvTilesShape& s) {
         if (channels < kChunk || channels % kChunk || channels > 8192)
             return fail("%s: channels: expected multiples of 64 up to 8192, got %lld -> %lld", op, Long(c.in_channels),
                         Long(c.out_channels));
-    if (s.finished && !s.gram) return fail("%s: finished: expected of the Gram identity alone", op);
     if (s.gram && (c.taps != 1 || !c.transposed || c.loads)) return fail("%s: expected the gradient of 1x1x1", op);
     return nullptr;
 }
@@ -132,7 +129,7 @@ inline const char* conv_tiles_plan(ConvInferPlan& best, const ConvTilesShape& s,
     int64_t steps = chunks * std::min<int64_t>(c.taps, c.time),
             fewest = chunks * std::min<int64_t>({c.taps, c.time, 2});
     int tensors = tiles_tensors(s), filled = 0;
-    double read_cycles = tensors == 2 ? 330 : s.finished || c.read == Read::raw ? 0 : 180;
+    double read_cycles = tensors == 2 ? 330 : c.read == Read::raw ? 0 : 180;
     double best_cost = -1;
     auto unwanted = [](int wished, int value) { return wished && wished != value; };
     int box[4], rows = 0;

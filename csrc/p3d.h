@@ -304,8 +304,6 @@ struct GramDgrad {
     const void* g;         // [N, T, H, W, Ci]
     const void* y;         // like g; or nullptr
     const float* affine;   // [3, Ci], of which row 1, scale, is read
-    const void* finished;  // like X, of gram_tiles and bfloat16: what X reads. Then w has the scale and g is masked
-                           // already: y and affine are nullptr; or nullptr
     const void* w;         // [Ci, Co]
     const void* q;         // [Co, Co]
     const float* q_scale;  // [Co]; or nullptr: 1
@@ -670,7 +668,6 @@ struct ConvTilesShape {
     int64_t width;        // W
     int stride;           // in space; without o_mask and below, if not 1 and transposed
     bool gram;
-    bool finished;  // of the identity: with a GramDgrad::finished
 };
 
 struct ConvTiles {

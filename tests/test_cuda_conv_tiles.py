@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from operands import normalised, operand, record, value
-from p3d_kernels import Norm
 from p3d_kernels.ops import _conv, _cuda, _gram
 from p3d_kernels.ops._triton import Operand
 from test_cuda_conv_train import (
@@ -228,45 +227,6 @@ def test_gram(size, channels, dtype):
         _judge_gram(*_gram_arguments("raw", size, *channels, dtype), stride=stride)
 
 
-def _judge_finished(size, m, co, read, kind=None, stride=1, tile=(0, 0, 0)):
-    """g is masked already and w scaled; what x reads is given."""
-    g, y, rows, w, x, q, _, c, *sums = _gram_arguments(read, size, m, co, torch.bfloat16, kind)
-    g, y = (z[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last_3d) for z in (g, y))
-    finished = value(x).bfloat16()
-    da, (part_a, part_b) = _cuda.gram_dgrad(
-        g, None, None, w, x, q, None, c, *sums, stride=stride, tile=tile, finished=finished
-    )
-    x, rows = _thin(x, stride), torch.ones_like(rows)
-    check(da, _gram_expected(g, torch.ones_like(y), rows, w, x, q, None, c), torch.bfloat16)
-    assert [part is not None for part in (part_a, part_b)] == sums
-    if part_a is not None:
-        _check_sums(part_a, da, x.a, x.record_a)
-    if part_b is not None:
-        _check_sums(part_b, da, x.b, x.record_b, x.read == "join_port")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("channels", [(256, 1024), (64, 64), (192, 320)], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gram_of_finished_operands(size, channels):
-    for read, kind in (("raw", None), ("bn_relu", "A"), ("join_port", "B"), ("join_b", "B"), ("join_c", "C")):
-        _judge_finished(size, *channels, read, kind)
-    _judge_finished(size, *channels, "raw", stride=2)
-    for tile in TILES:
-        if channels[0] % tile[1] == 0 and tile[2] <= sum(channels) // 64:
-            _judge_finished(size, *channels, "join_b", "B", tile=tile)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_raw_operands_in_every_tile(tile):
-    for size in ((2, 3, 7, 11), (5, 2, 20, 13)):
-        for taps in (1, 3):
-            x, o, below = _x("raw", size, 512), _like(size, 256), (_like(size, 256), record(256))
-            _judge(x, _weight(x, 256, taps), tile=tile, stats=True)
-            _judge(x, _weight(x, 256, taps, True), tile=tile, transposed=True, o=o, below=below)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("read", ACTIVATIONS)
@@ -367,27 +327,6 @@ def test_reasons():
     assert "o_mask" in why(transposed=True, stride=2, dims=(3, 17, 9), below=(x.a, record(256)))
     assert "fit" in _cuda.gram_tiles_why_not(_x("join_b", (2, 3, 9, 5), 8192), _like((2, 3, 9, 5), 8192))
     assert _cuda.gram_tiles_why_not(x, _like((2, 3, 5, 3), 512), 2) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["A", "B", "C"])
-def test_the_gram_identity_of_what_the_pass_for_m_leaves(kind, monkeypatch):
-    size = 4, 3, 9, 7
-    dy, y, x = _like(size, 1024), _like(size, 1024), _x({"A": "bn_relu", "B": "join_b", "C": "join_c"}[kind], size, 256)
-    w, norm = _packed(_weight(x, 1024)), Norm.of(torch.nn.BatchNorm3d(1024).cuda())
-    assert all(left is not None for left in _gram._left(Operand("masked", dy, y), x, 1))
-    kept, rows = _gram.gram(x, w, norm=norm)
-    own = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, kind)
-    monkeypatch.setattr(_gram, "_left", lambda *_: (None, None))
-    theirs = _gram.gram_bwd(dy, y, w, norm, rows, x, kept, 1, True, kind)
-    check(own[0], theirs[0].double(), torch.bfloat16)
-    torch.testing.assert_close(own[2:], theirs[2:])
-    for part, other in zip(own[1], theirs[1]):
-        assert (part is None) == (other is None)
-    # Over all positions the gradient of a constant shift of a plain operand is zero, as BN takes it off.
-    if kind == "A":
-        total = own[0].double().sum((0, 2, 3, 4)).abs()
-        assert (total <= 4e-3 * own[0].double().abs().sum((0, 2, 3, 4))).all()
 
 
 @pytest.mark.gpu

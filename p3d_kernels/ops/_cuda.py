@@ -501,11 +501,11 @@ def conv_train_why_not(
 def _tiles_sizes(
     x: Operand, w: Tensor, transposed: bool, stride: int, dims: Sequence[int] | None, loads: tuple, sums: bool
 ) -> tuple:
-    """(sizes, W, stride, gram, finished) as the kernel by tiles takes them: of the larger grid, `dims` transposed."""
+    """(sizes, W, stride, gram) as the kernel by tiles takes them: of the larger grid, `dims` transposed."""
     n, ci, *size = x.a.shape
     t, h, width = dims if transposed and dims is not None else size
     sizes = n, t, h * width, ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read
-    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False, False
+    return (*sizes, sum(load is not None for load in loads), sums), width, stride, False
 
 
 def conv_tiles_why_not(
@@ -625,7 +625,7 @@ def conv_train(
 
 def _train_kernel(native, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
     """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
-    sizes, width, stride, _, _ = tiles
+    sizes, width, stride, _ = tiles
     if tile is None and stride == 1 and native.conv_train_why_not(sizes) is None:
         return native.conv_train_partials(sizes), None
     plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
@@ -846,23 +846,21 @@ def _check_gram(x: Operand, q: Tensor, q_scale: Tensor | None, c: Tensor, sums_a
         raise ValueError("sums_a, sums_b: expected True for tensors that x normalises only")
 
 
-def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int, finished: bool) -> tuple:
-    return _gram_sizes(x, g.size(1), 0, sums), x.a.size(4), stride, True, finished
+def _gram_tiles_sizes(x: Operand, g: Tensor, sums: bool, stride: int) -> tuple:
+    return _gram_sizes(x, g.size(1), 0, sums), x.a.size(4), stride, True
 
 
-def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1, finished: bool = False) -> str | None:
+def gram_tiles_why_not(x: Operand, g: Tensor, stride: int = 1) -> str | None:
     """Why `gram_dgrad` cannot run these, or None."""
-    if finished and g.dtype != torch.bfloat16:
-        return f"gram_tiles: finished of {g.dtype} (expected bfloat16)"
     if why := _gram_operand_why_not("gram_tiles", x):
         return why
-    return _backends.native().conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride, finished))
+    return _backends.native().conv_tiles_why_not(*_gram_tiles_sizes(x, g, False, stride))
 
 
 def gram_dgrad(
     g: Tensor,  # [N, Co, T, H, W]
     y: Tensor | None,  # like g
-    record: Tensor | None,  # [3, Co] or more rows
+    record: Tensor,  # [3, Co] or more rows
     w: Tensor,  # [Co, M]
     x: Operand,  # [N, M, T, H, W], with a stride on the larger grid
     q: Tensor,  # [M, M]
@@ -872,15 +870,13 @@ def gram_dgrad(
     sums_b: bool = False,
     stride: int = 1,
     tile: tuple[int, int, int] = (0, 0, 0),
-    finished: Tensor | None = None,  # like x
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """(da, partial sums for the norms of x's a and b): the gradient through the Gram identity, ops/_gram.py.
 
     u = (scale g [y > 0]) W + (a q) q_scale + sum of c, a what x reads, scale of `record`, both operands rounded; of a
     join da is what its outer ReLU passes of u, times 0.5 in join_c. Without y, g is masked already. With a stride in
     space all of x is read at every stride-th row and column. q_scale is of float16 alone. `tile`: (rows, columns,
-    splits) of the plan, 0 for any. float32 accumulation. `finished`, with bfloat16: what x reads, and then g is masked
-    already and W has the scale; y and record are None.
+    splits) of the plan, 0 for any. float32 accumulation.
 
     Returns:
         da [N, M, *grid of g] channels_last_3d, and for a and b, where asked for, float32 [R, 2, M] rows (sum t,
@@ -896,20 +892,17 @@ def gram_dgrad(
     if dtype not in _DTYPES:
         raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
     _check_operand("x", x, tuple(x.a.shape), dtype)
-    if (finished is None) != (record is not None) or (finished is not None and not (y is None and q_scale is None)):
-        raise ValueError("finished: expected None with record, or a tensor without record, y and q_scale")
-    for name, tensor, shape in (("g", g, (n, co, *dims)), ("y", y, (n, co, *dims)), ("finished", finished, x.a.shape)):
+    for name, tensor in (("g", g), ("y", y)):
         if tensor is not None:
-            _check_activation(name, tensor, tuple(shape), dtype)
-    if record is not None:
-        _check_rows("record", record, 3, co)
+            _check_activation(name, tensor, (n, co, *dims), dtype)
+    _check_rows("record", record, 3, co)
     _check_matrix("w", w, (co, m), dtype)
     _check_gram(x, q, q_scale, c, sums_a, sums_b)
 
     da = alloc((n, m, *dims), device, dtype)
     if da.numel() == 0:
         return da, tuple([torch.zeros(1, 2, m, device=device) if s else None for s in (sums_a, sums_b)])
-    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride, finished is not None)
+    tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride)
 
     def build() -> NativePlan:
         native = _backends.native()
@@ -925,7 +918,7 @@ def gram_dgrad(
 
     plan = plan_for(("gram_dgrad in CUDA", tiles, tile, c.size(0), dtype, device), build)
     parts = tuple([alloc((plan.rows, 2, m), device) if s else None for s in (sums_a, sums_b)])
-    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts, finished)
+    plan(*x.args()[:4], g, y, record, w, q, q_scale, c, da, *parts)
     return da, parts
 
 
