@@ -119,6 +119,13 @@ p3d::PointDgradShape point_dgrad_shape(const PointDgradSizes& sizes) {
     return std::apply([](auto... size) { return p3d::PointDgradShape{size...}; }, sizes);
 }
 
+// (N, T, H, W, Ci, Co, taps, stride in space, transposed, with an o, with below)
+using ConvRawSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool, bool, bool>;
+
+p3d::ConvRawShape conv_raw_shape(const ConvRawSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::ConvRawShape{size...}; }, sizes);
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
 }
@@ -659,6 +666,38 @@ PYBIND11_MODULE(_C, module) {
             p3d::ConvInferPlan plan{};
             check(p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {wish[0], wish[1], wish[2]}));
             return conv_plan(plan);
+        },
+        py::arg("sizes"), py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "conv_raw",
+        [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t o, uintptr_t below, uintptr_t below_affine,
+           uintptr_t partials, const ConvRawSizes& sizes, const ConvInferPlan& plan, const std::string& dtype_name,
+           uintptr_t stream) {
+            p3d::ConvRaw p{};
+            p.shape = conv_raw_shape(sizes);
+            p.plan = conv_plan(plan);
+            p.dtype = dtype(dtype_name);
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.o = pointer<const void>(o);
+            p.below = pointer<const void>(below);
+            p.below_affine = pointer<const float>(below_affine);
+            p.y = pointer<void>(y);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::conv_raw(p));
+        },
+        py::arg("x"), py::arg("w"), py::arg("y"), py::arg("o"), py::arg("below"), py::arg("below_affine"),
+        py::arg("partials"), py::arg("sizes"), py::arg("plan"), py::arg("dtype"), py::arg("stream"));
+
+    // A plan and the rows of the partials it leaves.
+    m.def(
+        "conv_raw_plan",
+        [](const ConvRawSizes& sizes, const ConvInferTile& wish) {
+            p3d::ConvInferPlan plan{};
+            check(p3d::conv_raw_plan(plan, conv_raw_shape(sizes), {wish[0], wish[1], wish[2]}));
+            return std::tuple(conv_plan(plan), p3d::conv_raw_partials(conv_raw_shape(sizes), plan));
         },
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 

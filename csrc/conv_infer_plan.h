@@ -42,9 +42,19 @@ constexpr ConvTileKind kConvTiles[] = {{64, 64, false, 4},   {128, 64, false, 3}
 // masks are there at once.
 constexpr int conv_least_stages(int64_t steps, int masks) { return steps > 1 || masks > 1 ? 2 : 1; }
 
-constexpr int conv_residents(int rows, int columns, bool split) {
+// What leaves raw leaves partials: the forward pass (statistics, without an affine), or a gradient (sums).
+enum class ConvForm { normalised, gradient, raw, raw_gradient };
+
+constexpr bool is_gradient(ConvForm form) { return form == ConvForm::gradient || form == ConvForm::raw_gradient; }
+constexpr bool is_raw(ConvForm form) { return form == ConvForm::raw || form == ConvForm::raw_gradient; }
+
+// Blocks that fit; 0: there is no such kernel.
+constexpr int conv_residents(int rows, int columns, bool split, ConvForm form) {
+    if (form != ConvForm::normalised && (split || (form != ConvForm::raw && columns > 128))) return 0;
+    if (is_raw(form) && rows == 128 && columns == 64) return 0;
     for (const ConvTileKind& kind : kConvTiles)
-        if (kind.rows == rows && kind.columns == columns && kind.split == split) return kind.residents;
+        if (kind.rows == rows && kind.columns == columns && kind.split == split)
+            return form == ConvForm::raw_gradient && columns == 128 ? 1 : kind.residents;
     return 0;
 }
 
@@ -53,13 +63,23 @@ constexpr int conv_stage_bytes(int rows, int columns) { return (rows + columns) 
 // A row of partial sums: 32 bytes longer than its columns, so that four rows share no bank.
 constexpr int conv_partial_pitch(int columns) { return columns + 8; }
 
-// Of partial sums that are received, or of the output and its affine.
-constexpr int conv_staging_bytes(int rows, int columns, bool split) {
-    return split ? rows * conv_partial_pitch(columns) * 4 : rows * columns * 2 + columns * 8;
+// Of a whole tile: the affine of its columns, and their totals over the 16 rows of each warp.
+constexpr int conv_affine_bytes(int columns, ConvForm form) {
+    return columns * (form == ConvForm::raw ? 0 : form == ConvForm::raw_gradient ? 16 : 8);
+}
+constexpr int conv_totals_bytes(int rows, int columns, ConvForm form) {
+    return is_raw(form) ? rows / 16 * (columns + 1) * 8 : 0;
 }
 
-constexpr int conv_shared_bytes(int rows, int columns, bool split, int stages) {
-    return stages * conv_stage_bytes(rows, columns) + conv_staging_bytes(rows, columns, split) + kConvBarrierBytes;
+// Of partial sums that are received, or of the output and what goes with it.
+constexpr int conv_staging_bytes(int rows, int columns, bool split, ConvForm form) {
+    return split ? rows * conv_partial_pitch(columns) * 4
+                 : rows * columns * 2 + conv_affine_bytes(columns, form) + conv_totals_bytes(rows, columns, form);
+}
+
+constexpr int conv_shared_bytes(int rows, int columns, bool split, ConvForm form, int stages) {
+    return stages * conv_stage_bytes(rows, columns) + conv_staging_bytes(rows, columns, split, form) +
+           kConvBarrierBytes;
 }
 
 // ---- Positions.
@@ -121,7 +141,7 @@ struct ConvGrid {
             set(o.stride, s.o_height * s.o_width, 2, 2 * s.o_width, s.time * s.o_height * s.o_width);
         else if (s.o_width)
             set(o.stride, 2, 2 * s.o_width, s.o_height * s.o_width, 1);
-        for (int tap = 0; tap < s.taps_time; ++tap)
+        for (int tap = 0; tap < s.taps_time; ++tap)  // of a gradient in this order, too, with the weights of the other
             if (s.taps_time == 3) taps[tap].step[s.stride == 1 ? 1 : 2] = tap - 1;
         if (s.taps_space == 1) return;
         for (int view = 1; view < kConvMaps && s.stride == 2; ++view) {
@@ -148,6 +168,19 @@ struct ConvGrid {
 };
 
 inline int64_t conv_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Multiprocessors of which clusters of so many blocks make use: those of 4 and 8 leave some of each group of 16 or 18.
+inline int conv_processors(int processors, int splits) {
+    return splits > 2 ? std::max(splits, processors * 10 / 11 / splits * splits) : processors;
+}
+
+inline ConvForm conv_form(const ConvInferShape& s) {
+    if (s.raw) return s.transposed ? ConvForm::raw_gradient : ConvForm::raw;
+    return s.transposed ? ConvForm::gradient : ConvForm::normalised;
+}
+
+// Whether taps lie along the second axis. One outside the clip for all of a tile is then left out.
+inline bool conv_in_time(const ConvInferShape& s) { return s.taps_time == 3 && s.stride == 1; }
 
 // The box of at most `rows` positions, along the first axis a multiple of `multiple`, that needs the fewest tiles, and
 // of those the smallest; returns the tiles.
@@ -211,54 +244,67 @@ inline const char* conv_infer_plan(ConvInferPlan& best, const ConvInferShape& s,
         wish.splits = best.tile.splits;
     }
     ConvGrid grid(s);
-    int64_t steps = s.in_channels / kChunk * s.taps_time * s.taps_space * s.taps_space;
+    ConvForm form = conv_form(s);
+    int64_t chunks = s.in_channels / kChunk, taps = s.taps_time * s.taps_space * s.taps_space;
+    bool in_time = conv_in_time(s);
+    int64_t fewest = chunks * (in_time ? std::min<int64_t>(2, s.time) : taps);
     double best_cost = -1;
     auto unwanted = [](int wished, int value) { return wished && wished != value; };
-    int box[4], rows = 0;
-    int64_t row_tiles = 0;
     for (const ConvTileKind& kind : kConvTiles) {
         if (unwanted(wish.rows, kind.rows) || unwanted(wish.columns, kind.columns)) continue;
-        if (s.out_channels % kind.columns || (s.transposed && (kind.split || kind.columns > 128))) continue;
-        if (rows != kind.rows) rows = kind.rows, row_tiles = conv_box(box, grid.size, rows, s.pooled_time ? 2 : 1);
+        int most = conv_residents(kind.rows, kind.columns, kind.split, form);
+        if (s.out_channels % kind.columns || most == 0) continue;
         int64_t column_tiles = s.out_channels / kind.columns;
-        int filled = box[0] * box[1] * box[2] * box[3];
-        for (int splits : {1, 2, 4, 8}) {
-            if (unwanted(wish.splits, splits) || kind.split != (splits > 1) || splits > steps) continue;
-            int64_t blocks = row_tiles * column_tiles * splits;
-            if (blocks > 1 << 30 || (kind.split && !wish.splits && blocks > 2 * processors)) continue;
-            double share = double(conv_divide(steps, splits)), turns = double(conv_divide(blocks, processors));
-            // Beside a split tile there is room for one of the next kernel, which fetches its weights meanwhile.
-            for (int residents = std::min(kind.residents, 1 + kind.split); residents <= kind.residents; ++residents) {
-                int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);
-                int64_t least = conv_least_stages(int64_t(share), s.masks);
-                int64_t stages = std::min<int64_t>(kConvStages, kind.split ? share : share * turns);
-                stages = std::max(stages, least);
-                auto bytes = [&] { return conv_shared_bytes(kind.rows, kind.columns, kind.split, int(stages)); };
-                while (stages > least && bytes() > limit) --stages;
-                if (bytes() > limit) continue;
-                double active = std::min(double(residents), turns);
-                double rate = 53.4 * std::min(1.29, std::max(1.0, double(processors) / double(blocks)));
-                double multiply = kind.rows / 16 * std::max(kind.columns / 2, 16 + kind.columns / 4);
-                double brought = 128.0 * (filled + kind.columns), taken = brought / 60;
-                double waited = 1540 / (active * double(stages));
-                double output = 2.0 * filled * kind.columns * (1 + s.joined + s.masks) / splits;
-                double body = turns * std::max({share * multiply, (share * brought + output) / rate, share * taken,
-                                                share * waited});
-                double made = kind.rows * kind.columns, sent = 4 * made * (1 - 1.0 / splits);
-                double end = kind.split ? 220 + 46 * splits + sent / 5.74 : 467 + 5.2 * made / 128;
-                double cost = 1500 + body + std::max(1.0, turns / active) * end;
-                if (best_cost >= 0 && cost >= best_cost) continue;
-                best_cost = cost;
-                best.tile = {kind.rows, kind.columns, splits};
-                std::copy_n(box, 4, best.box);
-                best.stages = int(stages);
-                best.blocks = int(kind.split ? blocks : std::min(blocks, int64_t(processors) * residents));
+        for (bool one_frame : {false, true}) {  // in a tile, which then leaves out most taps
+            if (one_frame && !in_time) continue;
+            int64_t size[4];
+            std::copy_n(grid.size, 4, size);
+            if (one_frame) size[1] = 1;
+            int box[4];
+            int64_t row_tiles = conv_box(box, size, kind.rows, s.pooled_time ? 2 : 1) * (one_frame ? grid.size[1] : 1);
+            int filled = box[0] * box[1] * box[2] * box[3];
+            int64_t steps = chunks * (in_time && box[1] == 1 ? std::min<int64_t>(3, s.time) : taps);
+            for (int splits : {1, 2, 4, 8}) {
+                if (unwanted(wish.splits, splits) || kind.split != (splits > 1) || splits > fewest) continue;
+                int usable = conv_processors(processors, splits);
+                int64_t blocks = row_tiles * column_tiles * splits;
+                if (blocks > 1 << 30 || (kind.split && !wish.splits && blocks > 2 * usable)) continue;
+                double share = double(conv_divide(steps, splits)), turns = double(conv_divide(blocks, usable));
+                // Beside a split tile there is room for one of the next kernel, which fetches its weights meanwhile.
+                for (int residents = std::min(most, 1 + kind.split); residents <= most; ++residents) {
+                    int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);
+                    int64_t least = conv_least_stages(int64_t(share), s.masks);
+                    int64_t stages = std::min<int64_t>(kConvStages, kind.split ? share : share * turns);
+                    stages = std::max(stages, least);
+                    auto bytes = [&] {
+                        return conv_shared_bytes(kind.rows, kind.columns, kind.split, form, int(stages));
+                    };
+                    while (stages > least && bytes() > limit) --stages;
+                    if (bytes() > limit) continue;
+                    double active = std::min(double(residents), turns);
+                    double rate = 53.4 * std::min(1.29, std::max(1.0, double(processors) / double(blocks)));
+                    double multiply = kind.rows / 16 * std::max(kind.columns / 2, 16 + kind.columns / 4);
+                    double brought = 128.0 * (filled + kind.columns), taken = brought / 60;
+                    double waited = 1540 / (active * double(stages));
+                    double output = 2.0 * filled * kind.columns * (1 + s.joined + s.masks) / splits;
+                    double body = turns * std::max({share * multiply, (share * brought + output) / rate, share * taken,
+                                                    share * waited});
+                    double made = kind.rows * kind.columns, sent = 4 * made * (1 - 1.0 / splits);
+                    double end = kind.split ? 220 + 46 * splits + sent / 5.74 : 467 + 5.2 * made / 128;
+                    double cost = 1500 + body + std::max(1.0, turns / active) * end;
+                    if (best_cost >= 0 && cost >= best_cost) continue;
+                    best_cost = cost;
+                    best.tile = {kind.rows, kind.columns, splits};
+                    std::copy_n(box, 4, best.box);
+                    best.stages = int(stages);
+                    best.blocks = int(kind.split ? blocks : std::min(blocks, int64_t(processors) * residents));
+                }
             }
         }
     }
     if (best_cost < 0)
         return fail("conv_infer: tile: expected one that there is for %lld channels and %lld steps, got %d x %d",
-                    (long long)s.out_channels, (long long)steps, wish.rows, wish.columns);
+                    (long long)s.out_channels, (long long)(chunks * taps), wish.rows, wish.columns);
     return nullptr;
 }
 

@@ -9,7 +9,7 @@
 // A block makes one tile, or, where tiles are few, a part of the steps of one, as a cluster of such blocks. A warp
 // brings boxes of the operand's tensors and of weights through a ring. A warpgroup makes 64 rows of the tile: it loads
 // its rows of a step as fragments and applies the read there (reads.cuh), while its products of the step before run. Of
-// raw operands products read the boxes themselves.
+// a raw gradient products read the boxes themselves.
 //
 // Sums leave through shared memory, so that a thread finishes four columns of some rows with what it reads and writes
 // of other tensors in whole sectors, and keeps the statistics of its columns. The blocks of a cluster finish equal
@@ -44,7 +44,6 @@ struct TilesArgs {
     int near[4], far[4];            // lengths of a step along these in the two grids
     int width, height, stride;      // of the larger grid
     bool spread;                    // y lies there
-    bool raw;                       // all operands
     int box_bytes, column_tiles, splits, stages;
     int stage_bytes, weights, staging, constants, rows, barriers;  // TilesLayout
 };
@@ -159,6 +158,28 @@ __device__ __forceinline__ void scale_columns(Sums<Shape>& d, const float* scale
     pin_sums<Shape>(d);
 }
 
+// apply's, of the reads there are: activations forward, gradients back, activations and scaled gradients by the
+// identity.
+template <typename T, bool kBack, bool kGram>
+__device__ __forceinline__ void apply_read(Read read, Fragments& x, const Fragments& b, const Constants& constants) {
+    if constexpr (kBack && !kGram) {
+        if (read == Read::bn_bwd)
+            for_pairs(x, b, Value<T, Read::bn_bwd>{constants});
+        else if (read == Read::bn_bwd_open)
+            for_pairs(x, b, Value<T, Read::bn_bwd_open>{constants});
+    } else if (read == Read::bn_relu) {
+        for_pairs(x, b, Value<T, Read::bn_relu>{constants});
+    } else if (read == Read::join_port) {
+        for_pairs(x, b, Value<T, Read::join_port>{constants});
+    } else if (joins(read)) {
+        for_pairs(x, b, Value<T, Read::join_b>{constants});
+    } else if (kGram && read == Read::masked) {
+        for_pairs(x, b, Scaled<T, true>{constants});
+    } else if (kGram && read == Read::scaled) {
+        for_pairs(x, b, Scaled<T, false>{constants});
+    }
+}
+
 // d = the sum over the block's steps. Products of a step run while the next is read, unless their sum may be scaled
 // between the two sources of the Gram identity, as float16's is.
 template <typename T, typename Shape, bool kBack, bool kGram>
@@ -187,7 +208,8 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
 #pragma unroll
             for (int k = 0; k < 4; ++k) load_fragment(b[k], box ^ (32 * k));
         }
-        apply<T>(x.read, own, b, Constants(constants + (second ? constants_of(a.x[0]) : 0), x.chunks * kChunk, chunk));
+        apply_read<T, kBack, kGram>(
+            x.read, own, b, Constants(constants + (second ? constants_of(a.x[0]) : 0), x.chunks * kChunk, chunk));
         pin(own);
         wgmma_fence();
 #pragma unroll
@@ -221,8 +243,8 @@ __device__ __forceinline__ void add_steps(Sums<Shape>& d, Ring& ring, const Tile
     }
 }
 
-// The same of raw operands.
-template <typename T, typename Shape, bool kBack>
+// The same of a raw gradient.
+template <typename T, typename Shape>
 __device__ __forceinline__ void add_raw_steps(Sums<Shape>& d, Ring& ring, const TilesArgs& a, const Job<Shape>& job,
                                               int warpgroup, int lane) {
     clear_sums<Shape>(d);
@@ -236,10 +258,7 @@ __device__ __forceinline__ void add_raw_steps(Sums<Shape>& d, Ring& ring, const 
             uint64_t rows = swizzled_descriptor(x + 32 * k, 8 * 128);
 #pragma unroll
             for (int c = 0; c < Shape::kSlices; ++c) {
-                if constexpr (kBack)
-                    wgmma_back<T>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 16 * 128 * k, 8 * 128));
-                else
-                    wgmma<T, 0>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 32 * k, 8 * 128));
+                wgmma_back<T>(d[c], rows, swizzled_descriptor(w + c * kBoxBytes + 16 * 128 * k, 8 * 128));
             }
         }
         wgmma_commit();
@@ -556,9 +575,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
     // This lane's row of a box for ldmatrix; step k is at that address ^ 32 k.
     uint32_t mine = (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
     Sums<Shape> d;
-    constexpr bool kScaled = kGram && std::is_same_v<T, __half>;
-    if (!kScaled && a.raw)
-        add_raw_steps<T, Shape, kBack>(d, ring, a, job, warp / 4, lane);
+    if (kBack && !kGram && a.x[0].read == Read::raw)
+        add_raw_steps<T, Shape>(d, ring, a, job, warp / 4, lane);
     else
         add_steps<T, Shape, kBack, kGram>(d, ring, a, job, base + a.constants, mine, lane);
 
@@ -636,7 +654,6 @@ struct Launch {
         args.taps = c.taps;
         args.width = int(s.width), args.height = int(c.frame / s.width), args.stride = s.stride;
         args.spread = c.transposed && !s.gram && s.stride > 1;
-        args.raw = !s.gram && c.read == Read::raw;
         args.box_bytes = kChunk * 2;
         int64_t tiles = c.out_channels / tile.columns;
         args.column_tiles = int(tiles);

@@ -115,6 +115,9 @@ inline const char* conv_tiles_sizes_why_not(const ConvTilesShape& s) {
         if (channels < kChunk || channels % kChunk || channels > 8192)
             return fail("%s: channels: expected multiples of 64 up to 8192, got %lld -> %lld", op, Long(c.in_channels),
                         Long(c.out_channels));
+    bool gradient = c.read == Read::bn_bwd || c.read == Read::bn_bwd_open;
+    if (c.read != Read::raw && gradient != (c.transposed && !s.gram))
+        return fail("%s: read: expected an activation or, of a gradient, one", op);
     if (s.gram && (c.taps != 1 || !c.transposed || c.loads)) return fail("%s: expected the gradient of 1x1x1", op);
     return nullptr;
 }
@@ -144,8 +147,9 @@ inline const char* conv_tiles_plan(ConvInferPlan& best, const ConvTilesShape& s,
         for (int splits : {1, 2, 4, 8}) {
             if (unwanted(wish.splits, splits) || splits > fewest) continue;
             int64_t blocks = row_tiles * (c.out_channels / kind.columns) * splits;
-            if (blocks > 1 << 30 || (splits > 1 && !wish.splits && blocks > 2 * processors)) continue;
-            double share = double(conv_divide(steps, splits)), turns = double(conv_divide(blocks, processors));
+            int usable = conv_processors(processors, splits);
+            if (blocks > 1 << 30 || (splits > 1 && !wish.splits && blocks > 2 * usable)) continue;
+            double share = double(conv_divide(steps, splits)), turns = double(conv_divide(blocks, usable));
             for (int residents = 1; residents <= kind.residents; ++residents) {
                 ConvInferTile tile{kind.rows, kind.columns, splits};
                 int limit = std::min(kSharedLimit, kProcessorShared / residents - 1024);

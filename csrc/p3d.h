@@ -597,8 +597,9 @@ struct ConvInferShape {
     bool joined;                         // with an o
     int64_t o_height, o_width;           // of an o that is read at even rows and columns; 0: it lies like y, not pooled
     int64_t pooled_time;                 // To, if y is pooled: T / 2, rounded down or up; else 0
-    bool transposed = false;             // of point_dgrad, as is the next
+    bool transposed = false;             // of point_dgrad and conv_raw, as are the next two
     int masks = 0;
+    bool raw = false;
 };
 
 struct ConvInferTile {  // of what a block makes; 0: any
@@ -659,10 +660,47 @@ struct PointDgrad {
 const char* point_dgrad(const PointDgrad& p);
 const char* point_dgrad_plan(ConvInferPlan& plan, const PointDgradShape& shape, const ConvInferTile& wish);
 
+// A convolution in training of a tensor that is in memory as it is, 1x1x1 or 3x1x1 padded by 1 in time, that may leave
+// what BN needs:
+//
+//     y[p,co] = sum over taps and ci of x[stride * p + tap,ci] * w[co,tap,ci]     forward, 1x1x1 of a stride in space
+//     y[p,co] = sum over taps and ci of x[p - tap,ci] * w[ci,tap,co] + o          transposed: the input gradient
+//
+// rounded. Partials: forward the statistics of y, a row (n, mean, M2) for each of R parts of the positions; with
+// `below` R rows (sum g, sum g (below - mean)) as in SpatialDgrad. Transposed, w may be read while the kernel before
+// this one in the stream still runs.
+struct ConvRawShape {
+    int64_t clips, time, height, width;  // N, T, H, W of x
+    int64_t in_channels, out_channels;   // Ci of x, Co of y, multiples of 64
+    int taps;                            // 1, or 3 of 3x1x1
+    int stride;                          // in space; 1 of three taps and transposed
+    bool transposed;
+    bool joined, summed;  // transposed: with an o, with below
+};
+
+struct ConvRaw {
+    ConvRawShape shape;
+    ConvInferPlan plan;         // conv_raw_plan's for this shape
+    DType dtype;                // of the tensors; sums are float32
+    const void* x;              // [N, T, H, W, Ci]  16-byte aligned, as all pointers are
+    const void* w;              // [Co, taps, Ci], transposed [Ci, taps, Co]
+    const void* o;              // like y; or nullptr
+    const void* below;          // like y; or nullptr
+    const float* below_affine;  // [3, Co] rows mean, scale, bias, with below
+    void* y;                    // [N, T, Ho, Wo, Co], Ho = (H - 1) / stride + 1, Wo likewise
+    float* partials;            // [R, 3, Co], with below [R, 2, Co], R = conv_raw_partials(shape, plan); or nullptr
+    CUstream_st* stream;
+};
+
+const char* conv_raw(const ConvRaw& p);
+const char* conv_raw_plan(ConvInferPlan& plan, const ConvRawShape& shape, const ConvInferTile& wish);
+int conv_raw_partials(const ConvRawShape& shape, const ConvInferPlan& plan);
+
 // ConvTrain of any channels in multiples of 64, by another kernel, and GramDgrad; of 1x1x1 with a stride in space, too:
 // H and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
 // reads X, the identity the operand X, at every stride-th row and column; the gradient has its sum, and o, which lies
 // on the smaller grid, at those of y, and y is zero elsewhere.
+// Where X is not raw, it is an activation, or of the gradient one.
 struct ConvTilesShape {
     ConvTrainShape conv;  // of the larger grid
     int64_t width;        // W

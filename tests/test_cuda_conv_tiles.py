@@ -97,9 +97,10 @@ def test_strides(size, stride, dtype):
         x = _x("raw", size, ci, dtype)
         _judge(x, _weight(x, co), stride, stats=True)
         _judge(x, _weight(x, co), stride)
-        x, o = _x("bn_bwd", thin, ci, dtype), _like(thin, co, dtype)
-        _judge(x, _weight(x, co, 1, True), stride, (t, h, w), transposed=True)
-        _judge(x, _weight(x, co, 1, True), stride, (t, h, w), transposed=True, o=o)
+        for read in ("bn_bwd", "raw"):
+            x, o = _x(read, thin, ci, dtype), _like(thin, co, dtype)
+            _judge(x, _weight(x, co, 1, True), stride, (t, h, w), transposed=True)
+            _judge(x, _weight(x, co, 1, True), stride, (t, h, w), transposed=True, o=o)
 
 
 @pytest.mark.gpu
@@ -109,8 +110,10 @@ def test_every_read(read, dtype):
     size = 2, 3, 7, 11
     for ci, co, taps in ((256, 256, 1), (192, 64, 3)):
         x = _x(read, size, ci, dtype)
-        _judge(x, _weight(x, co, taps))
-        _judge(x, _weight(x, co, taps, True), transposed=True)
+        if read in ACTIVATIONS:
+            _judge(x, _weight(x, co, taps))
+        if read == "raw" or read not in ACTIVATIONS:
+            _judge(x, _weight(x, co, taps, True), transposed=True)
 
 
 @pytest.mark.gpu
@@ -126,10 +129,11 @@ def test_every_tile(tile):
             _judge(g, w_t, tile=tile, transposed=True, o=o, o_mask=mask, below=below)
         n, t, h, w = size
         thin = n, t, -(-h // 2), -(-w // 2)
-        x, g = _x("raw", size, 512), _x("bn_bwd", thin, 512)
+        x, g = _x("bn_relu", size, 512), _x("bn_bwd", thin, 512)
         _judge(x, _weight(x, 256), 2, tile=tile, stats=True)
         w_t = _weight(g, 256, 1, True)
-        _judge(g, w_t, 2, (t, h, w), tile, transposed=True, o=_like(thin, 256))
+        for gradient in (g, Operand("raw", g.a)):
+            _judge(gradient, w_t, 2, (t, h, w), tile, transposed=True, o=_like(thin, 256))
         for dtype in DTYPES:
             _judge_gram(*_gram_arguments("join_b", size, 256, 512, dtype, "B"), tile=tile)
             _judge_gram(*_gram_arguments("raw", size, 256, 512, dtype), stride=2, tile=tile)
@@ -154,7 +158,6 @@ def test_a_mean_of_300_deviations():
         x = _x("bn_relu", size, ci, mean=300.0)
         w = _weight(x, co, taps)
         _judge(x, w, stats=True)
-        _judge(Operand("raw", x.a), w, stats=True)
         x = _x("bn_bwd", size, ci, mean=300.0)
         below = _like(size, co, mean=300.0), record(co, 300.0)
         _judge(x, _weight(x, co, taps, True), transposed=True, below=below)
@@ -324,6 +327,8 @@ def test_reasons():
     assert why() is None and why(2048) is None and why(taps=3, transposed=True) is None and why(stride=2) is None
     assert "multiples of 64" in why(96) and "multiples of 64" in why(ci=32)
     assert "stride" in why(taps=3, stride=2)
+    bn_relu = _x("bn_relu", (2, 3, 9, 5), 256)
+    assert "read: expected an activation" in _cuda.conv_tiles_why_not(bn_relu, _weight(bn_relu, 256, 1, True), True)
     assert "o_mask" in why(transposed=True, stride=2, dims=(3, 17, 9), below=(x.a, record(256)))
     assert "fit" in _cuda.gram_tiles_why_not(_x("join_b", (2, 3, 9, 5), 8192), _like((2, 3, 9, 5), 8192))
     assert _cuda.gram_tiles_why_not(x, _like((2, 3, 5, 3), 512), 2) is None

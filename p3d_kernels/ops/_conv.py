@@ -10,7 +10,7 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference and two for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1. A kernel that makes a product
+inference and three for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1. A kernel that makes a product
 in several tiles of output channels repeats the prologue for each: there `conv_wgrad`, which reads the operand too and
 first, leaves what it read (`finished`).
 """
@@ -886,7 +886,8 @@ def _train_arguments(
             return None
         n, _, *dims = x.a.shape
         tiles = cdiv(n * math.prod(geometry.out_shape(*dims)), 64) * cdiv(w.size(0), 128)
-        if not back and tiles > 3 * sm_count(x.a.device):  # each reads x anew: then Triton's wider tiles are faster
+        many = tiles > 3 * sm_count(x.a.device) and not (x.read == "raw" and e.join == "none")
+        if not back and many:  # each reads x anew, and applies its read: then Triton's wider tiles are faster
             return None
     rest = dict(record=e.record, relu=e.join == "add_relu", stats=e.stats)
     return dict(transposed=back, **loads, **rest, stride=stride, dims=out_dims)

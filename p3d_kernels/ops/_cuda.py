@@ -7,6 +7,7 @@ A tensor's "affine" is float32 [3, C], rows mean, scale and bias: u = (z - mean)
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -553,9 +554,11 @@ def conv_train(
     affine of `record`; the gradient is sum + o, o counted where not o_mask <= 0. `stride`: of 1x1x1, in space; its
     gradient has `dims` (T, H, W), and o lies on the grid of x. float32 accumulation.
 
-    Two kernels: where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded once an
+    Three kernels: where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded once an
     element or, of 128 channels, twice; else, or with `tile` (rows, columns, splits; 0: any), once for each tile of
-    output channels.
+    output channels. There products take a raw x from memory as it is, but for a strided gradient, `o_mask` and what
+    the forward pass normalises or joins; of these gradients w may be read while the kernel before this one in the
+    stream still runs.
 
     Returns:
         y [N, Co, T, H, W], H and W those of the stride, channels_last_3d, and float32 parts or None: with `stats`
@@ -605,31 +608,44 @@ def conv_train(
     if y.numel() == 0:
         return y, torch.zeros(1, 3 if stats else 2, co, device=device) if sums else None
     tiles = _tiles_sizes(x, w, transposed, stride, dims, (o, o_mask, below), sums)
+    raw = None
+    if x.read == "raw" and record is None and not relu and o_mask is None and (stride == 1 or not transposed):
+        if transposed or o is None:
+            raw = n, *grid, ci, co, w.size(1), stride, transposed, o is not None, below is not None
 
     def build() -> NativePlan:
         native = _backends.native()
         if isinstance(native, str):
             raise RuntimeError(native)
         with torch.cuda.device(device):
-            rows, by_tiles = _train_kernel(native, tiles, tile)
-        rest = tiles[0], relu, _DTYPES[dtype]
-        plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, *rest, stream, by_tiles))
-        plan.rows = rows
-        return plan
+            return _train_plan(native, tiles, raw, tile, relu, _DTYPES[dtype])
 
-    plan = plan_for(("conv_train", tiles, tile, relu, dtype, device), build)
+    plan = plan_for(("conv_train", tiles, raw, tile, relu, dtype, device), build)
     part = alloc((plan.rows, 3 if stats else 2, co), device) if sums else None
     plan(*x.args(), w, y, record, o, o_mask, below, below_record, part)
     return y, part
 
 
-def _train_kernel(native, tiles: tuple, tile: tuple[int, int, int] | None) -> tuple[int, tuple | None]:
-    """(rows of partials, (W, stride, plan) of the kernel by tiles or None): which of two kernels runs."""
+def _train_plan(
+    native, tiles: tuple, raw: tuple | None, tile: tuple[int, int, int] | None, relu: bool, dtype: str
+) -> NativePlan:
+    """That of the kernel of three that runs, with the rows of its partials; `raw`: sizes of `conv_raw`, if it can."""
     sizes, width, stride, _ = tiles
+    wish, by_tiles = tile or (0, 0, 0), None
     if tile is None and stride == 1 and native.conv_train_why_not(sizes) is None:
-        return native.conv_train_partials(sizes), None
-    plan, rows = native.conv_tiles_plan(*tiles, tile or (0, 0, 0))
-    return rows, (width, stride, plan)
+        rows = native.conv_train_partials(sizes)
+    elif raw is not None:
+        how, rows = native.conv_raw_plan(raw, wish)
+        used = operator.itemgetter(0, 5, 6, 8, 10, 11, 12)  # x.a, w, y, o, below, its record, partials
+        plan = NativePlan(lambda stream, *addresses: native.conv_raw(*used(addresses), raw, how, dtype, stream))
+        plan.rows = rows
+        return plan
+    else:
+        how, rows = native.conv_tiles_plan(*tiles, wish)
+        by_tiles = width, stride, how
+    plan = NativePlan(lambda stream, *addresses: native.conv_train(*addresses, sizes, relu, dtype, stream, by_tiles))
+    plan.rows = rows
+    return plan
 
 
 def _conv_pair_sizes(x: Operand, w: Tensor, down: Tensor) -> tuple:
