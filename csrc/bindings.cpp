@@ -57,6 +57,14 @@ p3d::ConvWgradShape conv_wgrad_shape(const ConvWgradSizes& sizes) {
     return {clips, time, height, width, ci, co, taps, stride, strided, totals, same, read(g_read), read(x_read)};
 }
 
+// (N, T, H, W, Ci, Co, taps, stride, g on the grid of x), and (rows, splits) of a tile
+using RawWgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool>;
+using RawWgradTile = std::array<int, 2>;
+
+p3d::RawWgradShape raw_wgrad_shape(const RawWgradSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::RawWgradShape{size...}; }, sizes);
+}
+
 // (N, T, H, W, Ci, Co, taps in time, taps in space, stride in space, joined, H and W of a strided o, To)
 using ConvInferSizes =
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, bool, int64_t, int64_t, int64_t>;
@@ -368,8 +376,7 @@ PYBIND11_MODULE(_C, module) {
         "conv_wgrad",
         [](uintptr_t g_a, uintptr_t g_b, uintptr_t g_affine_a, uintptr_t g_affine_b, uintptr_t g_sums, uintptr_t x_a,
            uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t centre,
-           uintptr_t partials, uintptr_t finished_g, uintptr_t finished_x, const ConvWgradSizes& sizes,
-           const std::string& dtype_name, uintptr_t stream) {
+           uintptr_t partials, const ConvWgradSizes& sizes, const std::string& dtype_name, uintptr_t stream) {
             p3d::ConvWgrad p{};
             p.shape = conv_wgrad_shape(sizes);
             p.dtype = dtype(dtype_name);
@@ -387,15 +394,12 @@ PYBIND11_MODULE(_C, module) {
                    pointer<const float>(x_sums)};
             p.centre = pointer<const float>(centre);
             p.partials = pointer<float>(partials);
-            p.finished_g = pointer<void>(finished_g);
-            p.finished_x = pointer<void>(finished_x);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::conv_wgrad(p));
         },
         py::arg("g_a"), py::arg("g_b"), py::arg("g_affine_a"), py::arg("g_affine_b"), py::arg("g_sums"), py::arg("x_a"),
         py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("centre"),
-        py::arg("partials"), py::arg("finished_g"), py::arg("finished_x"), py::arg("sizes"), py::arg("dtype"),
-        py::arg("stream"));
+        py::arg("partials"), py::arg("sizes"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "conv_wgrad_why_not",
@@ -408,6 +412,47 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "conv_wgrad_partials",
         [](const ConvWgradSizes& sizes) { return p3d::conv_wgrad_partials(conv_wgrad_shape(sizes)); },
+        py::arg("sizes"));
+
+    m.def(
+        "raw_wgrad",
+        [](const Addresses& addresses, const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles,
+           int blocks, const std::string& dtype_name, uintptr_t stream) {  // of each g, x, partials; (rows, splits)
+            if (addresses.size() != 3 * sizes.size() || tiles.size() != sizes.size())
+                throw py::value_error("addresses, tiles: expected three and one of each size");
+            std::vector<p3d::RawWgrad> p(sizes.size());
+            for (size_t i = 0; i < p.size(); ++i)
+                p[i] = {raw_wgrad_shape(sizes[i]),
+                        {tiles[i][0], tiles[i][1]},
+                        pointer<const void>(addresses[3 * i]),
+                        pointer<const void>(addresses[3 * i + 1]),
+                        pointer<float>(addresses[3 * i + 2])};
+            check(p3d::raw_wgrad(p.data(), int(p.size()), blocks, dtype(dtype_name), pointer<CUstream_st>(stream)));
+        },
+        py::arg("addresses"), py::arg("sizes"), py::arg("tiles"), py::arg("blocks"), py::arg("dtype"),
+        py::arg("stream"));
+
+    m.def(
+        "raw_wgrad_plan",
+        [](const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles, int blocks) {
+            if (tiles.size() != sizes.size()) throw py::value_error("tiles: expected one of each size");
+            std::vector<p3d::RawWgradShape> shapes;
+            std::vector<p3d::RawWgradTile> plan;
+            for (const auto& size : sizes) shapes.push_back(raw_wgrad_shape(size));
+            for (const auto& [rows, splits] : tiles) plan.push_back({rows, splits});
+            check(p3d::raw_wgrad_plan(plan.data(), blocks, shapes.data(), int(shapes.size())));
+            std::vector<RawWgradTile> found;
+            for (const auto& tile : plan) found.push_back({tile.rows, tile.splits});
+            return std::make_pair(found, blocks);
+        },
+        py::arg("sizes"), py::arg("tiles"), py::arg("blocks"));
+
+    m.def(
+        "raw_wgrad_why_not",
+        [](const RawWgradSizes& sizes) {
+            const char* why = p3d::raw_wgrad_why_not(raw_wgrad_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
         py::arg("sizes"));
 
     m.def(

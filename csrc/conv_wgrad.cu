@@ -18,8 +18,7 @@
 // Its centre, if there is one, is taken off what the read has rounded, also of raw: sums of products of values far from
 // zero lose in float32 what the values vary by.
 //
-// What G and X read can be stored on the way, for a product that would otherwise read it anew for each tile of its
-// columns. The blocks that have the same positions and rows, or columns, of dW share out the chunks of 64 channels.
+// raw_wgrad.cu is the kernel where neither operand asks for any of this.
 #include <algorithm>
 #include <iterator>
 
@@ -65,15 +64,13 @@ struct WgradArgs {
     Reader g, x;
     const float* centre;  // [C]
     float* partials;      // [splits, Co * taps * Ci + totals * Co]
-    char* finished_g;     // [positions, Co] what G reads; or nullptr
-    char* finished_x;     // [positions, Ci]
     int in_channels, out_channels, taps;
     bool totals, same;
     int width, height;          // of the positions
     int box_width, box_height;  // powers of two
     int w_boxes, h_boxes;
-    int boxes, turns;                    // in all and, at most, of a block
-    int row_tiles, column_tiles, tiles;  // of dW
+    int boxes, turns;         // in all and, at most, of a block
+    int column_tiles, tiles;  // of dW
     int stages, stage_bytes;
 };
 
@@ -81,7 +78,6 @@ struct WgradArgs {
 template <typename Shape>
 struct Job {
     int cout, channel;  // the first of its rows and of its columns
-    int row, column;    // of the tiles of dW, which one
     int split, first, count;
     bool aliased;  // X is part of G
     bool leads;    // of the tiles with these rows, it stores their totals
@@ -89,8 +85,7 @@ struct Job {
     __device__ __forceinline__ explicit Job(const WgradArgs& a) {
         split = blockIdx.x / a.tiles;
         int tile = blockIdx.x - split * a.tiles;
-        row = tile / a.column_tiles;
-        column = tile - row * a.column_tiles;
+        int row = tile / a.column_tiles, column = tile - row * a.column_tiles;
         cout = row * Shape::kRows * kChunk;
         channel = column * (a.taps == 1 ? Shape::kColumns : 1) * kChunk;
         first = split * a.turns;
@@ -260,18 +255,10 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     return v;
 }
 
-// Where 16 rows of what an operand reads are stored, too: the first, its bytes, and how many there are.
-struct Finished {
-    char* to = nullptr;
-    int64_t pitch = 0;
-    int rows = 0;
-};
-
 // Replaces 16 rows of 64 channels at `a` by value(a, b, channel % 4), with kRelu by its relu, rounded; with kCentred
-// less `centre`, of the lane's channels, which what is `finished` is not. A lane has four channels and every other row.
+// less `centre`, of the lane's channels. A lane has four channels and every other row.
 template <typename T, bool kTwo, bool kRelu, bool kCentred = false, typename Value>
-__device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& finished, int lane, const Value& value,
-                                        uint2 centre = {}) {
+__device__ __forceinline__ void replace(uint32_t a, uint32_t b, int lane, const Value& value, uint2 centre = {}) {
     constexpr int kBatch = 4;
 #pragma unroll
     for (int begin = 0; begin < kGroup / 2; begin += kBatch) {
@@ -288,9 +275,6 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& 
             float2 a0 = unpack<T>(v[k].x), a1 = unpack<T>(v[k].y), b0 = unpack<T>(w[k].x), b1 = unpack<T>(w[k].y);
             uint2 packed{pack_value<T, kRelu>(value(a0.x, b0.x, 0), value(a0.y, b0.y, 1)),
                          pack_value<T, kRelu>(value(a1.x, b1.x, 2), value(a1.y, b1.y, 3))};
-            int row = lane / 16 + 2 * (begin + k);
-            if (row < finished.rows)
-                *reinterpret_cast<uint2*>(finished.to + row * finished.pitch + lane % 16 * 8) = packed;
             if (kCentred) packed = {subtract<T>(packed.x, centre.x), subtract<T>(packed.y, centre.y)};
             store_shared(a + piece(lane, begin + k), packed);
         }
@@ -300,8 +284,7 @@ __device__ __forceinline__ void replace(uint32_t a, uint32_t b, const Finished& 
 // Applies a read of an activation, bn_relu or join_* or, centred, raw, to 16 rows of 64 channels, in place. `constants`
 // are those of the channels.
 template <typename T, bool kCentred>
-__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, const Finished& finished,
-                                                  uint32_t constants, int lane) {
+__device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_t b, uint32_t constants, int lane) {
     constants += 16 * (lane % 16);
     uint2 c{};
     if (kCentred) {
@@ -309,27 +292,26 @@ __device__ __forceinline__ void finish_activation(Read read, uint32_t a, uint32_
         c = {pack<T>(centre[0], centre[1]), pack<T>(centre[2], centre[3])};
     }
     if (kCentred && read == Read::raw) {
-        replace<T, false, false, kCentred>(a, b, finished, lane, [](float v, float, int) { return v; }, c);
+        replace<T, false, false, kCentred>(a, b, lane, [](float v, float, int) { return v; }, c);
         return;
     }
     Affine4 u(constants);
     if (read == Read::bn_relu) {
-        replace<T, false, true, kCentred>(a, b, finished, lane, [&](float v, float, int i) { return u(v, i); }, c);
+        replace<T, false, true, kCentred>(a, b, lane, [&](float v, float, int i) { return u(v, i); }, c);
         return;
     }
     Affine4 other(constants + 12 * kChunk);
     if (read == Read::join_port)
         replace<T, true, false, kCentred>(
-            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
+            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + relu(other(w, i)); }, c);
     else  // join_b and join_c, whose constants differ
         replace<T, true, true, kCentred>(
-            a, b, finished, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
+            a, b, lane, [&](float v, float w, int i) { return relu(u(v, i)) + other(w, i); }, c);
 }
 
 // The same of any read but raw without a centre.
 template <typename T>
-__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, const Finished& finished,
-                                       uint32_t constants, int lane) {
+__device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint32_t b, uint32_t constants, int lane) {
     if (read == Read::masked) {  // no channel differs from another
         uint4 v[4], w[4];
 #pragma unroll
@@ -340,8 +322,6 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
             uint4 g{masked<T>(v[k].x, w[k].x), masked<T>(v[k].y, w[k].y), masked<T>(v[k].z, w[k].z),
                     masked<T>(v[k].w, w[k].w)};
             store_shared(a + 16 * lane + 512 * k, g);
-            int row = lane / 8 + 4 * k, piece = lane % 8 ^ row % 8;
-            if (row < finished.rows) *reinterpret_cast<uint4*>(finished.to + row * finished.pitch + 16 * piece) = g;
         }
         return;
     }
@@ -350,15 +330,15 @@ __device__ __forceinline__ void finish(Read read, bool centred, uint32_t a, uint
         Affine4 u(constants);
         Row4 constant(constants + 12 * kChunk), slope(constants + 16 * kChunk);
         bool open = read == Read::bn_bwd_open;
-        replace<T, true, false>(a, b, finished, lane, [&](float g, float z, int i) {
+        replace<T, true, false>(a, b, lane, [&](float g, float z, int i) {
             float centred = z - u.mean[i];
             bool closed = fmaf(centred, u.scale[i], u.bias[i]) <= 0 && !open;
             return fmaf(centred, slope[i], closed ? constant[i] : fmaf(g, u.scale[i], constant[i]));
         });
     } else if (centred) {
-        finish_activation<T, true>(read, a, b, finished, constants, lane);
+        finish_activation<T, true>(read, a, b, constants, lane);
     } else {
-        finish_activation<T, false>(read, a, b, finished, constants, lane);
+        finish_activation<T, false>(read, a, b, constants, lane);
     }
 }
 
@@ -388,17 +368,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             int h = at.h + (of_g || a.taps == 1 ? 0 : column - 1);
             Read read = of_g ? a.g.read : a.x.read;
             uint32_t target = shared.box(slot.index, chunk) + row * 128;
-            Finished finished;
-            char* to = of_g ? a.finished_g : a.finished_x;
-            if (to && (of_g ? box % a.column_tiles == job.column : column % a.row_tiles == job.row)) {
-                int first = at.w + row, channel = of_g ? job.cout + box * kChunk : job.channel + column * kChunk;
-                int64_t position = (int64_t(at.f) * a.height + at.h) * a.width + first;  // rows of a box lie together
-                finished.pitch = 2 * int64_t(of_g ? a.out_channels : a.in_channels);
-                finished.to = to + position * finished.pitch + 2 * channel;
-                finished.rows = a.width - first;
-            }
             finish<T>(read, a.centre != nullptr, target,
-                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128, finished,
+                      shared.box(slot.index, of_g ? g_b + box : x_b + column) + row * 128,
                       shared.constants + chunk * kConstantBytes, lane);
             bool whole = at.w + a.box_width <= a.width && h >= 0 && h + a.box_height <= a.height;
             if (whole || read == Read::masked) continue;
@@ -409,6 +380,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             }
         }
         next -= groups;
+        // The other lanes' accesses come before the arrival of one: a release covers what __syncwarp has shown it. All
+        // lanes would be some hundred arrivals a stage.
         fence_proxy_async();
         __syncwarp();
         if (lane == 0) barrier_arrive(shared.finished(slot.index));
@@ -545,7 +518,7 @@ constexpr TileKind kind_of() {
 }
 constexpr TileKind kTiles[] = {kind_of<Tile<4, 2>>(), kind_of<Tile<2, 4>>(), kind_of<Tile<4, 1>>(),
                                kind_of<Tile<1, 4>>(), kind_of<Tile<2, 2>>(), kind_of<Tile<1, 1>>(),
-                               kind_of<Tile<2, 3>>(), kind_of<Tile<1, 3>>()};
+                               kind_of<Tile<1, 3>>()};
 
 // Positions by their coordinates, and what is between them in memory, in positions.
 struct Grid {
@@ -657,7 +630,7 @@ template <typename T>
 const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan& plan, cudaStream_t stream) {
     static constexpr decltype(&launch<T, Tile<1, 1>>) kLaunches[] = {
         launch<T, Tile<4, 2>>, launch<T, Tile<2, 4>>, launch<T, Tile<4, 1>>, launch<T, Tile<1, 4>>,
-        launch<T, Tile<2, 2>>, launch<T, Tile<1, 1>>, launch<T, Tile<2, 3>>, launch<T, Tile<1, 3>>};
+        launch<T, Tile<2, 2>>, launch<T, Tile<1, 1>>, launch<T, Tile<1, 3>>};
     static_assert(std::size(kLaunches) == std::size(kTiles), "a launch for each tile");
     return kLaunches[plan.kind](maps, args, plan, stream);
 }
@@ -692,9 +665,6 @@ const char* conv_wgrad(const ConvWgrad& p) {
         return "conv_wgrad: same: expected one operand, 1x1x1";
     if (p.centre && (!s.same || !(s.g_read == Read::raw || s.g_read == Read::bn_relu || joins(s.g_read))))
         return "conv_wgrad: centre: expected one operand, an activation";
-    if ((p.finished_g && (s.g_read == Read::raw || s.stride > 1)) ||
-        (p.finished_x && (s.x_read == Read::raw || s.same || s.taps != 1 || s.stride > 1)))
-        return "conv_wgrad: finished: expected a read that is not raw, and stride 1; of X, 1x1x1 and another G";
     WgradPlan plan;
     if (const char* error = wgrad_plan(plan, s)) return error;
     WgradMaps maps{};
@@ -713,8 +683,6 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.x = {p.x.read, p.x.affine_a, p.x.affine_b, p.x.sums};
     args.centre = p.centre;
     args.partials = p.partials;
-    args.finished_g = static_cast<char*>(p.finished_g);
-    args.finished_x = static_cast<char*>(p.finished_x);
     args.in_channels = int(s.in_channels);
     args.out_channels = int(s.out_channels);
     args.taps = s.taps;
@@ -728,7 +696,6 @@ const char* conv_wgrad(const ConvWgrad& p) {
     args.h_boxes = int(ceil_divide(grid.height, plan.box_height));
     args.boxes = int(plan.boxes);
     args.turns = plan.turns;
-    args.row_tiles = plan.row_tiles;
     args.column_tiles = plan.column_tiles;
     args.tiles = plan.row_tiles * plan.column_tiles;
     args.stages = plan.stages;

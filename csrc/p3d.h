@@ -145,8 +145,6 @@ struct ConvWgrad {
     const float* centre;  // [Ci] of the dtype's values, with `same` and reads raw, bn_relu and join_*: taken off G and
                           // X, the differences rounded to the dtype; or nullptr
     float* partials;      // [R, Co * taps * Ci], or with totals [R, Co * Ci + Co], R = conv_wgrad_partials(shape)
-    void* finished_g;     // like g.a: what G reads, before the centre, if that is not raw and the stride 1; or nullptr
-    void* finished_x;     // like x.a: likewise of X, if it is not G and of 1x1x1
     CUstream_st* stream;
 };
 
@@ -155,6 +153,38 @@ const char* conv_wgrad(const ConvWgrad& p);
 // Why conv_wgrad cannot run this shape on the current device, and the rows of its partials, 0 if it cannot.
 const char* conv_wgrad_why_not(const ConvWgradShape& shape);
 int conv_wgrad_partials(const ConvWgradShape& shape);
+
+// Up to four weight gradients like those of conv_wgrad, of raw operands and without totals, in one launch.
+struct RawWgradShape {
+    int64_t clips, time, height, width;  // N, T, H, W of x
+    int64_t in_channels, out_channels;   // Ci, a multiple of 128, or of 3x1x1 of 64; Co, of 128
+    int taps;                            // 1, or 3 of 3x1x1
+    int stride;                          // in space
+    bool g_strided;                      // as in ConvWgradShape
+};
+
+struct RawWgradTile {
+    int rows;    // couts of a tile: 128, or of 1x1x1 256
+    int splits;  // R, the rows of the partials, each of a part of the positions
+};
+
+struct RawWgrad {
+    RawWgradShape shape;
+    RawWgradTile tile;  // of raw_wgrad_plan
+    const void* g;  // [N, T, H, W, Co]  16-byte aligned, as all pointers are; or without g_strided on the output's grid
+    const void* x;  // [N, T, H, W, Ci]
+    float* partials;  // [R, Co * taps * Ci]
+};
+
+constexpr int kRawWgrads = 4;  // in a launch
+
+const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUstream_st* stream);
+
+// The tiles, and the blocks of a cluster, 1 or 2, for these gradients together on the current device; in place of 0.
+const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape* shapes, int count);
+
+// Why raw_wgrad cannot run this shape; nullptr if it can.
+const char* raw_wgrad_why_not(const RawWgradShape& shape);
 
 // 1x1x1 and 3x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; 3x1x1 is padded
 // by 1 in time. X is an operand as above, of any read but masked:

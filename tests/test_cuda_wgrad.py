@@ -220,40 +220,6 @@ def test_about_a_centre(c, dtype, read):
         check(result[c * c :].to(dtype), expected[c * c :] * scale, dtype, kind="wgrad", name="totals")
 
 
-def _room(o):
-    return torch.full_like(o.a, torch.nan)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("read", [read for read in READS if read != "raw"])
-@pytest.mark.parametrize("taps", [POINT, TIME], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:8], ids=_names)
-def test_what_is_read_can_be_stored(shape, taps, read, dtype):
-    (g, x), point = _shapes(shape), taps == POINT
-    g, x = _operand(read, g, dtype), _operand("join_b" if read == "masked" else read, x, dtype)
-    rooms = _room(g), _room(x) if point else None
-    part = _cuda.conv_wgrad(g, x, taps, (1, 1), point, None, *rooms)
-    assert torch.equal(part, _cuda.conv_wgrad(g, x, taps, (1, 1), point))
-    for o, room in zip((g, x), rooms):
-        if room is None:
-            continue
-        check(room, _value(o), dtype)
-        if o.read == "masked":
-            assert torch.equal(room.double(), _value(o))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("c", [64, 128, 192, 256, 512])
-def test_what_is_stored_has_no_centre(c, dtype):
-    x = _operand("join_c", (3, c, 2, 11, 7), dtype)
-    centre, room = torch.rand(c, device="cuda").to(dtype).float(), _room(x)
-    part = _cuda.conv_wgrad(x, x, POINT, (1, 1), True, centre, room)
-    assert torch.equal(part, _cuda.conv_wgrad(x, x, POINT, (1, 1), True, centre))
-    check(room, _value(x), dtype)
-
-
 @pytest.mark.gpu
 def test_reasons():
     def why(ci=64, co=64, taps=POINT, stride=(1, 1), read="raw", dtype=torch.bfloat16):
@@ -311,10 +277,6 @@ def test_arguments_are_checked_before_any_launch():
         run(x=Operand("bn_relu", wide, record_a=rows))
     with pytest.raises(ValueError, match=r"g.sums: expected float32 \[2, 64\]"):
         run(Operand("bn_bwd", a, a, record_b=rows, sums=rows[:1]))
-    with pytest.raises(ValueError, match="finished_g: expected None of read raw"):
-        _cuda.conv_wgrad(x, x, POINT, (1, 1), finished_g=a)
-    with pytest.raises(ValueError, match="finished_x: expected None of read bn_relu, taps"):
-        _cuda.conv_wgrad(x, Operand("bn_relu", a, record_a=rows), TIME, (1, 1), finished_x=a)
     masked = Operand("masked", a, a)
     with pytest.raises(ValueError, match="centre: expected None"):
         run(masked, masked, centre=rows[0])

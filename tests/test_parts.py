@@ -83,7 +83,8 @@ def test_sum_of_splits(device, splits, co, taps, ci):
 
 def test_sums_of_several_gradients(device):
     """More than one launch takes, of different forms, some of them absent."""
-    forms = [(3, 5, 9, 33), (70, 4, 1, 20), None, (2, 16, 3, 16), (1, 7, 9, 5), None, (33, 3, 1, 7)]
+    forms = [(3, 5, 9, 33), (70, 4, 1, 20), None, (2, 16, 3, 16), (1, 7, 9, 5), (1, 4, 1, 20), None, (33, 3, 1, 7)]
+    forms.append((5, 4, 1, 6))
     parts = [None if form is None else torch.randn(form, device=device) for form in forms]
     got = sum_splits([None if p is None else Splits(p.flatten(1), *p.shape[2:]) for p in parts])
     for part, total in zip(parts, got, strict=True):

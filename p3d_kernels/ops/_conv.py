@@ -10,9 +10,8 @@ needs in its backward. No tensor has a pass of its own for these.
     wgrad  dw[co, tap, ci] = sum_p dy[p, co] x[p * stride + tap, ci]
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
-inference and three for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1. A kernel that makes a product
-in several tiles of output channels repeats the prologue for each: there `conv_wgrad`, which reads the operand too and
-first, leaves what it read (`finished`).
+inference and three for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1, and `conv_wgrads` one for
+several of these at once, of raw operands.
 """
 
 from __future__ import annotations
@@ -718,55 +717,64 @@ def _conv_plan(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue, ou
     return plan
 
 
-FINISHED = 32 << 20  # bytes that a finished operand may have: beside it the second-level cache has room for more
-
-
-def finished(
-    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
-) -> Tensor | None:
-    """Room for what o reads, if `finishes`; else None."""
-    return empty_ndhwc(o.a.shape, o.a) if finishes(o, g, x, geometry, totals, centre) else None
-
-
-def finishes(
-    o: Operand, g: Operand, x: Operand, geometry: Geometry, totals: bool = False, centre: Tensor | None = None
-) -> bool:
-    """Whether `conv_wgrad` can leave what o, g or x, reads, and a product of it then gains.
-
-    Up to 128 channels `_cuda.conv_train` reads an element once or twice. Beyond, it is read for each tile of 64 to 256
-    output channels.
-    """
-    fits = o.read != "raw" and o.channels > 128 and o.a.numel() * o.a.element_size() <= FINISHED
-    if not fits or geometry.stride != (1, 1) or not cuda_allowed(o.a):
-        return False
-    return _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None
-
-
-def as_finished(g: Operand, room: Tensor | None) -> Operand:
-    """What g reads, from where `conv_wgrad` left it, if there was room."""
-    return g if room is None else Operand("raw", room)
-
-
 def conv_wgrad(
     g: Operand,
     x: Operand,
     geometry: Geometry,
     totals: bool = False,
     centre: Tensor | None = None,
-    room: Tensor | None = None,
-    room_x: Tensor | None = None,
 ) -> Splits:
     """dw [Co * taps * Ci], with totals followed by the sums of g over positions [Co]; split over positions.
 
     g lies on the output's grid, or, for 1x1x1, on the grid of x: then it is read with the convolution's stride too.
     centre: [Ci] float32, values of the dtype, taken off g and x, which are then one operand of 1x1x1.
-    room, room_x: by `finished`, where what g reads, before the centre, and x is stored.
-    The CUDA kernel where it has one for this, else `conv_wgrad_kernel`.
+    A CUDA kernel where one does this, else `conv_wgrad_kernel`.
     """
-    if cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None:
-        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre, room, room_x)
+    if not totals and centre is None and (raw := _raw_wgrad(g, x, geometry)) is not None:
+        (part,) = _cuda.raw_wgrads([raw])
+    elif cuda_allowed(x.a) and _cuda.conv_wgrad_why_not(g, x, *geometry, totals, centre) is None:
+        part = _cuda.conv_wgrad(g, x, *geometry, totals, centre)
     else:
         part = _conv_wgrad(g, x, *geometry, totals, centre)
+    return _splits(part, x, geometry)
+
+
+class WeightGrad(NamedTuple):
+    """A call of `conv_wgrad` that is still to be made."""
+
+    g: Operand
+    x: Operand
+    geometry: Geometry
+
+
+def conv_wgrads(gradients: list) -> list:
+    """Each `WeightGrad` as its `Splits`, in place, all else as it is.
+
+    Those of raw operands are made by few launches: together they need fewer splits each to fill the card.
+    """
+    done, raws = list(gradients), []
+    for i, call in enumerate(gradients):
+        if isinstance(call, WeightGrad):
+            if (raw := _raw_wgrad(*call)) is None:
+                done[i] = conv_wgrad(*call)
+            else:
+                raws.append((i, call, raw))
+    for at in range(0, len(raws), _cuda.RAW_WGRADS):
+        places, calls, some = zip(*raws[at : at + _cuda.RAW_WGRADS])
+        for i, call, part in zip(places, calls, _cuda.raw_wgrads(some)):
+            done[i] = _splits(part, call.x, call.geometry)
+    return done
+
+
+def _raw_wgrad(g: Operand, x: Operand, geometry: Geometry) -> _cuda.RawWgrad | None:
+    """This weight gradient as the kernel of raw operands takes it, or None."""
+    if g.read != "raw" or x.read != "raw" or not cuda_allowed(x.a):
+        return None
+    raw = _cuda.RawWgrad(g.a, x.a, *geometry)
+    return raw if _cuda.raw_wgrad_why_not(raw) is None else None
+
+
+def _splits(part: Tensor, x: Operand, geometry: Geometry) -> Splits:
     kt, kh, kw = geometry.taps
     return Splits(part, kt * kh * kw, x.channels)
 

@@ -475,9 +475,13 @@ def sum_splits_kernel(
     part0,  # of `sum_splits_tile`, or None
     part1,
     part2,
+    part3,
+    part4,
     out0,
     out1,
     out2,
+    out3,
+    out4,
     BEGIN: tl.constexpr,  # the first program of each, and the end
     SPLITS: tl.constexpr,  # of each, as all below
     N: tl.constexpr,
@@ -490,8 +494,8 @@ def sum_splits_kernel(
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
-    parts = (part0, part1, part2)
-    outs = (out0, out1, out2)
+    parts = (part0, part1, part2, part3, part4)
+    outs = (out0, out1, out2, out3, out4)
     begin(PDL)
     for i in tl.static_range(len(SPLITS)):
         if (program >= BEGIN[i]) & (program < BEGIN[i + 1]):
@@ -509,14 +513,15 @@ class Splits(NamedTuple):
     ci: int
 
 
-AT_ONCE = 3  # gradients that a launch sums
+AT_ONCE = 5  # gradients that a launch sums
 
 
 def sum_splits(gradients: list[Splits | None]) -> list[Tensor | None]:
     """Each summed over its splits, in fixed order, as [Co * Ci * taps]; None stays None. Few launches for all."""
-    given = [g for g in gradients if g is not None]
+    whole = [g is not None and g.taps == 1 and g.part.size(0) == 1 for g in gradients]  # nothing to sum or to turn
+    given = [g for g, done in zip(gradients, whole) if g is not None and not done]
     sums = iter([total for i in range(0, len(given), AT_ONCE) for total in _sum(given[i : i + AT_ONCE])])
-    return [None if g is None else next(sums) for g in gradients]
+    return [None if g is None else g.part[0] if done else next(sums) for g, done in zip(gradients, whole)]
 
 
 def summed(gradients: list[Tensor | Splits | None]) -> list[Tensor | None]:
