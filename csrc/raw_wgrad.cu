@@ -234,8 +234,8 @@ constexpr TileKind kTiles[] = {kind_of<Tile<2, 2>>(), kind_of<Tile<4, 2>>(), kin
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Positions by their coordinates, and the box of which there are fewest: all of a row or some equal parts, then as many
-// rows and frames as fit.
+// Positions by their coordinates, and the box of which there are fewest: all of a row or some equal parts or 32 or 16
+// of it, some equal parts of the rows, and as many frames as fit.
 struct Grid {
     int64_t width, height, frames, boxes = 0;
     int64_t box_width, box_height, box_frames;
@@ -247,10 +247,19 @@ struct Grid {
             width = s.clips * s.time * s.height * s.width, height = 1, frames = 1;
         else
             width = (s.width - 1) / s.stride + 1, height = (s.height - 1) / s.stride + 1, frames = s.clips * s.time;
-        int64_t fewest = ceil_divide(width, kUnit);
-        for (int64_t parts = fewest; parts < fewest + 4; ++parts) {
-            int64_t w = parts == fewest ? std::min<int64_t>(kUnit, width) : ceil_divide(width, parts);
-            int64_t h = ceil_divide(height, ceil_divide(height, kUnit / w)), f = std::min(frames, kUnit / (w * h));
+        int64_t widest = std::min<int64_t>(kUnit, width);
+        consider(widest);
+        if (height == 1 && frames == 1) return;
+        for (int64_t parts = ceil_divide(width, widest) + 1, end = parts + 3; parts < end; ++parts)
+            consider(ceil_divide(width, parts));
+        for (int64_t w : {32, 16})
+            if (w < widest) consider(w);
+    }
+
+    void consider(int64_t w) {
+        int64_t fewest = ceil_divide(height, std::min(height, kUnit / w));
+        for (int64_t parts = fewest; parts <= std::min(height, fewest + 3); ++parts) {
+            int64_t h = ceil_divide(height, parts), f = std::min(frames, kUnit / (w * h));
             int64_t count = ceil_divide(width, w) * ceil_divide(height, h) * ceil_divide(frames, f);
             if (boxes && count >= boxes) continue;
             boxes = count, box_width = w, box_height = h, box_frames = f;
