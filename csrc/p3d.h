@@ -171,9 +171,9 @@ struct RawWgradTile {
 struct RawWgrad {
     RawWgradShape shape;
     RawWgradTile tile;  // of raw_wgrad_plan
-    const void* g;  // [N, T, H, W, Co]  16-byte aligned, as all pointers are; or without g_strided on the output's grid
-    const void* x;  // [N, T, H, W, Ci]
-    float* partials;  // [R, Co * taps * Ci]
+    const void* g;      // [N, T, Ho, Wo, Co], or with g_strided [N, T, H, W, Co]; 16-byte aligned, as all pointers are
+    const void* x;      // [N, T, H, W, Ci]
+    float* partials;    // [R, Co * taps * Ci]
 };
 
 constexpr int kRawWgrads = 4;  // in a launch

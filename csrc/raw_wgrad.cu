@@ -6,7 +6,7 @@
 // One thread has the copy engine bring these in boxes of 64 channels; two warpgroups multiply, each half of the couts.
 // Nothing is done to an element, so bytes bind: those from the second-level cache, which larger tiles save, and those
 // of partial sums, one tile from each block, which they cost. A cluster of two blocks, neighbours in columns, brings
-// each box of G for both.
+// each box of G for both; and several gradients share a launch: together they fill the card with fewer splits of each.
 //
 // Positions have the coordinates (w, h, f), and a box covers up to 64 of them:
 //   1x1x1            w = all positions
@@ -293,7 +293,7 @@ bool divide(Division& d, const RawWgradShape& s, int kind, int blocks, int64_t b
     return d.column_tiles % blocks == 0;
 }
 
-int kind_of(const RawWgradShape& s, int rows) { return s.taps == 3 ? 2 : rows == 256 ? 1 : 0; }
+int tile_kind(const RawWgradShape& s, int rows) { return s.taps == 3 ? 2 : rows == 256 ? 1 : 0; }
 
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const RawWgradShape& s, int64_t channels,
                        bool strided, const Grid& grid) {
@@ -352,8 +352,9 @@ const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape
         bool fits = !blocks || blocks == pair;
         for (int i = 0; i < count && fits; ++i) {
             rows[i] = choice >> (i + 1) & 1 ? 256 : 128;
-            fits = (!tiles[i].rows || tiles[i].rows == rows[i]) && (shapes[i].taps == 1 || rows[i] == 128) &&
-                   divide(of[i], shapes[i], kind_of(shapes[i], rows[i]), pair, boxes[i], std::max(1, tiles[i].splits));
+            fits =
+                (!tiles[i].rows || tiles[i].rows == rows[i]) && (shapes[i].taps == 1 || rows[i] == 128) &&
+                divide(of[i], shapes[i], tile_kind(shapes[i], rows[i]), pair, boxes[i], std::max(1, tiles[i].splits));
         }
         while (fits) {
             int64_t all = 0;
@@ -375,7 +376,7 @@ const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape
             if (next < 0 || of[next].turns == 1) break;
             // One turn less, at least.
             int64_t splits = ceil_divide(boxes[next], of[next].turns - 1), before = of[next].blocks();
-            divide(of[next], shapes[next], kind_of(shapes[next], rows[next]), pair, boxes[next], splits);
+            divide(of[next], shapes[next], tile_kind(shapes[next], rows[next]), pair, boxes[next], splits);
             int64_t others = all - before;
             fits = others + of[next].blocks() <= processors;
         }
@@ -397,7 +398,7 @@ const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUs
         if (const char* reason = raw_wgrad_why_not(s)) return reason;
         Grid grid(s);
         Division of;
-        int kind = kind_of(s, p[i].tile.rows);
+        int kind = tile_kind(s, p[i].tile.rows);
         if (p[i].tile.splits < 1 || blocks < 1 || blocks > 2 ||
             !divide(of, s, kind, blocks, grid.boxes, p[i].tile.splits) || of.splits != p[i].tile.splits ||
             begin + of.blocks() > 1 << 30)

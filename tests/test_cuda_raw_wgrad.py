@@ -122,8 +122,9 @@ def test_several(dtype):
 @pytest.mark.gpu
 def test_more_tiles_than_multiprocessors():
     wgrads = [_problem((32, 1, 5, 5, 1024, 2048)), _problem((32, 1, 5, 5, 2048, 512)), _problem((2, 1, 5, 5, 512, 512))]
-    for wgrad, part in zip(wgrads, _cuda.raw_wgrads(wgrads), strict=True):
-        _judge(wgrad, part)
+    for tiles, blocks in ((None, 0), ([(128, 1)] * 3, 1), ([(128, 1)] * 3, 2)):
+        for wgrad, part in zip(wgrads, _cuda.raw_wgrads(wgrads, tiles, blocks), strict=True):
+            _judge(wgrad, part)
 
 
 @pytest.mark.gpu

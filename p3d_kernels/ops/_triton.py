@@ -543,7 +543,7 @@ def _sum_plan(gradients: list[Splits]) -> Plan:
     for part, taps, ci in gradients:
         splits, n = part.shape
         ci = n if taps == 1 else ci  # nothing to turn: one row
-        tile = _sum_tile(splits, taps)
+        tile = _sum_tile(splits, taps, ci)
         begin.append(begin[-1] + n // (taps * ci) * cdiv(ci, tile[2]))
         shapes.append((splits, n, taps, ci, *tile))
     names = "SPLITS", "N", "TAPS", "CI", "BLOCK_S", "BLOCK_T", "BLOCK_CI", "STAGES"
@@ -560,11 +560,11 @@ def split_blocks(splits: int, size: int, elements: int) -> tuple[int, int]:
     return block_s, min(cdiv(splits, block_s), 16384 // (block_s * size)) + 1
 
 
-def _sum_tile(splits: int, taps: int) -> tuple[int, int, int, int]:
+def _sum_tile(splits: int, taps: int, ci: int) -> tuple[int, int, int, int]:
     """(BLOCK_S, BLOCK_T, BLOCK_CI, STAGES): the more splits, the fewer columns: eight blocks or so a sum."""
     block_t = block(taps, 1, 32)
     elements = 2048 if taps <= 4 else 4096
-    block_ci = max(16, elements // block(max(1, splits // 8), 1, 32) // block_t)
+    block_ci = block(ci, 16, max(16, elements // block(max(1, splits // 8), 1, 32) // block_t))
     block_s, stages = split_blocks(splits, block_t * block_ci, elements)
     return block_s, block_t, block_ci, stages
 
