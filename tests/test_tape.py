@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Add:
     """Stands for a plan: the third tensor becomes the sum of the others."""
 
-    launches, late = 0, False
+    launches = 0
 
     def __call__(self, a, b, out):
         if _tape._recording.recorder is not None:
@@ -88,25 +88,6 @@ def test_temporaries_share_room_when_their_uses_do_not_overlap():
     tape = Tape(pass_, [a])
     assert torch.allclose(tape.run([a])[0][0], 7 * a)
     assert tape.size == 2 * 512  # five temporaries, two alive at a time, 512 bytes each
-
-
-def test_a_late_launch_finds_what_runs_beside_it_untouched():
-    """Its buffers take no room of those that the launches before it use, back to the first that waits."""
-    a, b = torch.ones(4), torch.ones(4)
-
-    def pass_(late):
-        add, beside = Add(), Add()
-        beside.late = late
-        tensors = [alloc((1 << 16,), CPU) for _ in range(5)]
-        add(a, b, tensors[0])
-        add(tensors[0], b, tensors[1])  # the first is not used again
-        beside(a, b, tensors[2])
-        beside(a, b, tensors[3])
-        add(tensors[2], tensors[3], tensors[4])
-        return [tensors[4]], []
-
-    sizes = [_tape.Tape(lambda late=late: pass_(late), [a, b]).size for late in (False, True)]
-    assert sizes == [2 << 18, 4 << 18]
 
 
 def test_large_temporaries_find_room_around_small_ones():

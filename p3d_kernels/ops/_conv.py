@@ -938,16 +938,3 @@ def spatial_wgrad(dz: Operand, x: Operand) -> Splits:
             part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a)
             return Splits(part, 9, x.channels)
     return conv_wgrad(dz, x, spatial())
-
-
-class Wgrad(NamedTuple):
-    """A weight gradient that is still to be launched."""
-
-    g: Operand
-    x: Operand
-    geometry: Geometry
-
-    def launch(self) -> Splits:
-        if self.geometry == spatial():
-            return spatial_wgrad(self.g, self.x)
-        return conv_wgrad(*self)

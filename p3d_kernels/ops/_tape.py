@@ -55,8 +55,6 @@ class Plan:
     `do_not_specialize_on_alignment`.
     """
 
-    late = False  # see `NativePlan`
-
     def __init__(self, kernel, grid: tuple[int, ...], scalars: tuple, **constants) -> None:
         self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
         self.launch: Callable | None = None  # of (stream, *addresses), once compiled
@@ -136,12 +134,11 @@ def _launcher(compiled, grid: tuple[int, int, int], tail: tuple) -> Callable:
 class NativePlan:
     """A launch of the compiled extension: `launch(stream, *addresses)`, an absent tensor as address 0.
 
-    `launch` calls one function of the extension, with the addresses as they are given and the stream. late: it starts
-    beside the launch before it and ends after that, of which it may read nothing; late launches may follow one another.
+    `launch` calls one function of the extension, with the addresses as they are given and the stream.
     """
 
-    def __init__(self, launch: Callable, late: bool = False) -> None:
-        self.launch, self.late = launch, late
+    def __init__(self, launch: Callable) -> None:
+        self.launch = launch
 
     def __call__(self, *tensors) -> None:
         if _recording.ahead:
@@ -180,11 +177,6 @@ def alloc(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = tor
     if _recording.recorder is not None:
         _recording.recorder.allocated(tensor)
     return tensor
-
-
-def recording() -> bool:
-    """Whether a pass is being recorded: no buffer then takes the place of another before `_pack` says so."""
-    return _recording.recorder is not None
 
 
 def once_a_pass(key: tuple, make: Callable[[], Tensor]) -> Tensor:
@@ -400,16 +392,12 @@ def _pack(recorder: _Recorder, elsewhere: set[int]) -> tuple[dict[int, int], int
 
     Buffers whose uses do not overlap share room: the largest come first, each as low as those before it let it.
     """
-    first, last, steps = {}, {}, recorder.steps_taken
-    ends = list(range(len(steps)))  # by when a step has ended: late ones run beside those before them
-    for number in reversed(range(len(steps) - 1)):
-        if steps[number + 1][0].late:
-            ends[number] = ends[number + 1]
-    for end, (number, (_, slots)) in zip(ends, enumerate(steps)):
+    first, last = {}, {}
+    for number, (_, slots) in enumerate(recorder.steps_taken):
         for slot in slots:
             if slot is not None:
                 first.setdefault(slot[0], number)
-                last[slot[0]] = end
+                last[slot[0]] = number
     needs = {b: cdiv(_bytes(recorder.buffers[b]), 512) * 512 for b in first if b >= recorder.inputs}
     offsets: dict[int, int] = {}
     size = 0

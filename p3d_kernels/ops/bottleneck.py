@@ -24,7 +24,7 @@ from .._checks import check_activation, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
 from ._apply import bn_apply, bn_bwd_apply, bn_sums
-from ._conv import Epilogue, Wgrad, conv, cuda_allowed, pointwise, taps_of
+from ._conv import Epilogue, WeightGrad, conv, conv_wgrads, cuda_allowed, pointwise, taps_of
 from ._fused import SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
 from ._tape import taped
@@ -108,12 +108,12 @@ def _wide_record(x: Operand, w: Tensor, norm: Norm, kept: list[Tensor], stride: 
 class Inner(NamedTuple):
     """The backward of a block but for R: gradients of weights and sums [4, C] in the order of the schedule.
 
-    Of weights, some are still to be made: of what is stored, and after what the block below waits for.
+    Of weights, some are still to be made: by one launch, and after what the block below waits for.
     """
 
     dz_r: Operand
     o: Tensor | None  # dx through D, on the grid of its output
-    dws: list[Tensor | Splits | Wgrad | None]
+    dws: list[Tensor | Splits | WeightGrad | None]
     sums: list[Tensor]
 
 
@@ -132,15 +132,12 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin
         dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
         dw_r = Splits(part, 1, x.size(1))
     elif needs_w[0]:
-        dw_r = Wgrad(dz_r, source, stride)
-        if dz_r.read != "raw":
-            dw_r = dw_r.launch()
+        dw_r = WeightGrad(dz_r, source, stride)
     if needs_x and dx is None:
         o, o_mask, step = (o, None, config.stride) if w_d else (dy, y, 2 if thin else 1)
         epilogue = Epilogue(join="add", o=o, o_mask=o_mask, o_stride=step, mask=x if mask_x else None)
         dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
-    dws = [dw.launch() if isinstance(dw, Wgrad) else dw for dw in (dw_r, *dws)]
-    return dx, summed(dws), sums
+    return dx, summed(conv_wgrads([dw_r, *dws])), sums
 
 
 def _inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin) -> Inner:
@@ -176,7 +173,7 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     step = 2 if thin else 1
     part_e, *part_d = bn_sums(dy, y, [z_e, *z_d], [record_e, *record_d], step)
     dz_e, sums_e = _stored_gradient(dy, z_e, record_e, part_e, "bn_bwd_open", y, step)
-    dw_e = Wgrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
+    dw_e = WeightGrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
     v, parts = join_dgrad(dz_e, w_e, join_of(records_st, raws_st, config), config.kind)
     below = z_r, record_r
     da, part, dw_st, sums_st = st_bwd(
@@ -186,7 +183,7 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
         dz_d, sums_d = _stored_gradient(dy, z_d[0], record_d[0], part_d[0], "bn_bwd_open", y)
-        dw_d = Wgrad(dz_d, Operand("raw", x), pointwise(config.stride)) if needs_d[0] else None
+        dw_d = WeightGrad(dz_d, Operand("raw", x), pointwise(config.stride)) if needs_d[0] else None
         dws, sums = [*dws, dw_d], [*sums, sums_d]
         if needs_x:
             o, _ = conv(dz_d, w_d[0], pointwise(), None, tuple(dz_d.a.shape[2:]))

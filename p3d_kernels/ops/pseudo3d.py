@@ -27,14 +27,14 @@ from ._apply import bn_apply, bn_bwd_apply
 from ._conv import (
     Epilogue,
     Geometry,
-    Wgrad,
+    WeightGrad,
     conv,
     conv_wgrad,
     cuda_allowed,
     pointwise,
-    spatial,
     spatial_dgrad,
     spatial_fwd,
+    spatial_wgrad,
     taps_of,
     temporal,
 )
@@ -214,11 +214,11 @@ def st_bwd(
     needs_x: bool,
     needs_w: list[bool],
     finished: list[Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor | None, list[Splits | Wgrad | None], list[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None, list[Splits | WeightGrad | None], list[Tensor]]:
     """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`.
 
-    dws are still to be summed over splits. finished: of a stored `st_fwd`; the gradients are then stored, too, and dws
-    still to be made of them.
+    dws are still to be summed over splits. finished: of a stored `st_fwd`; the gradients are then stored, too, and that
+    of T's weight is still to be made of these.
     """
     positions = v.numel() // v.size(1)
     dims = tuple(v.shape[2:])
@@ -234,23 +234,21 @@ def st_bwd(
 
     a_s = Operand("bn_relu", raws[0], record_a=records[0]) if finished is None else Operand("raw", finished[0])
     g_s, o = v, None  # gradient of relu(bn_s(z_s)); what T adds to dx
-    needs_now = [need and finished is None for need in needs_w]
+    needs_t = finished is None and any(needs_w[1:])
     if config.kind != "2d":
         outer = join_read(config) in ("join_b", "join_c")
         dz_t = gradient(v, part_t, 1, "bn_bwd_open" if outer else "bn_bwd")
         if config.kind == "B":
-            o, _, dws[1] = _t_bwd(dz_t, x, weights[1], Epilogue(), dims, needs_x, needs_now[1])
+            o, _, dws[1] = _t_bwd(dz_t, x, weights[1], Epilogue(), dims, needs_x, needs_t)
         else:
             join, o_c = ("add", v) if config.kind == "C" else ("none", None)
             epilogue = Epilogue(join=join, o=o_c, below=(raws[0], records[0]))
-            g_s, part_s, dws[1] = _t_bwd(dz_t, a_s, weights[1], epilogue, dims, True, needs_now[1])
+            g_s, part_s, dws[1] = _t_bwd(dz_t, a_s, weights[1], epilogue, dims, True, needs_t)
         if needs_w[1] and finished is not None:
-            dws[1] = Wgrad(dz_t, x if config.kind == "B" else a_s, temporal())
+            dws[1] = WeightGrad(dz_t, x if config.kind == "B" else a_s, temporal())
     dz_s = gradient(g_s, part_s, 0)
     if needs_w[0]:
-        dws[0] = Wgrad(dz_s, x, spatial())
-        if finished is None:
-            dws[0] = dws[0].launch()
+        dws[0] = spatial_wgrad(dz_s, x)
     dx = part = None
     if needs_x:
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
