@@ -212,19 +212,25 @@ def combine_stats(
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     for start in range(0, R, BLOCK_R * UNROLL):
+        loaded = ()  # all of them before any is used
         for u in tl.static_range(UNROLL):
             r = start + u * BLOCK_R + rows
             mask = (r < R)[:, None] & c_mask[None, :]
             row = part + r.to(tl.int64)[:, None] * (3 * C) + c[None, :]
-            n_r = tl.load(row, mask=mask, other=0.0)
-            d = tl.where(n_r > 0, tl.load(row + C, mask=mask, other=0.0) - about[None, :], 0.0).to(tl.float64)
-            nd = n_r.to(tl.float64) * d
-            n += n_r.to(tl.float64)
+            for kind in tl.static_range(3):
+                loaded += (tl.load(row + kind * C, mask=mask, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            n_r = loaded[3 * u].to(tl.float64)
+            d = tl.where(n_r > 0, loaded[3 * u + 1] - about[None, :], 0.0).to(tl.float64)
+            nd = n_r * d
+            n += n_r
             first += nd
-            second += nd * d + tl.load(row + 2 * C, mask=mask, other=0.0).to(tl.float64)
-    count = tl.sum(n, 0)
-    shift = tl.sum(first, 0) / count
-    return count, about.to(tl.float64) + shift, relu(tl.sum(second, 0) - count * shift * shift)
+            second += nd * d + loaded[3 * u + 2].to(tl.float64)
+    firsts, seconds = tl.split(tl.sum(tl.join(tl.join(n, first), tl.join(second, second)), 0))  # threads meet once
+    count, first = tl.split(firsts)
+    second, _ = tl.split(seconds)
+    shift = first * (1.0 / count)
+    return count, about.to(tl.float64) + shift, relu(second - first * shift)
 
 
 @triton.jit
@@ -236,13 +242,17 @@ def combine_sums(
     g = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     for start in range(0, R, BLOCK_R * UNROLL):
+        loaded = ()
         for u in tl.static_range(UNROLL):
             r = start + u * BLOCK_R + rows
             mask = (r < R)[:, None] & c_mask[None, :]
             row = part + r.to(tl.int64)[:, None] * (2 * C) + c[None, :]
-            g += tl.load(row, mask=mask, other=0.0).to(tl.float64)
-            gz += tl.load(row + C, mask=mask, other=0.0).to(tl.float64)
-    return tl.sum(g, 0), tl.sum(gz, 0)
+            for kind in tl.static_range(2):
+                loaded += (tl.load(row + kind * C, mask=mask, other=0.0),)
+        for u in tl.static_range(UNROLL):
+            g += loaded[2 * u].to(tl.float64)
+            gz += loaded[2 * u + 1].to(tl.float64)
+    return tl.split(tl.sum(tl.join(g, gz), 0))
 
 
 @triton.jit(do_not_specialize=["R", "chunk"])
@@ -356,7 +366,7 @@ def bn_finalise_kernel(
     scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
     if TRAINING:
         count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-        var = m2 / count
+        var = m2 * (1.0 / count)  # a quotient that is there already
         unbiased = m2 / tl.maximum(count - 1.0, 1.0)
     else:
         mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
@@ -569,11 +579,12 @@ def _sum_tile(splits: int, taps: int, ci: int) -> tuple[int, int, int, int]:
     return block_s, block_t, block_ci, stages
 
 
-def _finalise_tile(rows: int) -> dict:
-    """An element a thread; many rows: fewer channels to a program. Fastest on an H200 at the sizes of P3D-63."""
-    block_r, block_c = (64, 4) if rows > 64 else (32, 8) if rows > 32 else (16, 8)
-    unroll = block(cdiv(rows, block_r), 1, 8)
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": block_r * block_c // 32}
+def _finalise_tile(rows: int, sampled: bool) -> dict:
+    """An element a thread, and where there is more to read the most threads: of programs of few, the multiprocessors
+    that the kernel before leaves first would have eight each."""
+    block_r = 128 if rows > 64 or sampled else 32 if rows > 32 else 16
+    unroll = min(cdiv(rows, block_r), 4)
+    return {"BLOCK_R": block_r, "BLOCK_C": 8, "UNROLL": unroll, "num_warps": block_r * 8 // 32}
 
 
 FOLD = 1024  # rows that one launch finalises well: it has a few channels a program
@@ -654,7 +665,7 @@ def bn_bwd_finalise(part: Tensor, record: Tensor, positions: int, training: bool
 def _finalise_plan(
     kernel, channels: int, rows: int, scalar: float, training: bool, device: torch.device, sample: tuple | None = None
 ) -> Plan:
-    constants = {**dependent_launch(device), **_finalise_tile(max(rows, 1))}
+    constants = {**dependent_launch(device), **_finalise_tile(max(rows, 1), sample is not None)}
     scalars = rows, scalar
     if kernel is bn_finalise_kernel:
         positions, read, _, precision = sample or (0, None, None, None)
