@@ -12,7 +12,7 @@ from torch import Tensor
 import p3d_kernels as p3d
 from p3d_kernels import Norm
 from p3d_kernels.ops._conv import pack_weight
-from p3d_kernels.ops._gram import gram, gram_bwd
+from p3d_kernels.ops._gram import _gram_bwd_plans, _gram_plans, gram, gram_bwd
 from p3d_kernels.ops._triton import Operand, bn_finalise
 
 READS = ("raw", "bn_relu", "join_port", "join_b", "join_c")
@@ -170,6 +170,44 @@ def test_a_gradient_that_is_masked_already(backend, dtype, stride, training, dev
     with_y, without = (gram_bwd(*g, w, norm, record, x, kept, stride, True, kind) for g in ((dy, y), (masked, None)))
     for a, b in zip((with_y[0], *with_y[1], *with_y[2:]), (without[0], *without[1], *without[2:])):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "splits, ci, co",
+    [(1, 5, 24), (133, 45, 24), (5, 130, 40)]
+    + [pytest.param(*sizes, marks=pytest.mark.gpu) for sizes in ((132, 64, 256), (66, 128, 512), (2, 512, 2048))],
+)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_sums_of_many_splits(backend, splits, ci, co, device, ieee):
+    """The covariance and mean of a, and M with what comes of it, whatever the tiles and the rows to be summed."""
+    positions = 1000
+    a = Operand("raw", torch.empty(positions, ci, 1, 1, 1, device=device), centre=torch.randn(ci, device=device))
+    w, part = torch.randn(co, ci, device=device), torch.randn(splits, ci * ci + ci, device=device)
+    sums, _ = _gram_plans(a, w, 1, splits, Norm())
+    cov, mean = torch.empty(sums.parts, ci, ci, device=device), torch.empty(ci, dtype=torch.float64, device=device)
+    mean_a, arrived = torch.empty(ci, device=device), torch.full((64,), 7, dtype=torch.int32, device=device)
+    sums(part, a.centre, cov, mean, mean_a, arrived)
+    square, total = part.double().sum(0).split((ci * ci, ci))
+    want = square.view(ci, ci) - total[:, None] * total[None] / positions
+    torch.testing.assert_close(cov.double().sum(0), want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(mean, a.centre.double() + total / positions, rtol=1e-6, atol=1e-6)
+    assert torch.equal(mean_a, mean.float()) and (arrived[: -(-co // 32)] == 0).all()
+
+    dy, part = torch.empty(positions, co, 1, 1, 1, device=device), torch.randn(splits, co * ci + co, device=device)
+    operands, *_ = _gram_bwd_plans(dy, dy, a, 1, False, splits, False)
+    wc, record, got = torch.randn(co, ci, device=device), torch.rand(5, co, device=device) + 0.5, torch.empty(4, co)
+    got, dw, qw = got.to(device), torch.empty(co, ci, device=device), torch.empty(1, ci, co, device=device)
+    wg = torch.empty(operands.rows, ci, device=device)
+    operands(part, wc, mean_a, w, record, got, dw, qw, wg, None)
+    m, g = part.double().sum(0).split((co * ci, co))
+    m = m.view(co, ci) - g[:, None] * mean_a.double()
+    scale, invstd = record[1].double(), record[3].double()
+    dweight = invstd * (m * w).sum(1)
+    sq = scale * dweight * invstd / positions
+    torch.testing.assert_close(got[[0, 2, 3]].double(), torch.stack((sq, dweight, g)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dw.double(), scale[:, None] * m - sq[:, None] * wc, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(qw[0].double(), -(sq[:, None] * w).mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wg.double().sum(0), (scale * g / positions) @ w.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_formulas_in_float64():

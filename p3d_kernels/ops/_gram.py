@@ -51,7 +51,6 @@ from ._triton import (
     load_affine,
     read_operand,
     relu,
-    split_blocks,
     sum_of_splits,
     tl,
     to_tf32,
@@ -109,39 +108,41 @@ def gram_sum_kernel(
     PARTS: tl.constexpr,
     TILES: tl.constexpr,
     PDL: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # covers CI
     STAGES: tl.constexpr,
 ):
     N: tl.constexpr = CI * CI + CI
-    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    j = tl.arange(0, BLOCK_K)
-    at = tl.arange(0, BLOCK_R * BLOCK_K)
-    row = tl.program_id(0) * BLOCK_R + at // BLOCK_K
-    column = at % BLOCK_K
+    COLUMNS: tl.constexpr = (CI + BLOCK_J - 1) // BLOCK_J
+    M_SIZE: tl.constexpr = triton.next_power_of_2(BLOCK_I + BLOCK_J)
+    begin_i = tl.program_id(0) // COLUMNS * BLOCK_I
+    begin_j = tl.program_id(0) % COLUMNS * BLOCK_J
+    at = tl.arange(0, BLOCK_I * BLOCK_J)
+    i = begin_i + at // BLOCK_J
+    j = begin_j + at % BLOCK_J
+    mask = (i < CI) & (j < CI)
+    own = tl.arange(0, M_SIZE)  # totals: those of the columns, then those of the rows
+    of = tl.where(own < BLOCK_J, begin_j + own, begin_i + own - BLOCK_J)
     begin(PDL)
     if arrived is not None:
         if tl.program_id(0) == 0:
             tile = tl.arange(0, triton.next_power_of_2(TILES))
             tl.store(arrived + tile, tl.zeros_like(tile), mask=tile < TILES)
     if centre is not None:
-        about = tl.load(centre + j, mask=j < CI, other=0.0).to(tl.float64)
-    exists = (row < CI) & (column < CI)
+        about = tl.load(centre + of, mask=of < CI, other=0.0).to(tl.float64)
     s, total = sum_of_splits(
-        part, row * CI + column, exists, CI * CI + j, j < CI, splits, N, BLOCK_S, BLOCK_R * BLOCK_K, BLOCK_K, STAGES
+        part, i * CI + j, mask, CI * CI + of, of < CI, splits, N, BLOCK_S, BLOCK_I * BLOCK_J, M_SIZE, STAGES
     )
-    s = tl.reshape(s, (BLOCK_R, BLOCK_K))
-    total_i = tl.sum(tl.where(i[:, None] == j[None, :], total[None, :], 0.0), 1)
-    s -= (total_i / P)[:, None] * total[None, :]
-    mask = (i < CI)[:, None] & (j < CI)[None, :]
-    store_parts(s, cov_ptr, i[:, None] * CI + j[None, :], mask, CI * CI, PARTS)
-    if tl.program_id(0) == 0:
+    s -= tl.gather(total, BLOCK_J + at // BLOCK_J, 0) / P * tl.gather(total, at % BLOCK_J, 0)
+    store_parts(s, cov_ptr, i * CI + j, mask, CI * CI, PARTS)
+    if begin_i == 0:
         mean = total.to(tl.float64) / P
         if centre is not None:
             mean += about
-        tl.store(mean_ptr + j, mean, mask=j < CI)
-        tl.store(mean_a + j, mean.to(tl.float32), mask=j < CI)
+        of_mask = (own < BLOCK_J) & (of < CI)
+        tl.store(mean_ptr + of, mean, mask=of_mask)
+        tl.store(mean_a + of, mean.to(tl.float32), mask=of_mask)
 
 
 @triton.jit(do_not_specialize=["CI_END", "P"], do_not_specialize_on_alignment=["weight", "bias"])
@@ -425,7 +426,17 @@ def gram_q_kernel(
     j = (tl.program_id(0) % COLUMNS) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_mask = i < CI
     j_mask = j < CI
+    Q_TILES: tl.constexpr = (CI + BLOCK_M - 1) // BLOCK_M
+    SHARE: tl.constexpr = (WG_ROWS + Q_TILES - 1) // Q_TILES  # of wg: the tiles of a column add all of it
+    BLOCK_S: tl.constexpr = min(triton.next_power_of_2(SHARE), 128)
     begin(PDL)
+    mean = tl.load(mean_a + i, mask=i_mask, other=0.0)
+    wg = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+    for start in range(0, SHARE, BLOCK_S):
+        row = start + tl.arange(0, BLOCK_S)
+        mask = (row < SHARE) & (tile * SHARE + row < WG_ROWS)
+        offsets = (tile * SHARE + row)[:, None] * CI + j[None, :]
+        wg += tl.load(wg_ptr + offsets, mask=mask[:, None] & j_mask[None, :], other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     scale = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, CO_END, BLOCK_K):
@@ -444,17 +455,10 @@ def gram_q_kernel(
         tl.store(q_scale + j, scale, mask=j_mask)
     q = acc.to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + i[:, None] * CI + j[None, :], q, mask=i_mask[:, None] & j_mask[None, :])
-    mean = tl.load(mean_a + i, mask=i_mask, other=0.0)
     c = -tl.sum(mean[:, None] * q.to(tl.float32), 0)
     if SCALED:
         c *= scale
-    Q_TILES: tl.constexpr = (CI + BLOCK_M - 1) // BLOCK_M
-    SHARE: tl.constexpr = (WG_ROWS + Q_TILES - 1) // Q_TILES  # of wg: the tiles of a column add all of it
-    for start in range(0, SHARE, 16):
-        row = start + tl.arange(0, 16)
-        mask = (row < SHARE) & (tile * SHARE + row < WG_ROWS)
-        offsets = (tile * SHARE + row)[:, None] * CI + j[None, :]
-        c -= tl.sum(tl.load(wg_ptr + offsets, mask=mask[:, None] & j_mask[None, :], other=0.0), 0)
+    c -= tl.sum(wg, 0)
     tl.store(c_ptr + tile * CI + j, c, mask=j_mask)
 
 
@@ -518,9 +522,9 @@ def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm) -> 
         CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
     products.rows, products.columns = rows, columns
-    tile = _rows_tile(ci, ci, splits, True)
+    tile = _square_tile(ci)
     sums = Plan(
-        gram_sum_kernel, (cdiv(ci, tile["BLOCK_R"]),), (positions, splits),
+        gram_sum_kernel, (cdiv(ci, tile["BLOCK_I"]) * cdiv(ci, tile["BLOCK_J"]),), (positions, splits),
         CI=ci, PARTS=parts, TILES=rows, **pdl, **tile,
     )  # fmt: skip
     sums.parts, sums.dtype = parts, torch.bfloat16 if x.a.dtype == torch.bfloat16 else torch.float32
@@ -537,13 +541,25 @@ def _gram_tile(ci: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
-def _rows_tile(rows: int, columns: int, splits: int, totals: bool = False) -> dict:
-    """Whole rows of `columns` to a program, and with `totals` one more; 4, or of many columns 16, won a sweep on an
-    H200."""
+def _rows_tile(rows: int, columns: int) -> dict:
+    """Whole rows of `columns` to a program; 4, or of many columns 16, won a sweep on an H200."""
     block_k = block(columns, 16, 1 << 30)
     block_r = block(min(cdiv(rows, 128), 4 if block_k <= 256 else 16, max(1, 8192 // block_k)), 1, 16)
-    block_s, stages = split_blocks(splits, (block_r + totals) * block_k, 4096)
-    return {"BLOCK_S": block_s, "BLOCK_R": block_r, "BLOCK_K": block_k, "STAGES": stages, "num_warps": 8}
+    return {"BLOCK_R": block_r, "BLOCK_K": block_k, **_sum_tile(block_r * block_k)}
+
+
+def _square_tile(size: int) -> dict:
+    """Some rows and 16 columns of a square to a program, which reads the totals of these alone."""
+    block_i = block(cdiv(size * cdiv(size, 16), 128), 4, 64)
+    return {"BLOCK_I": block_i, "BLOCK_J": 16, **_sum_tile(16 * block_i + block(16 + block_i, 1, 128))}
+
+
+def _sum_tile(size: int) -> dict:
+    """Of `sum_of_splits`: room for 116 KB under way, so that no two programs share a multiprocessor. They start as the
+    kernel before leaves one after the other, and the first would have them all.
+    """
+    block_s = 1 << max(1, 8192 // size).bit_length() - 1
+    return {"BLOCK_S": block_s, "STAGES": cdiv(29696, block_s * size) + 1, "num_warps": 32}
 
 
 def gram_bwd(
@@ -614,7 +630,7 @@ def _gram_bwd_plans(
     everywhere = x.a.numel() // ci if thin else positions  # that bn is over
     parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
-    pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, splits)
+    pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci)
     operands = Plan(
         gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(everywhere), splits),
         CI=ci, CO=co, PARTS=parts, ROUNDED=rounded, **pdl, **tile,
