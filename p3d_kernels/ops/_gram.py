@@ -179,7 +179,7 @@ def gram_kernel(
     begin(PDL)
     scale, shift = load_affine(weight, bias, co, co_mask, BLOCK_M)
     mean_j = tl.load(mean_ptr + j, mask=j_mask, other=0.0)
-    w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0).to(tl.float32)
+    w_j = tl.load(w_ptr + co[:, None] * CI + j[None, :], mask=mask, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, CI_END, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -195,6 +195,7 @@ def gram_kernel(
             else:
                 acc = tl.dot(w, cov, acc, input_precision="ieee")
     tl.store(wc_ptr + co[:, None] * CI + j[None, :], acc, mask=mask)
+    w_j = w_j.to(tl.float32)  # not sooner: that would be waited for before the loop
     if PRECISION == "tf32":
         w_j = to_tf32(w_j)
     mean = tl.sum(w_j.to(tl.float64) * mean_j[None, :], 1)
