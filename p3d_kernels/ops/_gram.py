@@ -30,6 +30,7 @@ in which float16 is multiplied; of float16's Q the first part is enough.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -523,7 +524,7 @@ def _gram_plans(x: Operand, w: Tensor, stride: int, splits: int, norm: Norm) -> 
         CI=ci, CO=co, PARTS=parts, PRECISION=_precision(x.a), **pdl, **tile,
     )  # fmt: skip
     products.rows, products.columns = rows, columns
-    tile = _square_tile(ci)
+    tile = _square_tile(ci, x.a.device)
     sums = Plan(
         gram_sum_kernel, (cdiv(ci, tile["BLOCK_I"]) * cdiv(ci, tile["BLOCK_J"]),), (positions, splits),
         CI=ci, PARTS=parts, TILES=rows, **pdl, **tile,
@@ -542,25 +543,34 @@ def _gram_tile(ci: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
 
 
-def _rows_tile(rows: int, columns: int) -> dict:
+def _rows_tile(rows: int, columns: int, device: torch.device) -> dict:
     """Whole rows of `columns` to a program; 4, or of many columns 16, won a sweep on an H200."""
     block_k = block(columns, 16, 1 << 30)
     block_r = block(min(cdiv(rows, 128), 4 if block_k <= 256 else 16, max(1, 8192 // block_k)), 1, 16)
-    return {"BLOCK_R": block_r, "BLOCK_K": block_k, **_sum_tile(block_r * block_k)}
+    return {"BLOCK_R": block_r, "BLOCK_K": block_k, **_sum_tile(block_r * block_k, device)}
 
 
-def _square_tile(size: int) -> dict:
+def _square_tile(size: int, device: torch.device) -> dict:
     """Some rows and 16 columns of a square to a program, which reads the totals of these alone."""
     block_i = block(cdiv(size * cdiv(size, 16), 128), 4, 64)
-    return {"BLOCK_I": block_i, "BLOCK_J": 16, **_sum_tile(16 * block_i + block(16 + block_i, 1, 128))}
+    return {"BLOCK_I": block_i, "BLOCK_J": 16, **_sum_tile(16 * block_i + block(16 + block_i, 1, 128), device)}
 
 
-def _sum_tile(size: int) -> dict:
-    """Of `sum_of_splits`: room for 116 KB under way, so that no two programs share a multiprocessor. They start as the
-    kernel before leaves one after the other, and the first would have them all.
+def _sum_tile(size: int, device: torch.device) -> dict:
+    """Of `sum_of_splits`: room for more under way than half of a multiprocessor's shared memory, so that no two
+    programs are on one. They start as the kernel before leaves, and the first that it leaves would have them all.
     """
+    half = _shared_memory(device) // 8 + 512  # elements
     block_s = 1 << max(1, 8192 // size).bit_length() - 1
-    return {"BLOCK_S": block_s, "STAGES": cdiv(29696, block_s * size) + 1, "num_warps": 32}
+    stages = cdiv(half, block_s * size) + 1 if block_s * size <= half else 1  # rows that are longer go to registers
+    return {"BLOCK_S": block_s, "STAGES": stages, "num_warps": 32}
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor; a Hopper card's where there is none."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_multiprocessor", 228 << 10)
 
 
 def gram_bwd(
@@ -631,7 +641,7 @@ def _gram_bwd_plans(
     everywhere = x.a.numel() // ci if thin else positions  # that bn is over
     parts = 2 if dy.dtype == torch.bfloat16 else 1
     scaled = dy.dtype == torch.float16
-    pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci)
+    pdl, tile = dependent_launch(dy.device), _rows_tile(co, ci, dy.device)
     operands = Plan(
         gram_operands_kernel, (cdiv(co, tile["BLOCK_R"]),), (float(everywhere), splits),
         CI=ci, CO=co, PARTS=parts, ROUNDED=rounded, **pdl, **tile,
