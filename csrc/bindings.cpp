@@ -353,8 +353,8 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "spatial_wgrad",
         [](uintptr_t g, uintptr_t z, uintptr_t affine, uintptr_t sums, uintptr_t a, uintptr_t a_affine,
-           uintptr_t partials, int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
-           const std::string& dtype_name, uintptr_t stream) {
+           uintptr_t partials, uintptr_t finished, int64_t frames, int64_t height, int64_t width, int64_t in_channels,
+           int64_t out_channels, const std::string& dtype_name, uintptr_t stream) {
             p3d::SpatialWgrad p{};
             p.shape = conv_shape(frames, height, width, in_channels, out_channels);
             p.dtype = dtype(dtype_name);
@@ -365,12 +365,13 @@ PYBIND11_MODULE(_C, module) {
             p.a = pointer<const void>(a);
             p.a_affine = pointer<const float>(a_affine);
             p.partials = pointer<float>(partials);
+            p.finished = pointer<void>(finished);
             p.stream = pointer<CUstream_st>(stream);
             check(p3d::spatial_wgrad(p));
         },
         py::arg("g"), py::arg("z"), py::arg("affine"), py::arg("sums"), py::arg("a"), py::arg("a_affine"),
-        py::arg("partials"), py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
-        py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
+        py::arg("partials"), py::arg("finished"), py::arg("frames"), py::arg("height"), py::arg("width"),
+        py::arg("in_channels"), py::arg("out_channels"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "conv_wgrad",
@@ -942,8 +943,14 @@ PYBIND11_MODULE(_C, module) {
             py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
     };
     rows("spatial_conv_partials", p3d::spatial_conv_partials);
-    rows("spatial_dgrad_partials", p3d::spatial_dgrad_partials);
     rows("spatial_wgrad_partials", p3d::spatial_wgrad_partials);
+    m.def(
+        "spatial_dgrad_partials",
+        [](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels, bool finished) {
+            return p3d::spatial_dgrad_partials(conv_shape(frames, height, width, in_channels, out_channels), finished);
+        },
+        py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"),
+        py::arg("finished"));
 
     m.def(
         "tail_infer",

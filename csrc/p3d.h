@@ -63,7 +63,7 @@ struct SpatialDgrad {
     const void* below;          // [F, H, W, Co]; or nullptr
     const float* below_affine;  // [3, Co] rows mean, scale, bias, with below
     void* dx;                   // [F, H, W, Co]
-    float* partials;            // [R, 2, Co], R = spatial_dgrad_partials(shape), with below
+    float* partials;            // [R, 2, Co], R = spatial_dgrad_partials(shape, whether g is dz), with below
     CUstream_st* stream;
 };
 
@@ -84,6 +84,7 @@ struct SpatialWgrad {
     const void* a;          // [F, H, W, Ci]
     const float* a_affine;  // [3, Ci] rows mean, scale, bias; or nullptr
     float* partials;        // [R, Co, 9, Ci], R = spatial_wgrad_partials(shape)
+    void* finished;         // [F, H, W, Co]: dz, with z; or nullptr
     CUstream_st* stream;
 };
 
@@ -92,9 +93,9 @@ const char* spatial_wgrad(const SpatialWgrad& p);
 // Why spatial_conv and spatial_dgrad cannot run this shape on the current device; nullptr if it can.
 const char* spatial_conv_why_not(const ConvShape& shape);
 
-// R, the rows of their partials on the current device; 0 if the shape cannot run.
+// R, the rows of their partials on the current device; 0 if the shape cannot run. `finished`: g is dz itself.
 int spatial_conv_partials(const ConvShape& shape);
-int spatial_dgrad_partials(const ConvShape& shape);
+int spatial_dgrad_partials(const ConvShape& shape, bool finished);
 
 // The same of spatial_wgrad.
 const char* spatial_wgrad_why_not(const ConvShape& shape);

@@ -38,7 +38,7 @@ const char* spatial_conv(const SpatialConv& p) {
             TrainArgs args{};
             args.affine = p.affine;
             args.partials = p.partials;
-            return launch_train<Pass::forward>(args, {p.x, nullptr, p.w, nullptr, nullptr, p.y}, p.shape, p.dtype, plan,
+            return launch_train<Pass::forward>(args, {p.x, p.w, nullptr, nullptr, p.y}, p.shape, p.dtype, plan,
                                                p.stream);
         }
     }

@@ -1,9 +1,12 @@
-// The input gradient of the spatial convolution (spatial_train.cuh, or spatial_kernel.cuh where that is faster).
+// The input gradient of the spatial convolution (spatial_train.cuh where dz is there and that is faster, else
+// spatial_kernel.cuh).
 #include "spatial_train.cuh"
 
 namespace p3d {
 
-int spatial_dgrad_partials(const ConvShape& shape) { return train_partial_rows(shape, Pass::gradient); }
+int spatial_dgrad_partials(const ConvShape& shape, bool finished) {
+    return finished ? train_partial_rows(shape, Pass::gradient) : partial_rows(shape, Pass::gradient);
+}
 
 const char* spatial_dgrad(const SpatialDgrad& p) {
     if (bool(p.z) != bool(p.affine) || bool(p.z) != bool(p.sums))
@@ -13,14 +16,11 @@ const char* spatial_dgrad(const SpatialDgrad& p) {
     SpatialTrainPlan plan;
     bool taken;
     if (const char* error = train_plan_here(plan, taken, p.shape, Pass::gradient)) return error;
-    if (taken) {
+    if (taken && !p.z) {
         TrainArgs args{};
-        args.affine = p.affine;
-        args.sums = p.sums;
         args.below_affine = p.below_affine;
         args.partials = p.partials;
-        return launch_train<Pass::gradient>(args, {p.g, p.z, p.w, p.o, p.below, p.dx}, p.shape, p.dtype, plan,
-                                            p.stream);
+        return launch_train<Pass::gradient>(args, {p.g, p.w, p.o, p.below, p.dx}, p.shape, p.dtype, plan, p.stream);
     }
     Args args{};
     args.x = static_cast<const char*>(p.g);

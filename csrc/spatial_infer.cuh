@@ -87,15 +87,6 @@ __device__ __forceinline__ void copy_box_to_both(uint32_t target, const CUtensor
         : "memory");
 }
 
-// Stores a box to memory, what lies outside the tensor left out, and waits until it has been read.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2, int i3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-                 "r"(source), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
-                 : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 struct BoxTile {
     int frame, row, column;  // its first
 
@@ -250,6 +241,7 @@ __device__ __forceinline__ void consume_boxes(const BoxMaps& maps, const BoxArgs
             named_sync(1 + group, 128);
             if (thread == 0) {
                 store_box(maps.y, staging, cout, at.column, to, at.frame);
+                store_wait();
                 barrier_arrive(shared.staging_free(out));
             }
         }

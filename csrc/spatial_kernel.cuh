@@ -234,19 +234,15 @@ const char* launch(const SpatialPlan& plan, const CUtensorMap& map, const Args& 
     if (plan.positions == N && plan.resident == RESIDENT) return launch<T, N, RESIDENT, kPass>(plan, map, args, stream)
     if constexpr (kPass == Pass::forward) {
         P3D_CASE(208, true);
+        P3D_CASE(160, true);
         P3D_CASE(128, true);
-        P3D_CASE(240, false);
-        P3D_CASE(216, false);
+        P3D_CASE(160, false);
+        P3D_CASE(120, false);
     } else {
-        P3D_CASE(200, true);
         P3D_CASE(136, true);
-        P3D_CASE(192, false);
         P3D_CASE(144, false);
     }
-    P3D_CASE(160, true);
     P3D_CASE(64, true);
-    P3D_CASE(160, false);
-    P3D_CASE(120, false);
     P3D_CASE(80, false);
     P3D_CASE(48, false);
 #undef P3D_CASE

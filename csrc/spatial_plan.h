@@ -22,9 +22,10 @@ constexpr int kSharedLimit = 227 * 1024;  // of a block on compute capability 9.
 // Which pass a kernel is of. The input gradient is a convolution too: its weights enter transposed, taps reversed.
 enum class Pass { forward, gradient };
 
-// N of the kernels there are. The gradient's blocks have 512 threads, for which ptxas takes no wider product than 200.
-constexpr int kResidentSizes[2][4] = {{208, 160, 128, 64}, {200, 160, 136, 64}};
-constexpr int kStreamedSizes[2][6] = {{240, 216, 160, 120, 80, 48}, {192, 160, 144, 120, 80, 48}};
+// N of the kernels there are, those of the gradient up to the first zero. Its blocks have 512 threads, for which ptxas
+// takes no wider product than 200.
+constexpr int kResidentSizes[2][4] = {{208, 160, 128, 64}, {136, 64}};
+constexpr int kStreamedSizes[2][4] = {{160, 120, 80, 48}, {144, 80, 48}};
 
 struct SpatialPlan {
     int positions;            // N of the matrix instruction
@@ -114,7 +115,7 @@ inline const char* spatial_plan(SpatialPlan& best, const ConvShape& s, Pass pass
     auto consider = [&](int n) {
         SpatialPlan plan{};
         plan.processors = processors;
-        if (!fits(plan, s, n, resident)) return;
+        if (n == 0 || !fits(plan, s, n, resident)) return;
         plan.cout_blocks = resident ? 1 : int((s.out_channels + 127) / 128);
         plan.blocks = std::min(plan.tiles, std::max(1, processors / plan.cout_blocks));
         int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = s.in_channels / 16 * kTaps;
@@ -215,19 +216,17 @@ inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors
 // How spatial_train.cuh divides a shape. Its blocks have 512 threads, like those of the gradient above. N of its
 // kernels, streamed and resident:
 constexpr int kSpatialTrainSizes[2][4] = {{168, 112, 64, 32}, {168, 152, 112, 64}};
-constexpr int kMaxSecond = 2;  // boxes of the second tensor
 
 struct SpatialTrainPlan : BoxPlan {
-    int second_buffers, second_bytes;  // boxes of the second tensor that the gradient's prologue reads
     int stagings;
 };
 
-// What barriers take: four of each staging, three of a halo tile, two of a second box and of weights.
-inline int spatial_train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * (kMaxSecond + stages); }
+// What barriers take: four of each staging, three of a halo tile, two of weights.
+inline int spatial_train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * stages; }
 
-// Whether tiles of N positions fit in shared memory. What is left goes to a further box of the second tensor, a staging
-// for each warpgroup, halo tiles and stages of weights, in this order.
-inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, Pass pass, int n, bool resident) {
+// Whether tiles of N positions fit in shared memory. What is left goes to a staging for each warpgroup, halo tiles and
+// stages of weights, in this order.
+inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, int n, bool resident) {
     if (!divide(plan, s, kTaps, n, resident)) return false;
     int stage = (resident ? 1 : 2) * kWeightBytes, most = resident ? plan.chunks * kTaps : kMaxStages;
     plan.stages = resident ? most : 4;
@@ -235,16 +234,12 @@ inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, Pass pass, int n, b
     plan.staging_bytes = n * 2 * kChunk;
     plan.stagings = resident ? 1 : 2;
     plan.buffers = 2;
-    plan.second_buffers = pass == Pass::gradient ? 1 : 0;
-    plan.second_bytes = int(round_up(plan.box_bytes, 1024));
     int room = kSharedLimit - spatial_train_barrier_bytes(most) - plan.stages * stage -
-               plan.stagings * plan.staging_bytes - plan.buffers * plan.buffer_bytes -
-               plan.second_buffers * plan.second_bytes;
+               plan.stagings * plan.staging_bytes - plan.buffers * plan.buffer_bytes;
     if (room < 0) return false;
     auto add = [&](int& count, int limit, int bytes) {
         for (; count < limit && room >= bytes; ++count) room -= bytes;
     };
-    if (pass == Pass::gradient) add(plan.second_buffers, kMaxSecond, plan.second_bytes);
     add(plan.stagings, 2, plan.staging_bytes);
     add(plan.buffers, kMaxBuffers, plan.buffer_bytes);
     add(plan.stages, most, stage);
@@ -253,20 +248,20 @@ inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, Pass pass, int n, b
 }
 
 // The rows of a tile that finish first; false if spatial_train.cuh has no kernel for the shape. Products, and all that
-// goes through shared memory at 128 bytes a cycle, overlap: operands as above; a halo tile, which is copied, finished
-// in place and, with a second tensor, read once more; streamed weights; what is staged.
+// goes through shared memory at 128 bytes a cycle, overlap: operands as above; a halo tile, which is copied and of the
+// forward pass finished in place; streamed weights; what is staged.
 inline bool spatial_train_plan(SpatialTrainPlan& best, const ConvShape& s, Pass pass, int processors) {
     bool found = false, gradient = pass == Pass::gradient;
     auto consider = [&](int n, bool resident) {
         SpatialTrainPlan plan{};
-        if (!fits(plan, s, pass, n, resident)) return;
+        if (!fits(plan, s, n, resident)) return;
         int team = resident ? 1 : 2;  // as in box_plan
         plan.cout_blocks = int(s.out_channels / kChunk) / team;
         int most = std::max(1, processors / plan.cout_blocks / team) * team;
         plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
         if (!resident && 4 * plan.blocks * plan.cout_blocks < 3 * processors) return;
         int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = int64_t(team) * plan.chunks * kTaps * 4;
-        int64_t product = steps * (n / 2), halo = int64_t(plan.rows + 2) * plan.pitch * (gradient ? 5 : 3);
+        int64_t product = steps * (n / 2), halo = int64_t(plan.rows + 2) * plan.pitch * (gradient ? 1 : 3);
         int64_t weights = resident ? 0 : kTaps * 2 * kWeightBytes / 128;
         int64_t memory = steps * (16 + n / 4) + plan.chunks * (halo + weights) + team * n * (gradient ? 4 : 2);
         plan.cost = turns * (std::max(product, memory) + (resident ? 0 : 1000)) + 500;

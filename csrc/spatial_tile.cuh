@@ -49,6 +49,17 @@ struct Shared {
     }
 };
 
+// Stores a box to memory; what lies outside the tensor is left out.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2, int i3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(i0), "r"(i1), "r"(i2), "r"(i3)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until all boxes that this thread stored have been read from shared memory.
+__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 struct Slot {  // of a ring, with the parity of its turn
     int index = 0;
     uint32_t parity = 0;

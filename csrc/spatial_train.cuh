@@ -1,15 +1,15 @@
 // The spatial convolution and its input gradient in training: the product, the tiles and the two ways of working of
 // spatial_infer.cuh, with a prologue and an epilogue.
 //
-// The copy engine brings the halo of a tile as it lies in memory, for the gradient's prologue two tensors. Finishing
-// warps apply the read once an element and in place, into the first of the two. What lies outside the frame is zero
-// after the read, so they write those zeros; the copy engine's would go through the affine. Then the warpgroups
-// multiply.
+// The copy engine brings the halo of a tile as it lies in memory. The gradient reads it as it is; in the forward pass
+// finishing warps apply BN-ReLU once an element and in place. What lies outside the frame is zero after the read, so
+// they write those zeros; the copy engine's would go through the affine. Then the warpgroups multiply.
 //
 // The sums leave through staging, a row of 128 bytes a position, swizzled. What the gradient adds (o) and what its sums
 // for the layer below are made with come there first, as boxes too: a thread finds in place what belongs to its
 // accumulators, 2 couts and every fourth pair of positions, and leaves dx where it found it. Of a statistic or a sum a
-// thread has 2 couts, over all tiles of its warpgroup; four neighbouring lanes share them.
+// thread has 2 couts, over all tiles of its warpgroup; four neighbouring lanes share them, and in the end the other
+// warpgroup, if it has the same couts.
 #pragma once
 
 #include "spatial_infer.cuh"
@@ -23,8 +23,7 @@ static_assert(2 * (kTrainProducerRegisters + kTrainConsumerRegisters) <= 65536 /
 static_assert(3 + kFinishers == 8, "warps of two warpgroups");
 
 struct TrainMaps {
-    CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64; of the gradient: g
-    CUtensorMap z;      // gradient: like x
+    CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64; of the gradient: dz
     CUtensorMap y;      // [F, H, W, Co], in boxes of 1 x R x (W + 1) x 64
     CUtensorMap o;      // gradient: like y
     CUtensorMap below;  // gradient: like y
@@ -32,27 +31,24 @@ struct TrainMaps {
 };
 
 struct TrainArgs : BoxArgs {
-    const float* affine;        // [3, Ci] or nullptr; of the gradient: that of z
-    const float* sums;          // gradient: [2, Ci] with affine
+    const float* affine;        // forward: [3, Ci] or nullptr
     bool add;                   // gradient: there is an o
     const float* below_affine;  // gradient: [3, Co] with below
     float* partials;            // [R, 3, Co], of the gradient [R, 2, Co]; or nullptr
     int in_channels, height;
     FastDivide by_pitch;
-    int second_buffers, second_bytes;  // boxes of z
     int stagings;
 };
 
 // Where everything lies in shared memory, and the barriers: of staging o loaded and read, below loaded, and free again;
-// of a halo tile copied, finished and emptied; of a box of z copied and emptied; of weights filled and emptied.
+// of a halo tile copied, finished and emptied; of weights filled and emptied.
 struct TrainShared {
-    uint32_t weights, halo, second, staging, barriers;
+    uint32_t weights, halo, staging, barriers;
 
     __device__ __forceinline__ TrainShared(const void* base, const TrainArgs& a)
         : weights(shared_address(base)),
           halo(weights + a.weight_bytes),
-          second(halo + a.buffers * a.buffer_bytes),
-          staging(second + a.second_buffers * a.second_bytes),
+          staging(halo + a.buffers * a.buffer_bytes),
           barriers(staging + a.stagings * a.staged) {}
     __device__ __forceinline__ uint32_t o_full(int i) const { return barriers + 32 * i; }
     __device__ __forceinline__ uint32_t o_read(int i) const { return o_full(i) + 8; }
@@ -61,9 +57,7 @@ struct TrainShared {
     __device__ __forceinline__ uint32_t copied(int buffer) const { return barriers + 64 + 24 * buffer; }
     __device__ __forceinline__ uint32_t finished(int buffer) const { return copied(buffer) + 8; }
     __device__ __forceinline__ uint32_t emptied(int buffer) const { return copied(buffer) + 16; }
-    __device__ __forceinline__ uint32_t second_full(int i) const { return copied(kMaxBuffers) + 16 * i; }
-    __device__ __forceinline__ uint32_t second_empty(int i) const { return second_full(i) + 8; }
-    __device__ __forceinline__ uint32_t weights_full(int i) const { return second_full(kMaxSecond) + 16 * i; }
+    __device__ __forceinline__ uint32_t weights_full(int i) const { return copied(kMaxBuffers) + 16 * i; }
     __device__ __forceinline__ uint32_t weights_empty(int i) const { return weights_full(i) + 8; }
 };
 
@@ -75,24 +69,16 @@ __device__ __forceinline__ int first_cout(int group) {
 
 // ---- Producers: one thread each.
 
-template <bool kResident, Pass kPass>
+template <bool kResident>
 __device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
-    bool two = kPass == Pass::gradient && a.affine;
-    Slot slot, second;
+    Slot slot;
     for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
         BoxTile at(a, tile);
         for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
-            auto bring = [&](uint32_t target, const CUtensorMap& map, uint32_t full) {
-                barrier_expect(full, a.box_bytes);
-                copy_box(target, map, full, channel, -1, at.row - 1, at.frame);
-            };
-            if (two) {
-                barrier_wait(shared.second_empty(second.index), second.parity ^ 1);
-                bring(shared.second + second.index * a.second_bytes, maps.z, shared.second_full(second.index));
-                second.advance(a.second_buffers);
-            }
+            uint32_t full = shared.copied(slot.index);
             barrier_wait(shared.emptied(slot.index), slot.parity ^ 1);
-            bring(shared.halo + slot.index * a.buffer_bytes, maps.x, shared.copied(slot.index));
+            barrier_expect(full, a.box_bytes);
+            copy_box(shared.halo + slot.index * a.buffer_bytes, maps.x, full, channel, -1, at.row - 1, at.frame);
         }
     }
 }
@@ -161,70 +147,52 @@ __device__ __forceinline__ void bring_operands(const TrainMaps& maps, const Trai
 struct Activation4 {
     float mean[4], scale[4], bias[4];
 
-    __device__ __forceinline__ void load(const float* affine, const float*, int channel, int channels) {
+    __device__ __forceinline__ Activation4(const float* affine, int channel, int channels) {
         Gradient4::load_row(mean, affine + channel);
         Gradient4::load_row(scale, affine + channels + channel);
         Gradient4::load_row(bias, affine + 2 * channels + channel);
     }
     template <typename T>
-    __device__ __forceinline__ uint2 apply(uint2 v, uint2) const {
+    __device__ __forceinline__ uint2 apply(uint2 v) const {
         float2 a = unpack<T>(v.x), b = unpack<T>(v.y);
         auto u = [&](float value, int i) { return normalise(value, mean[i], scale[i], bias[i]); };
         return {pack_relu<T>(u(a.x, 0), u(a.y, 1)), pack_relu<T>(u(b.x, 2), u(b.y, 3))};
     }
 };
 
-struct BackwardOf4 : Gradient4 {
-    template <typename T>
-    __device__ __forceinline__ uint2 apply(uint2 g, uint2 z) const {
-        return bn_bwd<T>(g, z);
-    }
-};
-
 // Warp `warp` of the finishers takes every kFinishers-th group of 8 positions. A lane has four channels and every other
 // position.
-template <typename T, bool kResident, Pass kPass>
+template <typename T, bool kResident>
 __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShared& shared, int warp) {
-    constexpr bool kTwo = kPass == Pass::gradient;
     constexpr int kGroup = 8, kMine = kGroup / 2;
     int lane = threadIdx.x % 32, line = lane / 16;
     uint32_t piece = line * 128 + ((lane % 16 / 2 ^ line) << 4) + lane % 2 * 8;  // of position `line` of a group
     auto place = [&](int k) { return (piece ^ k * 32) + k * 256; };              // of position line + 2 k
     int positions = (a.rows + 2) * a.pitch;
-    Slot slot, second;
+    Slot slot;
     for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
         BoxTile at(a, tile);
         int begin = at.row == 0 ? a.pitch : 0, end = min(a.rows + 2, a.height - at.row + 1) * a.pitch;
         for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
-            std::conditional_t<kTwo, BackwardOf4, Activation4> read;
-            read.load(a.affine, a.sums, channel + 4 * (lane % 16), a.in_channels);
-            uint32_t x = shared.halo + slot.index * a.buffer_bytes, z = shared.second + second.index * a.second_bytes;
+            Activation4 read(a.affine, channel + 4 * (lane % 16), a.in_channels);
+            uint32_t x = shared.halo + slot.index * a.buffer_bytes;
             barrier_wait(shared.copied(slot.index), slot.parity);
-            if (kTwo) barrier_wait(shared.second_full(second.index), second.parity);
 #pragma unroll 1
             for (int first = kGroup * warp; first < positions; first += kGroup * kFinishers) {
-                uint2 v[kMine], w[kMine];
+                uint2 v[kMine];
 #pragma unroll
-                for (int k = 0; k < kMine; ++k) {
-                    load_shared(v[k], x + 128 * first + place(k));
-                    w[k] = {};
-                    if (kTwo) load_shared(w[k], z + 128 * first + place(k));
-                }
+                for (int k = 0; k < kMine; ++k) load_shared(v[k], x + 128 * first + place(k));
 #pragma unroll
                 for (int k = 0; k < kMine; ++k) {
                     int position = first + line + 2 * k, row = a.by_pitch(position);
                     bool real = position >= begin && position < end && position != row * a.pitch;
-                    uint2 value = read.template apply<T>(v[k], w[k]);
+                    uint2 value = read.template apply<T>(v[k]);
                     store_shared(x + 128 * first + place(k), real ? value : uint2{});
                 }
             }
             fence_proxy_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(shared.finished(slot.index));
-            if (kTwo) {
-                if (lane == 0) barrier_arrive(shared.second_empty(second.index));
-                second.advance(a.second_buffers);
-            }
         }
     }
 }
@@ -236,6 +204,20 @@ struct TrainSums {
     float mean[2], scale[2], bias[2];
     float g[2] = {}, gz[2] = {};
 };
+
+// Replaces v of warpgroup 0 by v of warpgroup 1, through shared memory that both have done with.
+template <int kCount>
+__device__ __forceinline__ void hand_over(float (&v)[kCount], uint32_t scratch, int group, int thread) {
+    auto* mine = static_cast<float*>(__cvta_shared_to_generic(scratch)) + thread;
+    named_sync(5, 256);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (group == 1) mine[128 * i] = v[i];
+    named_sync(5, 256);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (group == 0) v[i] = mine[128 * i];
+}
 
 template <typename T, int kN, bool kResident, Pass kPass>
 __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared,
@@ -289,7 +271,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
         };
         for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
             barrier_wait(shared.copied(slot.index), slot.parity);
-            if (a.affine) barrier_wait(shared.finished(slot.index), slot.parity);
+            if (!kFlip && a.affine) barrier_wait(shared.finished(slot.index), slot.parity);
             uint32_t x = shared.halo + slot.index * a.buffer_bytes;
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
@@ -381,20 +363,37 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
         for (int m = 0; m < 2; ++m) sums.g[m] += g[m], sums.gz[m] += gz[m];
         fence_proxy_async();
         named_sync(1 + group, 128);
-        if (thread == 0) store_box(maps.y, staged, cout, 0, at.row, at.frame);
+        if (thread == 0) {
+            store_box(maps.y, staged, cout, 0, at.row, at.frame);
+            store_wait();
+        }
         give(shared.staging_free(out));
     }
     if (!a.partials) return;
-    int64_t part = kResident ? 2 * blockIdx.x + group : blockIdx.x;
+    // A row of partial sums a block. Both of the warpgroups that take turns have all of its couts.
+    bool writes = lane % 4 == 0 && (!kResident || group == 0);
     if constexpr (kPass == Pass::forward) {
-        if (lane % 4 == 0) store_statistics(a.partials, moments, part, mine, a.out_channels);
-    } else {
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            float first = quad_sum(sums.g[m]), second = quad_sum(sums.gz[m]);
-            float* to = a.partials + 2 * part * a.out_channels + mine + 8 * m;
-            if (lane % 4 == 0) to[0] = first, to[a.out_channels] = second;
+        if (kResident) {
+            float other[6] = {moments[0].n, moments[0].mean, moments[0].m2,
+                              moments[1].n, moments[1].mean, moments[1].m2};
+            hand_over(other, shared.weights, group, thread);
+            moments[0].join(other[0], other[1], other[2]);
+            moments[1].join(other[3], other[4], other[5]);
         }
+        if (writes) store_statistics(a.partials, moments, blockIdx.x, mine, a.out_channels);
+    } else {
+        float total[4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) total[m] = quad_sum(sums.g[m]), total[2 + m] = quad_sum(sums.gz[m]);
+        if (kResident) {
+            float other[4] = {total[0], total[1], total[2], total[3]};
+            hand_over(other, shared.weights, group, thread);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += other[i];
+        }
+        float* to = a.partials + int64_t(2) * blockIdx.x * a.out_channels + mine;
+        if (writes)
+            for (int m = 0; m < 2; ++m) to[8 * m] = total[m], to[a.out_channels + 8 * m] = total[2 + m];
     }
 }
 
@@ -404,7 +403,6 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
     TrainShared shared(memory, a);
     if (threadIdx.x == 0) {
         prefetch_map(maps.x), prefetch_map(maps.y), prefetch_map(maps.w);
-        if (kPass == Pass::gradient && a.affine) prefetch_map(maps.z);
         if (kPass == Pass::gradient && a.below_affine) prefetch_map(maps.below);
         for (int i = 0; i < 2; ++i) {
             barrier_init(shared.o_full(i), 1), barrier_init(shared.o_read(i), 4);
@@ -415,8 +413,6 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
             barrier_init(shared.finished(i), kFinishers);
             barrier_init(shared.emptied(i), kResident ? 4 : 8);
         }
-        for (int i = 0; i < a.second_buffers; ++i)
-            barrier_init(shared.second_full(i), 1), barrier_init(shared.second_empty(i), kFinishers);
         for (int i = 0; i < a.stages; ++i)
             barrier_init(shared.weights_full(i), 1), barrier_init(shared.weights_empty(i), 16);  // of both blocks
         barrier_init_fence();
@@ -432,9 +428,9 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTrainProducerRegisters));
         dependency_wait();
         if (warp >= 3) {
-            if (a.affine) finish_halos<T, kResident, kPass>(a, shared, warp - 3);
+            if (kPass == Pass::forward && a.affine) finish_halos<T, kResident>(a, shared, warp - 3);
         } else if (threadIdx.x == 0) {
-            bring_halos<kResident, kPass>(maps, a, shared);
+            bring_halos<kResident>(maps, a, shared);
         } else if (threadIdx.x == 32) {
             if constexpr (kResident)
                 bring_weights<kPass>(maps, a, shared);
@@ -466,14 +462,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kTrainThreads, 1)
 // ---- Host.
 
 // The plan of these kernels here, and whether they take the shape in place of spatial_kernel.cuh's. That one's account
-// leaves out what its threads do: with the prologue it takes half as long again, of two tensors as long again.
+// leaves out what its threads do: it takes half as long again.
 inline const char* train_plan_here(SpatialTrainPlan& plan, bool& taken, const ConvShape& shape, Pass pass) {
     SpatialPlan other;
     if (const char* error = plan_here(other, shape, pass)) return error;
-    bool gradient = pass == Pass::gradient;
-    taken = spatial_train_plan(plan, shape, pass, other.processors) && 2 * plan.cost <= (gradient ? 4 : 3) * other.cost;
-    // All weights of 128 channels leave room for tiles too small for boxes of two tensors: 53 us in place of 48.
-    if (gradient && plan.resident && plan.chunks == 2) taken = false;
+    taken = spatial_train_plan(plan, shape, pass, other.processors) && 2 * plan.cost <= 3 * other.cost;
     return nullptr;
 }
 
@@ -481,7 +474,7 @@ inline int train_partial_rows(const ConvShape& shape, Pass pass) {
     SpatialTrainPlan plan;
     bool taken;
     if (train_plan_here(plan, taken, shape, pass)) return 0;
-    return taken ? plan.blocks * (plan.resident ? 2 : 1) : partial_rows(shape, pass);
+    return taken ? plan.blocks : partial_rows(shape, pass);
 }
 
 template <typename T, Pass kPass>
@@ -506,7 +499,7 @@ const char* launch_train(const SpatialTrainPlan& plan, const TrainMaps& maps, co
 }
 
 struct TrainTensors {  // what an operation lacks is nullptr
-    const void *x, *z, *w, *o, *below;
+    const void *x, *w, *o, *below;
     void* y;
 };
 
@@ -520,7 +513,6 @@ const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape
         if (base && !failed) failed = frame_map(map, base, dtype, s, channels, rows, plan.pitch);
     };
     encode(maps.x, t.x, s.in_channels, plan.rows + 2);
-    encode(maps.z, t.z, s.in_channels, plan.rows + 2);
     encode(maps.y, t.y, s.out_channels, plan.rows);
     encode(maps.o, t.o, s.out_channels, plan.rows);
     encode(maps.below, t.below, s.out_channels, plan.rows);
@@ -543,8 +535,6 @@ const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape
     args.buffers = plan.buffers;
     args.box_bytes = plan.box_bytes;
     args.buffer_bytes = plan.buffer_bytes;
-    args.second_buffers = plan.second_buffers;
-    args.second_bytes = plan.second_bytes;
     args.staged = plan.staging_bytes;
     args.stagings = plan.stagings;
     args.weight_bytes = plan.stages * (plan.resident ? 1 : 2) * kWeightBytes;

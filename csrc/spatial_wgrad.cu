@@ -15,6 +15,10 @@
 //
 // One warpgroup finishes, once an element and in place: dz from g and z, BN-ReLU of a. Each of the three others
 // multiplies all positions by the three taps of a row. One thread of these has the copy engine refill what they leave.
+//
+// Boxes of dz do not overlap, so what is finished can be stored for the input gradient: by the copy engine, which clips
+// zeros that lie outside the frame, from the blocks of the first 64 channels. Zeros where another part of a row begins
+// it would not clip: there finishers store what they finish.
 #include <algorithm>
 #include <cmath>
 
@@ -47,7 +51,7 @@ struct WgradPlan {
 };
 
 struct WgradMaps {
-    CUtensorMap g, z, a;  // [F, H, W, C], in boxes of frames x rows x pitch x 64
+    CUtensorMap g, z, a, finished;  // [F, H, W, C], in boxes of frames x rows x pitch x 64
 };
 
 struct WgradArgs {
@@ -55,6 +59,7 @@ struct WgradArgs {
     const float* sums;      // [2, Co] with z
     const float* a_affine;  // [3, Ci] or nullptr
     float* partials;        // [splits, Co, 9, Ci]
+    char* finished;         // [F, H, W, Co] or nullptr
     int in_channels, out_channels;
     int frames, height, width;
     bool masked;  // dz has columns of another tile
@@ -115,6 +120,11 @@ struct Place {  // of a tile: its first position
         if (row >= args.height) row = 0, frame += args.plan.frames;
     }
 };
+
+// Whether this block stores what it finishes of its tiles: one of those with its couts does.
+__device__ __forceinline__ bool stores(const WgradArgs& args, const Job& job) {
+    return args.finished && job.channel == 0;
+}
 
 // ---- Instructions that no other kernel uses.
 
@@ -216,6 +226,17 @@ struct Row8 {  // one constant of eight neighbouring channels
     __device__ __forceinline__ float operator[](int i) const { return v[i]; }
 };
 
+// Where a lane's channels of a tile's first position are stored, and how many bytes on those of the next row and column
+// lie; nowhere if the copy engine stores them.
+struct Stored {
+    char* first = nullptr;
+    int64_t row = 0, column = 0;
+
+    __device__ __forceinline__ void put(uint32_t code, uint4 v) const {
+        if (first) *reinterpret_cast<uint4*>(first + (code >> 16) * row + (code & 0xffff) * column) = v;
+    }
+};
+
 // What a lane finishes: eight channels of every fourth position of a group.
 struct Finisher {
     uint32_t even, odd;  // where they lie in a group, its positions 0-3 and 8-11, 4-7 and 12-15
@@ -232,7 +253,7 @@ struct Finisher {
     // Others are zero, or with kMasked made so.
     template <bool kTwo, bool kMasked, typename Value>
     __device__ __forceinline__ void replace(uint32_t box, uint32_t other, uint32_t codes, int positions, uint32_t low,
-                                            uint32_t high, const Value& value) {
+                                            uint32_t high, const Value& value, const Stored& stored = {}) {
         constexpr int kBatch = kGroup / 4;
 #pragma unroll 1
         for (; next < groups(positions); next += kFinishers) {
@@ -251,10 +272,10 @@ struct Finisher {
                 uint32_t at = (k % 2 ? odd : even) + next * (kGroup * kRow) + k * 4 * kRow;
                 uint4 v{value(a[k].x, b[k].x, 0), value(a[k].y, b[k].y, 1), value(a[k].z, b[k].z, 2),
                         value(a[k].w, b[k].w, 3)};
-                if (within(code[k], low, high))
-                    store_shared(box + at, v);
-                else if (kMasked)
-                    store_shared(box + at, uint4{});
+                bool inside = within(code[k], low, high);
+                if (kMasked && !inside) v = {};
+                if (kMasked || inside) store_shared(box + at, v);
+                if (kMasked && inside) stored.put(code[k], v);
             }
         }
         next -= groups(positions);
@@ -263,7 +284,8 @@ struct Finisher {
 
 template <typename T>
 __device__ __forceinline__ void finish_gradient(const WgradArgs& args, const WgradShared& shared, Finisher& mine,
-                                                const Place& at, uint32_t dz, uint32_t z, uint32_t constants) {
+                                                const Place& at, uint32_t dz, uint32_t z, uint32_t constants,
+                                                const Stored& stored) {
     const WgradPlan& p = args.plan;
     int rows =
         p.frames == 1 ? min(p.rows, args.height - at.row) : min(p.frames, args.frames - at.frame) * (args.height + 1);
@@ -285,7 +307,7 @@ __device__ __forceinline__ void finish_gradient(const WgradArgs& args, const Wgr
         return pack<T>(bn_bwd(u.x, v.x, 2 * k), bn_bwd(u.y, v.y, 2 * k + 1));
     };
     if (args.masked)
-        mine.replace<true, true>(dz, z, shared.dz_codes, p.dz_box, 0, high, value);
+        mine.replace<true, true>(dz, z, shared.dz_codes, p.dz_box, 0, high, value, stored);
     else
         mine.replace<true, false>(dz, z, shared.dz_codes, p.dz_box, 0, high, value);
 }
@@ -315,13 +337,19 @@ __device__ __forceinline__ void finish_all(const WgradArgs& args, const WgradSha
     const WgradPlan& p = args.plan;
     Finisher mine(thread);
     uint32_t constants = shared.constants + 32 * (thread % 8);
+    Stored stored;
+    stored.column = 2 * args.out_channels, stored.row = args.width * stored.column;
     Slot slot;
     int z_slot = 0;
     Place at(p, job.first);
     for (int i = 0; i < job.count; ++i, slot.advance(p.stages), at.advance(args)) {
         barrier_wait(shared.copied(slot.index), slot.parity);
+        if (args.masked && stores(args, job))
+            stored.first = args.finished +
+                           ((int64_t(at.frame) * args.height + at.row) * args.width + at.column) * stored.column +
+                           2 * job.cout + 16 * (thread % 8);
         if (args.affine || args.masked)
-            finish_gradient<T>(args, shared, mine, at, shared.dz(slot.index), shared.z(z_slot), constants);
+            finish_gradient<T>(args, shared, mine, at, shared.dz(slot.index), shared.z(z_slot), constants, stored);
         if (args.a_affine) finish_input<T>(args, shared, mine, at, shared.a(slot.index), constants);
         fence_proxy_async();
         __syncwarp();
@@ -338,6 +366,7 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
     const WgradPlan& p = args.plan;
     int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     bool finishing = args.affine || args.a_affine || args.masked, leads = threadIdx.x == 0;
+    bool boxes = leads && stores(args, job) && !args.masked;
     Producer producer(args, job);
     if (leads)
         for (int i = 0; i < min(p.stages, job.count); ++i) producer.bring(maps, args, shared, job);
@@ -350,6 +379,11 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
     for (int i = 0; i < job.count; ++i, slot.advance(p.stages)) {
         barrier_wait(shared.copied(slot.index), slot.parity);
         if (finishing) barrier_wait(shared.finished(slot.index), slot.parity);
+        if (boxes) {
+            Place at(p, job.first + i);
+            store_box(maps.finished, shared.dz(slot.index), job.cout, at.column, at.row, at.frame);
+        }
+        __syncwarp();
         uint64_t dz = swizzled_descriptor(shared.dz(slot.index), 8 * kRow);
         // Of columns, lbo leads to the next 64: those of the next tap.
         uint64_t a = plain_descriptor(shared.a(slot.index) + row * p.pitch * kRow, kRow, 8 * kRow) | uint64_t(1) << 62;
@@ -361,6 +395,7 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
         }
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(shared.emptied(slot.index));
+        if (boxes) store_wait();
         if (leads && i + p.stages < job.count) {
             barrier_wait(shared.emptied(slot.index), slot.parity);
             producer.bring(maps, args, shared, job);
@@ -539,6 +574,7 @@ int spatial_wgrad_partials(const ConvShape& shape) {
 const char* spatial_wgrad(const SpatialWgrad& p) {
     if (bool(p.z) != bool(p.affine) || bool(p.z) != bool(p.sums))
         return "spatial_wgrad: expected z, affine and sums, or none of them";
+    if (p.finished && !p.z) return "spatial_wgrad: finished: expected z with it";
     WgradArgs args{};
     if (const char* error = wgrad_plan(args.plan, p.shape)) return error;
     const WgradPlan& plan = args.plan;
@@ -546,12 +582,14 @@ const char* spatial_wgrad(const SpatialWgrad& p) {
     int dz_rows = plan.dz_box / plan.pitch / plan.frames, a_rows = plan.a_box / plan.pitch / plan.frames;
     const char* error = tensor_map(maps.g, p.g, p, p.shape.out_channels, dz_rows, plan);
     if (!error && p.z) error = tensor_map(maps.z, p.z, p, p.shape.out_channels, dz_rows, plan);
+    if (!error && p.finished) error = tensor_map(maps.finished, p.finished, p, p.shape.out_channels, dz_rows, plan);
     if (!error) error = tensor_map(maps.a, p.a, p, p.shape.in_channels, a_rows, plan);
     if (error) return error;
     args.affine = p.affine;
     args.sums = p.sums;
     args.a_affine = p.a_affine;
     args.partials = p.partials;
+    args.finished = static_cast<char*>(p.finished);
     args.in_channels = int(p.shape.in_channels);
     args.out_channels = int(p.shape.out_channels);
     args.frames = int(p.shape.frames);

@@ -227,15 +227,17 @@ def test_plain_dgrad(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("prologue, add", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape", ALL, ids=_names)
-def test_dgrad_with_bn_backward_and_the_sums_below(shape, dtype, add):
+def test_dgrad_with_the_sums_below(shape, dtype, prologue, add):
     n, t, h, w, ci, co = shape
     (g, z, affine, sums), (weight, packed) = _gradient(shape, dtype), _weight(co, ci, dtype)
     o = _activation(n, ci, t, h, w, dtype) if add else None
     below, below_affine = _activation(n, ci, t, h, w, dtype), _affine(ci)
-    dx, part = _cuda.spatial_conv_dgrad(g, z, affine, sums, packed, o, (below, below_affine))
-    reference = F.conv_transpose3d(_bn_bwd(g, z, affine, sums).double(), weight.double(), padding=(0, 1, 1))
+    pending = (z, affine, sums) if prologue else (None, None, None)
+    dx, part = _cuda.spatial_conv_dgrad(g, *pending, packed, o, (below, below_affine))
+    dz = _bn_bwd(g, z, affine, sums) if prologue else g
+    reference = F.conv_transpose3d(dz.double(), weight.double(), padding=(0, 1, 1))
     check(dx, reference + o.double() if add else reference, dtype)
 
     assert part.shape[1:] == (2, ci)
@@ -309,12 +311,26 @@ def test_runs_of_training_are_equal(shape):
     below_affine = _affine(ci)
 
     def run():
-        dgrad = _cuda.spatial_conv_dgrad(g, z, affine, sums, packed, o, (below, below_affine))
+        rest = packed, o, (below, below_affine)
+        dgrad = (
+            *_cuda.spatial_conv_dgrad(g, None, None, None, *rest),
+            *_cuda.spatial_conv_dgrad(g, z, affine, sums, *rest),
+        )
         return *dgrad, *_cuda.spatial_conv_fwd(below, packed, affine=below_affine, stats=True)
 
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [BOXES[2], BOXES[4], PAIRS[2]], ids=_names)
+def test_a_block_leaves_one_row_of_partial_sums(shape):
+    n, t, h, w, ci, co = shape
+    (g, _, affine, _), (_, packed) = _gradient(shape, torch.bfloat16), _weight(co, ci, torch.bfloat16)
+    most = torch.cuda.get_device_properties("cuda").multi_processor_count // (co // (64 if co < 256 else 128))
+    assert _cuda.spatial_conv_fwd(g, packed, affine=affine, stats=True)[1].size(0) <= most
+    assert _cuda.spatial_conv_dgrad(g, None, None, None, packed, None, (g, affine))[1].size(0) <= most
 
 
 @pytest.mark.gpu
@@ -334,8 +350,12 @@ def test_plain_wgrad(shape, dtype):
 def test_wgrad_with_both_prologues(shape, dtype):
     n, t, h, w, ci, co = shape
     (g, z, affine, sums), a, a_affine = _gradient(shape, dtype), _activation(n, ci, t, h, w, dtype), _affine(ci)
-    part = _cuda.spatial_wgrad(g, z, affine, sums, a, a_affine)
-    _check_wgrad(part, _bn_bwd(g, z, affine, sums), _bn_relu(a.float(), a_affine).to(dtype), rounded=True)
+    finished, dz = torch.full_like(g, torch.nan), _bn_bwd(g, z, affine, sums)
+    part = _cuda.spatial_wgrad(g, z, affine, sums, a, a_affine, finished)
+    _check_wgrad(part, dz, _bn_relu(a.float(), a_affine).to(dtype), rounded=True)
+    error, dz = (finished.double() - dz.double()).abs(), dz.double().abs()
+    assert (error <= torch.finfo(dtype).eps * dz + 1e-5).all()  # now and then the other neighbour
+    assert torch.equal(part, _cuda.spatial_wgrad(g, z, affine, sums, a, a_affine))
 
 
 @pytest.mark.gpu
@@ -383,7 +403,9 @@ def test_wgrad_runs_are_equal(shape):
     n, t, h, w, ci, co = shape
     (g, z, affine, sums), a = _gradient(shape, torch.bfloat16), _activation(n, ci, t, h, w, torch.bfloat16)
     args = g, z, affine, sums, a, _affine(ci)
-    assert torch.equal(_cuda.spatial_wgrad(*args), _cuda.spatial_wgrad(*args))
+    first, again = (torch.full_like(g, torch.nan) for _ in range(2))
+    assert torch.equal(_cuda.spatial_wgrad(*args, first), _cuda.spatial_wgrad(*args, again))
+    assert torch.equal(first, again)
 
 
 @pytest.mark.gpu
@@ -551,6 +573,10 @@ def test_layouts_of_the_weight_gradient_are_checked_before_any_launch():
         run(g, g, rows, rows, g.contiguous())
     with pytest.raises(ValueError, match=r"a_record: expected float32 \[3, 64\]"):
         run(g, g, rows, rows, g, rows[:2])
+    with pytest.raises(ValueError, match="finished: expected None without z"):
+        run(g, None, None, None, g, None, g)
+    with pytest.raises(ValueError, match="finished: expected torch.bfloat16"):
+        run(g, g, rows, rows, g, None, g.half())
 
 
 def _microseconds(function, calls=20, repeats=11):
@@ -575,7 +601,7 @@ def _microseconds(function, calls=20, repeats=11):
 def _row(batch, t, h, c):
     x, (w, packed) = _activation(batch, c, t, h, h, torch.bfloat16), _weight(c, c, torch.bfloat16)
     w = w.to(memory_format=torch.channels_last_3d)
-    z, o, below = (_activation(batch, c, t, h, h, torch.bfloat16) for _ in range(3))
+    z, o, below, finished = (_activation(batch, c, t, h, h, torch.bfloat16) for _ in range(4))
     affine, sums, run, dgrad = _affine(c), torch.randn(2, c).cuda(), _cuda.spatial_conv_fwd, _cuda.spatial_conv_dgrad
     geometry = ([1, 1, 1], [0, 1, 1], [1, 1, 1], False, [0, 0, 0], 1)
     calls = {
@@ -586,12 +612,13 @@ def _row(batch, t, h, c):
         "pro+stats": lambda: run(x, packed, affine=affine, stats=True),
         "out_affine": lambda: run(x, packed, out_affine=affine),
         "dgrad": lambda: dgrad(x, None, None, None, packed),
-        "dgrad pro": lambda: dgrad(x, z, affine, sums, packed),
+        "dgrad sums": lambda: dgrad(x, None, None, None, packed, None, (below, affine)),
+        "dgrad add+sums": lambda: dgrad(x, None, None, None, packed, o, (below, affine)),
         "dgrad pro+sums": lambda: dgrad(x, z, affine, sums, packed, None, (below, affine)),
-        "dgrad pro+add+sums": lambda: dgrad(x, z, affine, sums, packed, o, (below, affine)),
         "cudnn dgrad": lambda: torch.ops.aten.convolution_backward(x, x, w, None, *geometry, [True, False, False]),
         "wgrad": lambda: _cuda.spatial_wgrad(x, None, None, None, o),
         "wgrad pro": lambda: _cuda.spatial_wgrad(x, z, affine, sums, o, affine),
+        "wgrad pro+dz": lambda: _cuda.spatial_wgrad(x, z, affine, sums, o, affine, finished),
         "wgrad pro+sum": lambda: sum_splits([Splits(_cuda.spatial_wgrad(x, z, affine, sums, o, affine), 9, c)]),
         "cudnn wgrad": lambda: torch.ops.aten.convolution_backward(x, o, w, None, *geometry, [False, True, False]),
     }

@@ -930,11 +930,23 @@ def spatial_dgrad(
     return conv(dz, w, spatial(), epilogue, dims or tuple(dz.a.shape[2:]))
 
 
-def spatial_wgrad(dz: Operand, x: Operand) -> Splits:
-    """The weight gradient of `spatial_fwd` in splits: the CUDA kernel where it has one, else `conv_wgrad`."""
-    plain = dz.read in ("raw", "bn_bwd") and x.read in ("raw", "bn_relu")
-    if plain and cuda_allowed(dz.a):
-        if _cuda.wgrad_why_not(tuple(x.a.shape), x.a.dtype, x.channels, dz.channels) is None:
-            part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a)
-            return Splits(part, 9, x.channels)
+def spatial_wgrad(dz: Operand, x: Operand, room: Tensor | None = None) -> Splits:
+    """The weight gradient of `spatial_fwd` in splits: the CUDA kernel where it has one, else `conv_wgrad`.
+
+    room: by `spatial_finished`, where what dz reads is stored.
+    """
+    if _spatial_wgrad_fits(dz, x):
+        part = _cuda.spatial_wgrad(dz.a, dz.b, dz.record_b, dz.sums, x.a, x.record_a, room)
+        return Splits(part, 9, x.channels)
     return conv_wgrad(dz, x, spatial())
+
+
+def spatial_finished(dz: Operand, x: Operand) -> Tensor | None:
+    """Room for what dz reads, if `spatial_wgrad` can leave it: `spatial_dgrad` then reads one tensor, not two."""
+    return empty_ndhwc(dz.a.shape, dz.a) if dz.read == "bn_bwd" and _spatial_wgrad_fits(dz, x) else None
+
+
+def _spatial_wgrad_fits(dz: Operand, x: Operand) -> bool:
+    if dz.read not in ("raw", "bn_bwd") or x.read not in ("raw", "bn_relu") or not cuda_allowed(dz.a):
+        return False
+    return _cuda.wgrad_why_not(tuple(x.a.shape), x.a.dtype, x.channels, dz.channels) is None

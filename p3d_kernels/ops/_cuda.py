@@ -82,8 +82,8 @@ def _check_rows(name: str, rows: Tensor, least: int, channels: int) -> None:
         raise ValueError(f"{name}: expected contiguous memory of 16-byte alignment")
 
 
-def _plan(name: str, x: Tensor, ci: int, co: int) -> NativePlan:
-    """The launch of the extension's function `name`; its `rows` are those of the partial sums."""
+def _plan(name: str, x: Tensor, ci: int, co: int, *form) -> NativePlan:
+    """The launch of the extension's function `name`; its `rows` are those of the partial sums, of sizes and form."""
 
     def build() -> NativePlan:
         native = _backends.native()
@@ -92,10 +92,10 @@ def _plan(name: str, x: Tensor, ci: int, co: int) -> NativePlan:
         launch, sizes, dtype = getattr(native, name), _sizes(x.shape, ci, co), _DTYPES[x.dtype]
         plan = NativePlan(lambda stream, *addresses: launch(*addresses, *sizes, dtype, stream))
         with torch.cuda.device(x.device):
-            plan.rows = getattr(native, f"{name}_partials")(*sizes)
+            plan.rows = getattr(native, f"{name}_partials")(*sizes, *form)
         return plan
 
-    return plan_for((name, x.shape, x.dtype, x.device, ci, co), build)
+    return plan_for((name, x.shape, x.dtype, x.device, ci, co, *form), build)
 
 
 def spatial_conv_fwd(
@@ -147,7 +147,8 @@ def spatial_conv_dgrad(
     """The input gradient dx of the convolution by w, plus o, from the gradient dz of its output; float32 accumulation.
 
     dz is g where z is None. Else g is the gradient of relu(u), u = (z - mean) * scale + bias, with `record` the affine
-    of z, and, rounded to the dtype, dz = scale * ([u > 0] g - c0 - (z - mean) * c1), with `sums` the rows c0 and c1.
+    of z, and, rounded to the dtype, dz = scale * ([u > 0] g - c0 - (z - mean) * c1), with `sums` the rows c0 and c1;
+    that is slower, for where `spatial_wgrad` has not stored dz.
     `below`: what made the input, raw, and its affine: also return the sums that its own gradient needs.
 
     Returns:
@@ -172,7 +173,7 @@ def spatial_conv_dgrad(
     dx = alloc((n, ci, t, h, w), g.device, g.dtype)
     if g.numel() == 0:
         return dx, None if below is None else torch.zeros(1, 2, ci, device=g.device)
-    plan = _plan("spatial_dgrad", g, co, ci)
+    plan = _plan("spatial_dgrad", g, co, ci, z is None)
     partials = None if below is None else alloc((plan.rows, 2, ci), g.device)
     plan(g, z, record, sums, w_packed, o, below, below_record, dx, partials)
     return dx, partials
@@ -185,11 +186,12 @@ def spatial_wgrad(
     sums: Tensor | None,  # [2, Co] or more rows
     a: Tensor,  # [N, Ci, T, H, W]
     a_record: Tensor | None = None,  # [3, Ci] or more rows
+    finished: Tensor | None = None,  # like g
 ) -> Tensor:
     """The weight gradient of a 1x3x3 convolution of stride 1 and padding 1 of pro(a), in parts; float32 accumulation.
 
-    dz is as in `spatial_conv_dgrad`. `a_record`: pro(a) = relu((a - mean) * scale + bias) rounded to the dtype, zero
-    padding after it.
+    dz is as in `spatial_conv_dgrad`; with z, it is stored in `finished`. `a_record`: pro(a) = relu((a - mean) * scale +
+    bias) rounded to the dtype, zero padding after it.
 
     Returns:
         float32 [R, Co * 9 * Ci], each row [Co, 9, Ci] the sum over a part of the positions. Runs of the same shape on
@@ -207,11 +209,15 @@ def spatial_wgrad(
     _check_activation("a", a, (n, ci, t, h, w), g.dtype)
     if a_record is not None:
         _check_rows("a_record", a_record, 3, ci)
+    if finished is not None:
+        if z is None:
+            raise ValueError("finished: expected None without z")
+        _check_activation("finished", finished, g.shape, g.dtype)
     if g.numel() == 0:
         return torch.zeros(1, co * 9 * ci, device=g.device)
     plan = _plan("spatial_wgrad", g, ci, co)
     part = alloc((plan.rows, co * 9 * ci), g.device)
-    plan(g, z, record, sums, a, a_record, part)
+    plan(g, z, record, sums, a, a_record, part, finished)
     return part
 
 

@@ -33,6 +33,7 @@ from ._conv import (
     cuda_allowed,
     pointwise,
     spatial_dgrad,
+    spatial_finished,
     spatial_fwd,
     spatial_wgrad,
     taps_of,
@@ -248,7 +249,9 @@ def st_bwd(
             dws[1] = WeightGrad(dz_t, x if config.kind == "B" else a_s, temporal())
     dz_s = gradient(g_s, part_s, 0)
     if needs_w[0]:
-        dws[0] = spatial_wgrad(dz_s, x)
+        room = spatial_finished(dz_s, x) if needs_x else None
+        dws[0] = spatial_wgrad(dz_s, x, room)
+        dz_s = dz_s if room is None else Operand("raw", room)
     dx = part = None
     if needs_x:
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
