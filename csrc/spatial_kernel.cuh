@@ -15,7 +15,7 @@
 //             positions
 //
 // Where tiles of whole rows serve as well, spatial_infer.cuh and spatial_train.cuh are faster; this kernel takes the
-// rest: wide rows, frames of which many make a tile, few tiles.
+// rest: wide rows, frames of which many make a tile, few tiles, and gradients that dz is still to be made of.
 #pragma once
 
 #include "spatial_epilogue.cuh"

@@ -49,6 +49,13 @@ struct Shared {
     }
 };
 
+// Has the box at (i0, i1, i2, i3) brought to the second-level cache.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int i0, int i1, int i2, int i3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(i0),
+                 "r"(i1), "r"(i2), "r"(i3)
+                 : "memory");
+}
+
 // Stores a box to memory; what lies outside the tensor is left out.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int i0, int i1, int i2, int i3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

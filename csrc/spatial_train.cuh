@@ -79,6 +79,11 @@ __device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainAr
             barrier_wait(shared.emptied(slot.index), slot.parity ^ 1);
             barrier_expect(full, a.box_bytes);
             copy_box(shared.halo + slot.index * a.buffer_bytes, maps.x, full, channel, -1, at.row - 1, at.frame);
+            bool last = channel + kChunk == a.in_channels;  // the next box, which waits for its place
+            int next = last ? tile + int(gridDim.x) : tile;
+            if (next >= a.tiles) continue;
+            BoxTile to(a, next);
+            prefetch_box(maps.x, last ? 0 : channel + kChunk, -1, to.row - 1, to.frame);
         }
     }
 }
@@ -161,7 +166,7 @@ struct Activation4 {
 };
 
 // Warp `warp` of the finishers takes every kFinishers-th group of 8 positions. A lane has four channels and every other
-// position.
+// position; the next group is loaded while it works on one.
 template <typename T, bool kResident>
 __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShared& shared, int warp) {
     constexpr int kGroup = 8, kMine = kGroup / 2;
@@ -177,11 +182,18 @@ __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShar
             Activation4 read(a.affine, channel + 4 * (lane % 16), a.in_channels);
             uint32_t x = shared.halo + slot.index * a.buffer_bytes;
             barrier_wait(shared.copied(slot.index), slot.parity);
+            uint2 v[kMine], next[kMine];
+            auto load = [&](int first) {
+                if (first < positions)
+#pragma unroll
+                    for (int k = 0; k < kMine; ++k) load_shared(next[k], x + 128 * first + place(k));
+            };
+            load(kGroup * warp);
 #pragma unroll 1
             for (int first = kGroup * warp; first < positions; first += kGroup * kFinishers) {
-                uint2 v[kMine];
 #pragma unroll
-                for (int k = 0; k < kMine; ++k) load_shared(v[k], x + 128 * first + place(k));
+                for (int k = 0; k < kMine; ++k) v[k] = next[k];
+                load(first + kGroup * kFinishers);
 #pragma unroll
                 for (int k = 0; k < kMine; ++k) {
                     int position = first + line + 2 * k, row = a.by_pitch(position);

@@ -128,13 +128,6 @@ __device__ __forceinline__ bool stores(const WgradArgs& args, const Job& job) {
 
 // ---- Instructions that no other kernel uses.
 
-// Has the box at (i0, i1, i2, i3) brought to the second-level cache.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int i0, int i1, int i2, int i3) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(i0),
-                 "r"(i1), "r"(i2), "r"(i3)
-                 : "memory");
-}
-
 __device__ __forceinline__ uint32_t load_word(uint32_t source) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(source));
