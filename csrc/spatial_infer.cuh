@@ -308,14 +308,15 @@ inline const char* box_plan_here(BoxPlan& plan, bool& faster, const ConvShape& s
     return nullptr;
 }
 
-// [F, H, W, C] in boxes of 1 x rows x columns x 64.
+// [F, H, W, C] in boxes of frames x rows x columns x 64.
 inline const char* frame_map(CUtensorMap& map, const void* base, DType dtype, const ConvShape& s, int64_t channels,
-                             int rows, int columns) {
+                             int rows, int columns, int frames = 1) {
     auto encode = tensor_map_encoder();
     if (!encode) return "spatial_conv: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
     cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(s.width), cuuint64_t(s.height), cuuint64_t(s.frames)};
     cuuint64_t strides[] = {2 * sizes[0], 2 * sizes[0] * sizes[1], 2 * sizes[0] * sizes[1] * sizes[2]};
-    cuuint32_t box[] = {kChunk, cuuint32_t(columns), cuuint32_t(rows), 1}, steps[] = {1, 1, 1, 1};
+    cuuint32_t box[] = {kChunk, cuuint32_t(columns), cuuint32_t(rows), cuuint32_t(frames)};
+    cuuint32_t steps[] = {1, 1, 1, 1};
     auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     CUresult result =
         encode(&map, type, 4, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -214,33 +214,49 @@ inline bool box_plan(BoxPlan& best, const ConvShape& s, int taps, int processors
 }
 
 // How spatial_train.cuh divides a shape. Its blocks have 512 threads, like those of the gradient above. N of its
-// kernels, streamed and resident:
-constexpr int kSpatialTrainSizes[2][4] = {{168, 112, 64, 32}, {168, 152, 112, 64}};
+// kernels, streamed, resident and by halves:
+constexpr int kSpatialTrainSizes[3][4] = {{112, 64, 32}, {168, 152, 112, 64}, {112, 72}};
 
 struct SpatialTrainPlan : BoxPlan {
+    bool halves;  // neither resident nor streamed
+    int frames;   // of a tile; of several, the rows are H
     int stagings;
+    int scratch;  // bytes
 };
 
 // What barriers take: four of each staging, three of a halo tile, two of weights.
 inline int spatial_train_barrier_bytes(int stages) { return 64 + 24 * kMaxBuffers + 16 * stages; }
 
-// Whether tiles of N positions fit in shared memory. What is left goes to a staging for each warpgroup, halo tiles and
-// stages of weights, in this order.
-inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, int n, bool resident) {
-    if (!divide(plan, s, kTaps, n, resident)) return false;
+// Whether tiles of N positions fit in shared memory. What is left goes to a staging for each warpgroup that stores,
+// halo tiles and stages of weights, in this order.
+inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, int n, bool resident, bool halves) {
+    if (n == 0 || !divide(plan, s, kTaps, n, resident)) return false;
+    plan.halves = halves;
+    plan.frames = 1;
+    if (halves) {
+        if (plan.chunks % 2) return false;
+        int64_t frame = (s.height + 1) * plan.pitch;  // positions, with the zero row
+        plan.frames = int(std::min<int64_t>(std::max<int64_t>(n / frame, 1), s.frames));
+        if (plan.frames > 1) {
+            plan.tiles = int(parts(s.frames, plan.frames));
+            plan.box_bytes = int(plan.frames * frame * 2 * kChunk);
+        }
+        plan.buffer_bytes *= 2;
+    }
     int stage = (resident ? 1 : 2) * kWeightBytes, most = resident ? plan.chunks * kTaps : kMaxStages;
     plan.stages = resident ? most : 4;
     plan.stored_rows = plan.rows;
     plan.staging_bytes = n * 2 * kChunk;
-    plan.stagings = resident ? 1 : 2;
+    plan.stagings = resident || halves ? 1 : 2;
+    plan.scratch = halves ? n / 2 * 128 * 4 : 0;  // the sums of a warpgroup
     plan.buffers = 2;
-    int room = kSharedLimit - spatial_train_barrier_bytes(most) - plan.stages * stage -
+    int room = kSharedLimit - spatial_train_barrier_bytes(most) - plan.stages * stage - plan.scratch -
                plan.stagings * plan.staging_bytes - plan.buffers * plan.buffer_bytes;
     if (room < 0) return false;
     auto add = [&](int& count, int limit, int bytes) {
         for (; count < limit && room >= bytes; ++count) room -= bytes;
     };
-    add(plan.stagings, 2, plan.staging_bytes);
+    add(plan.stagings, halves ? 1 : 2, plan.staging_bytes);
     add(plan.buffers, kMaxBuffers, plan.buffer_bytes);
     add(plan.stages, most, stage);
     plan.shared = kSharedLimit - room;
@@ -252,24 +268,27 @@ inline bool fits(SpatialTrainPlan& plan, const ConvShape& s, int n, bool residen
 // forward pass finished in place; streamed weights; what is staged.
 inline bool spatial_train_plan(SpatialTrainPlan& best, const ConvShape& s, Pass pass, int processors) {
     bool found = false, gradient = pass == Pass::gradient;
-    auto consider = [&](int n, bool resident) {
+    auto consider = [&](int n, bool resident, bool halves = false) {
         SpatialTrainPlan plan{};
-        if (!fits(plan, s, n, resident)) return;
+        if (!fits(plan, s, n, resident, halves)) return;
         int team = resident ? 1 : 2;  // as in box_plan
-        plan.cout_blocks = int(s.out_channels / kChunk) / team;
+        plan.cout_blocks = int(s.out_channels / kChunk) / (halves ? 1 : team);
         int most = std::max(1, processors / plan.cout_blocks / team) * team;
         plan.blocks = std::min((plan.tiles + team - 1) / team * team, most);
         if (!resident && 4 * plan.blocks * plan.cout_blocks < 3 * processors) return;
-        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, steps = int64_t(team) * plan.chunks * kTaps * 4;
-        int64_t product = steps * (n / 2), halo = int64_t(plan.rows + 2) * plan.pitch * (gradient ? 1 : 3);
-        int64_t weights = resident ? 0 : kTaps * 2 * kWeightBytes / 128;
-        int64_t memory = steps * (16 + n / 4) + plan.chunks * (halo + weights) + team * n * (gradient ? 4 : 2);
+        int64_t turns = (plan.tiles + plan.blocks - 1) / plan.blocks, each = halves ? 1 : team;  // warpgroups a chunk
+        int64_t steps = each * plan.chunks * kTaps * 4, product = steps * (n / 2);
+        int64_t halo = plan.box_bytes / 128 * (gradient ? 1 : 3),
+                weights = resident ? 0 : kTaps * each * kWeightBytes / 128;
+        int64_t memory = steps * (16 + n / 4) + plan.chunks * (halo + weights) + each * n * (gradient ? 4 : 2) +
+                         2 * plan.scratch / 128;
         plan.cost = turns * (std::max(product, memory) + (resident ? 0 : 1000)) + 500;
         if (!found || plan.cost < best.cost) best = plan, found = true;
     };
     for (int n : kSpatialTrainSizes[1]) consider(n, true);
     if (s.out_channels % (2 * kChunk) == 0)
         for (int n : kSpatialTrainSizes[0]) consider(n, false);
+    for (int n : kSpatialTrainSizes[2]) consider(n, false, true);
     return found;
 }
 

@@ -1,5 +1,8 @@
 // The spatial convolution and its input gradient in training: the product, the tiles and the two ways of working of
-// spatial_infer.cuh, with a prologue and an epilogue.
+// spatial_infer.cuh, with a prologue and an epilogue; and a third way for small frames:
+//   halves  (128 channels and more) as streamed, but a block has 64 couts. Each warpgroup multiplies one of two chunks
+//           of 64 channels, and the first adds up both. A tile may be several frames, with one zero row above each that
+//           ends the frame before it: the box of a frame has H + 1 rows then. Half the weights pass a block by.
 //
 // The copy engine brings the halo of a tile as it lies in memory. The gradient reads it as it is; in the forward pass
 // finishing warps apply BN-ReLU once an element and in place. What lies outside the frame is zero after the read, so
@@ -23,8 +26,9 @@ static_assert(2 * (kTrainProducerRegisters + kTrainConsumerRegisters) <= 65536 /
 static_assert(3 + kFinishers == 8, "warps of two warpgroups");
 
 struct TrainMaps {
-    CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64; of the gradient: dz
-    CUtensorMap y;      // [F, H, W, Co], in boxes of 1 x R x (W + 1) x 64
+    CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64 or
+                        // frames x (H + 1) x (W + 1) x 64; of the gradient: dz
+    CUtensorMap y;      // [F, H, W, Co], in boxes of 1 x R x (W + 1) x 64 or the same as x
     CUtensorMap o;      // gradient: like y
     CUtensorMap below;  // gradient: like y
     CUtensorMap w;      // [Co, 9, Ci], of the gradient [Ci, 9, Co], in boxes of 64 x 1 x 64
@@ -36,20 +40,23 @@ struct TrainArgs : BoxArgs {
     const float* below_affine;  // gradient: [3, Co] with below
     float* partials;            // [R, 3, Co], of the gradient [R, 2, Co]; or nullptr
     int in_channels, height;
-    FastDivide by_pitch;
-    int stagings;
+    int all_frames, frames;  // F; of a tile
+    int frame_rows;          // in boxes of y: R, or of several frames H + 1
+    FastDivide by_pitch, by_frame_rows;
+    int stagings, scratch;  // bytes of the latter
 };
 
 // Where everything lies in shared memory, and the barriers: of staging o loaded and read, below loaded, and free again;
 // of a halo tile copied, finished and emptied; of weights filled and emptied.
 struct TrainShared {
-    uint32_t weights, halo, staging, barriers;
+    uint32_t weights, halo, staging, scratch, barriers;
 
     __device__ __forceinline__ TrainShared(const void* base, const TrainArgs& a)
         : weights(shared_address(base)),
           halo(weights + a.weight_bytes),
           staging(halo + a.buffers * a.buffer_bytes),
-          barriers(staging + a.stagings * a.staged) {}
+          scratch(staging + a.stagings * a.staged),
+          barriers(scratch + a.scratch) {}
     __device__ __forceinline__ uint32_t o_full(int i) const { return barriers + 32 * i; }
     __device__ __forceinline__ uint32_t o_read(int i) const { return o_full(i) + 8; }
     __device__ __forceinline__ uint32_t below_full(int i) const { return o_full(i) + 16; }
@@ -61,29 +68,48 @@ struct TrainShared {
     __device__ __forceinline__ uint32_t weights_empty(int i) const { return weights_full(i) + 8; }
 };
 
+enum class Way { resident, streamed, halves };
+
+// Chunks of 64 channels that come as one, each with its half of buffer_bytes or all of it.
+template <Way kWay>
+constexpr int kTogether = kWay == Way::halves ? 2 : 1;
+
+struct TrainTile : BoxTile {
+    int rows;  // of y's boxes, from the first on, that are of this tensor
+
+    __device__ __forceinline__ TrainTile(const TrainArgs& a, int tile) : BoxTile(a, tile) {
+        frame *= a.frames;
+        rows = a.frames == 1 ? min(a.rows, a.height - row) : min(a.frames, a.all_frames - frame) * a.frame_rows;
+    }
+};
+
 // The first of the 64 couts of a warpgroup.
-template <bool kResident>
+template <Way kWay>
 __device__ __forceinline__ int first_cout(int group) {
-    return (kResident ? int(blockIdx.y) : 2 * int(blockIdx.y) + group) * kChunk;
+    return (kWay == Way::streamed ? 2 * int(blockIdx.y) + group : int(blockIdx.y)) * kChunk;
 }
 
 // ---- Producers: one thread each.
 
-template <bool kResident>
+template <Way kWay>
 __device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
+    constexpr int kStep = kTogether<kWay> * kChunk;
     Slot slot;
-    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
-        BoxTile at(a, tile);
-        for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
-            uint32_t full = shared.copied(slot.index);
+    for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x) {
+        TrainTile at(a, tile);
+        for (int channel = 0; channel < a.in_channels; channel += kStep, slot.advance(a.buffers)) {
+            uint32_t full = shared.copied(slot.index), target = shared.halo + slot.index * a.buffer_bytes;
             barrier_wait(shared.emptied(slot.index), slot.parity ^ 1);
-            barrier_expect(full, a.box_bytes);
-            copy_box(shared.halo + slot.index * a.buffer_bytes, maps.x, full, channel, -1, at.row - 1, at.frame);
-            bool last = channel + kChunk == a.in_channels;  // the next box, which waits for its place
+            barrier_expect(full, kTogether<kWay> * a.box_bytes);
+            for (int i = 0; i < kTogether<kWay>; ++i)
+                copy_box(target + i * (a.buffer_bytes / 2), maps.x, full, channel + i * kChunk, -1, at.row - 1,
+                         at.frame);
+            bool last = channel + kStep == a.in_channels;  // what comes next waits for its place
             int next = last ? tile + int(gridDim.x) : tile;
             if (next >= a.tiles) continue;
-            BoxTile to(a, next);
-            prefetch_box(maps.x, last ? 0 : channel + kChunk, -1, to.row - 1, to.frame);
+            TrainTile to(a, next);
+            for (int i = 0; i < kTogether<kWay>; ++i)
+                prefetch_box(maps.x, (last ? 0 : channel + kStep) + i * kChunk, -1, to.row - 1, to.frame);
         }
     }
 }
@@ -93,17 +119,17 @@ __device__ __forceinline__ void bring_weights(const TrainMaps& maps, const Train
     for (int item = 0; item < a.stages; ++item) {
         barrier_expect(shared.weights_full(item), kWeightBytes);
         copy_weights<kPass>(shared.weights + item * kWeightBytes, maps.w, shared.weights_full(item),
-                            item / kTaps * kChunk, item % kTaps, first_cout<true>(0));
+                            item / kTaps * kChunk, item % kTaps, first_cout<Way::resident>(0));
     }
 }
 
-// Fetches this block's half of every stage of weights, for both blocks of the cluster.
-template <Pass kPass>
+// Fetches this block's half of every stage of weights, that of one warpgroup, for both blocks of the cluster.
+template <Way kWay, Pass kPass>
 __device__ __forceinline__ void stream_weights(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
-    int rank = blockIdx.x % 2, cout = first_cout<false>(rank);
+    int rank = blockIdx.x % 2, cout = first_cout<kWay>(rank), first = kWay == Way::halves ? rank * kChunk : 0;
     Slot stage;
     for (int tile = blockIdx.x; in_turn<false>(a, tile); tile += gridDim.x)
-        for (int channel = 0; channel < a.in_channels; channel += kChunk)
+        for (int channel = first; channel < a.in_channels; channel += kTogether<kWay> * kChunk)
             for (int tap = 0; tap < kTaps; ++tap, stage.advance(a.stages)) {
                 uint32_t full = shared.weights_full(stage.index);
                 uint32_t target = shared.weights + (2 * stage.index + rank) * kWeightBytes;
@@ -117,17 +143,17 @@ __device__ __forceinline__ void stream_weights(const TrainMaps& maps, const Trai
 }
 
 // What staging begins with: o, and when that has been read, below.
-template <bool kResident>
+template <Way kWay>
 __device__ __forceinline__ void bring_operands(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
     if (!a.add && !a.below_affine) return;
     uint32_t turns = 0;  // bit i: parity of the turns of staging i
     int owner = 0;
-    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x, owner ^= 1) {
-        BoxTile at(a, tile);
-        int begin = kResident && a.stagings == 2 ? owner : 0, end = kResident ? begin + 1 : 2;
+    for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x, owner ^= 1) {
+        TrainTile at(a, tile);
+        int begin = kWay == Way::resident && a.stagings == 2 ? owner : 0, end = kWay == Way::streamed ? 2 : begin + 1;
         auto bring = [&](int i, const CUtensorMap& map, uint32_t full) {
-            barrier_expect(full, a.rows * a.pitch * 2 * kChunk);
-            copy_box(shared.staging + i * a.staged, map, full, first_cout<kResident>(i), 0, at.row, at.frame);
+            barrier_expect(full, a.frames * a.frame_rows * a.pitch * 2 * kChunk);
+            copy_box(shared.staging + i * a.staged, map, full, first_cout<kWay>(i), 0, at.row, at.frame);
         };
         for (int i = begin; i < end; ++i) {
             barrier_wait(shared.staging_free(i), (turns >> i & 1) ^ 1);
@@ -167,20 +193,23 @@ struct Activation4 {
 
 // Warp `warp` of the finishers takes every kFinishers-th group of 8 positions. A lane has four channels and every other
 // position; the next group is loaded while it works on one.
-template <typename T, bool kResident>
+template <typename T, Way kWay>
 __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShared& shared, int warp) {
     constexpr int kGroup = 8, kMine = kGroup / 2;
     int lane = threadIdx.x % 32, line = lane / 16;
     uint32_t piece = line * 128 + ((lane % 16 / 2 ^ line) << 4) + lane % 2 * 8;  // of position `line` of a group
     auto place = [&](int k) { return (piece ^ k * 32) + k * 256; };              // of position line + 2 k
-    int positions = (a.rows + 2) * a.pitch;
+    int positions = a.box_bytes / (2 * kChunk);
     Slot slot;
-    for (int tile = blockIdx.x; in_turn<kResident>(a, tile); tile += gridDim.x) {
-        BoxTile at(a, tile);
-        int begin = at.row == 0 ? a.pitch : 0, end = min(a.rows + 2, a.height - at.row + 1) * a.pitch;
-        for (int channel = 0; channel < a.in_channels; channel += kChunk, slot.advance(a.buffers)) {
-            Activation4 read(a.affine, channel + 4 * (lane % 16), a.in_channels);
-            uint32_t x = shared.halo + slot.index * a.buffer_bytes;
+    for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x) {
+        TrainTile at(a, tile);
+        bool several = a.frames > 1;
+        int begin = at.row == 0 ? a.pitch : 0;
+        int end = (several ? at.rows : min(a.rows + 2, a.height - at.row + 1)) * a.pitch;
+        for (int chunk = 0; chunk < a.chunks; ++chunk) {
+            Activation4 read(a.affine, chunk * kChunk + 4 * (lane % 16), a.in_channels);
+            int part = chunk % kTogether<kWay>;
+            uint32_t x = shared.halo + slot.index * a.buffer_bytes + part * (a.buffer_bytes / 2);
             barrier_wait(shared.copied(slot.index), slot.parity);
             uint2 v[kMine], next[kMine];
             auto load = [&](int first) {
@@ -198,13 +227,16 @@ __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShar
                 for (int k = 0; k < kMine; ++k) {
                     int position = first + line + 2 * k, row = a.by_pitch(position);
                     bool real = position >= begin && position < end && position != row * a.pitch;
+                    if (several) real = real && row != a.by_frame_rows(row) * a.frame_rows;
                     uint2 value = read.template apply<T>(v[k]);
                     store_shared(x + 128 * first + place(k), real ? value : uint2{});
                 }
             }
+            if (part + 1 < kTogether<kWay>) continue;
             fence_proxy_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(shared.finished(slot.index));
+            slot.advance(a.buffers);
         }
     }
 }
@@ -217,7 +249,7 @@ struct TrainSums {
     float g[2] = {}, gz[2] = {};
 };
 
-// Replaces v of warpgroup 0 by v of warpgroup 1, through shared memory that both have done with.
+// Gives warpgroup 0 of v what warpgroup 1 has of it, through shared memory that both have done with.
 template <int kCount>
 __device__ __forceinline__ void hand_over(float (&v)[kCount], uint32_t scratch, int group, int thread) {
     auto* mine = static_cast<float*>(__cvta_shared_to_generic(scratch)) + thread;
@@ -231,16 +263,17 @@ __device__ __forceinline__ void hand_over(float (&v)[kCount], uint32_t scratch, 
         if (group == 0) v[i] = mine[128 * i];
 }
 
-template <typename T, int kN, bool kResident, Pass kPass>
+template <typename T, int kN, Way kWay, Pass kPass>
 __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared,
                                               int group) {
     constexpr bool kFlip = kPass == Pass::gradient;
     constexpr int kWords = (kN + 31) / 32;
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    int cout = first_cout<kResident>(group), mine = cout + 16 * warp + lane / 4;  // this thread's: mine and mine + 8
-    auto turn = [](int g) { return 3 + g; };  // named barrier: warpgroup g may multiply
+    int cout = first_cout<kWay>(group), mine = cout + 16 * warp + lane / 4;  // this thread's: mine and mine + 8
+    auto turn = [](int g) { return 3 + g; };                                 // named barrier: warpgroup g may multiply
+    constexpr bool kResident = kWay == Way::resident, kHalves = kWay == Way::halves;
     bool shares = kResident && a.stagings == 1, below = kFlip && a.below_affine, add = kFlip && a.add;
-    int out = shares ? 0 : group;  // its staging
+    int out = shares || kHalves ? 0 : group;  // its staging
     uint32_t staged = shared.staging + out * a.staged;
     uint32_t turns = 0;                  // of it so far
     auto give = [&](uint32_t barrier) {  // of this warp's part of it
@@ -254,7 +287,8 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
         int position = 32 * k + lane, row = a.by_pitch(position);
-        columns[k] = __ballot_sync(~0u, position - row * a.pitch < a.pitch - 1);
+        bool blank = a.frames > 1 && row - int(a.by_frame_rows(row)) * a.frame_rows == a.height;
+        columns[k] = __ballot_sync(~0u, !blank && position - row * a.pitch < a.pitch - 1);
     }
     TrainSums sums;
     if (below)
@@ -266,7 +300,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
     Moments moments[2];
     Slot slot, stage;
     if (kResident && group == 1) named_arrive(turn(0), 256);
-    for (int tile = blockIdx.x, owner = 0; in_turn<kResident>(a, tile); tile += gridDim.x, owner ^= 1) {
+    for (int tile = blockIdx.x, owner = 0; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x, owner ^= 1) {
         if (kResident && owner != group) {
             for (int chunk = 0; chunk < a.chunks; ++chunk) slot.advance(a.buffers);
             turns += shares;
@@ -281,10 +315,10 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
         auto free_stage = [&] {
             if (!kResident && lane < 2 && last_stage >= 0) barrier_arrive_at(shared.weights_empty(last_stage), lane);
         };
-        for (int chunk = 0; chunk < a.chunks; ++chunk, slot.advance(a.buffers)) {
+        for (int chunk = 0; chunk < a.chunks; chunk += kTogether<kWay>, slot.advance(a.buffers)) {
             barrier_wait(shared.copied(slot.index), slot.parity);
             if (!kFlip && a.affine) barrier_wait(shared.finished(slot.index), slot.parity);
-            uint32_t x = shared.halo + slot.index * a.buffer_bytes;
+            uint32_t x = shared.halo + slot.index * a.buffer_bytes + (kHalves ? group * (a.buffer_bytes / 2) : 0);
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
                 int item = kResident ? chunk * kTaps + tap : stage.index;
@@ -312,8 +346,18 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
         free_stage();
         if (lane == 0) barrier_arrive(shared.emptied(last));
 
-        BoxTile at(a, tile);
-        int rows = tile < a.tiles ? min(a.rows, a.height - at.row) : 0;
+        if constexpr (kHalves) {
+            float other[kN / 2];
+#pragma unroll
+            for (int i = 0; i < kN / 2; ++i) other[i] = d[i];
+            hand_over(other, shared.scratch, group, thread);
+            if (group == 1) continue;
+#pragma unroll
+            for (int i = 0; i < kN / 2; ++i) d[i] += other[i];
+        }
+
+        TrainTile at(a, tile);
+        int rows = tile < a.tiles ? at.rows : 0;
         uint32_t real[kWords];  // as add_statistics takes it
 #pragma unroll
         for (int k = 0; k < kWords; ++k) {
@@ -328,7 +372,8 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
                     d[i] = rounded.x, d[i + 1] = rounded.y;
                 }
                 wgmma_pin(d);
-                add_statistics<kN>(moments, d, real, rows * (a.pitch - 1));
+                int real_rows = a.frames == 1 ? rows : rows / a.frame_rows * a.height;
+                add_statistics<kN>(moments, d, real, real_rows * (a.pitch - 1));
             }
         }
         // Before below or o is waited for, too: no turn of the other warpgroup's may be taken for this one.
@@ -383,7 +428,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
     }
     if (!a.partials) return;
     // A row of partial sums a block. Both of the warpgroups that take turns have all of its couts.
-    bool writes = lane % 4 == 0 && (!kResident || group == 0);
+    bool writes = lane % 4 == 0 && (kWay == Way::streamed || group == 0);
     if constexpr (kPass == Pass::forward) {
         if (kResident) {
             float other[6] = {moments[0].n, moments[0].mean, moments[0].m2,
@@ -409,8 +454,9 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
     }
 }
 
-template <typename T, int kN, bool kResident, Pass kPass>
+template <typename T, int kN, Way kWay, Pass kPass>
 __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainArgs& a) {
+    constexpr bool kResident = kWay == Way::resident;
     extern __shared__ __align__(1024) char memory[];
     TrainShared shared(memory, a);
     if (threadIdx.x == 0) {
@@ -429,9 +475,10 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
             barrier_init(shared.weights_full(i), 1), barrier_init(shared.weights_empty(i), 16);  // of both blocks
         barrier_init_fence();
     }
-    for (int i = 0; i < a.buffers; ++i)
-        for (int byte = a.box_bytes + 16 * int(threadIdx.x); byte < a.buffer_bytes; byte += 16 * kTrainThreads)
-            store_shared(shared.halo + i * a.buffer_bytes + byte, uint4{});
+    int part = a.buffer_bytes / kTogether<kWay>;
+    for (int i = 0; i < kTogether<kWay> * a.buffers; ++i)
+        for (int byte = a.box_bytes + 16 * int(threadIdx.x); byte < part; byte += 16 * kTrainThreads)
+            store_shared(shared.halo + i * part + byte, uint4{});
     fence_proxy_async();
     __syncthreads();
     if (!kResident) cluster_sync();
@@ -440,21 +487,21 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTrainProducerRegisters));
         dependency_wait();
         if (warp >= 3) {
-            if (kPass == Pass::forward && a.affine) finish_halos<T, kResident>(a, shared, warp - 3);
+            if (kPass == Pass::forward && a.affine) finish_halos<T, kWay>(a, shared, warp - 3);
         } else if (threadIdx.x == 0) {
-            bring_halos<kResident>(maps, a, shared);
+            bring_halos<kWay>(maps, a, shared);
         } else if (threadIdx.x == 32) {
             if constexpr (kResident)
                 bring_weights<kPass>(maps, a, shared);
             else
-                stream_weights<kPass>(maps, a, shared);
+                stream_weights<kWay, kPass>(maps, a, shared);
         } else if (threadIdx.x == 64 && kPass == Pass::gradient) {
-            bring_operands<kResident>(maps, a, shared);
+            bring_operands<kWay>(maps, a, shared);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTrainConsumerRegisters));
         dependency_wait();
-        consume_tiles<T, kN, kResident, kPass>(maps, a, shared, warp / 4 - 2);
+        consume_tiles<T, kN, kWay, kPass>(maps, a, shared, warp / 4 - 2);
     }
     if (!kResident) cluster_sync();  // nobody leaves while the other block may still free a stage here
 }
@@ -462,13 +509,19 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
 template <typename T, int kN, Pass kPass>
 __global__ void __launch_bounds__(kTrainThreads, 1)
     spatial_train_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
-    train_block<T, kN, true, kPass>(maps, a);
+    train_block<T, kN, Way::resident, kPass>(maps, a);
 }
 
 template <typename T, int kN, Pass kPass>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kTrainThreads, 1)
     spatial_train_streamed_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
-    train_block<T, kN, false, kPass>(maps, a);
+    train_block<T, kN, Way::streamed, kPass>(maps, a);
+}
+
+template <typename T, int kN, Pass kPass>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kTrainThreads, 1)
+    spatial_train_halves_kernel(const __grid_constant__ TrainMaps maps, const __grid_constant__ TrainArgs a) {
+    train_block<T, kN, Way::halves, kPass>(maps, a);
 }
 
 // ---- Host.
@@ -492,20 +545,21 @@ inline int train_partial_rows(const ConvShape& shape, Pass pass) {
 template <typename T, Pass kPass>
 const char* launch_train(const SpatialTrainPlan& plan, const TrainMaps& maps, const TrainArgs& args,
                          cudaStream_t stream) {
-#define P3D_CASE(N, RESIDENT, KERNEL)                                                                                 \
-    if (plan.positions == N && plan.resident == RESIDENT) {                                                           \
+#define P3D_CASE(N, RESIDENT, HALVES, KERNEL)                                                                         \
+    if (plan.positions == N && plan.resident == RESIDENT && plan.halves == HALVES) {                                  \
         cudaError_t error = launch_dependent(KERNEL<T, N, kPass>, dim3(plan.blocks, plan.cout_blocks), kTrainThreads, \
                                              plan.shared, stream, maps, args);                                        \
         return error == cudaSuccess ? nullptr : cudaGetErrorString(error);                                            \
     }
-    P3D_CASE(168, true, spatial_train_kernel);
-    P3D_CASE(152, true, spatial_train_kernel);
-    P3D_CASE(112, true, spatial_train_kernel);
-    P3D_CASE(64, true, spatial_train_kernel);
-    P3D_CASE(168, false, spatial_train_streamed_kernel);
-    P3D_CASE(112, false, spatial_train_streamed_kernel);
-    P3D_CASE(64, false, spatial_train_streamed_kernel);
-    P3D_CASE(32, false, spatial_train_streamed_kernel);
+    P3D_CASE(168, true, false, spatial_train_kernel);
+    P3D_CASE(152, true, false, spatial_train_kernel);
+    P3D_CASE(112, true, false, spatial_train_kernel);
+    P3D_CASE(64, true, false, spatial_train_kernel);
+    P3D_CASE(112, false, false, spatial_train_streamed_kernel);
+    P3D_CASE(64, false, false, spatial_train_streamed_kernel);
+    P3D_CASE(32, false, false, spatial_train_streamed_kernel);
+    P3D_CASE(112, false, true, spatial_train_halves_kernel);
+    P3D_CASE(72, false, true, spatial_train_halves_kernel);
 #undef P3D_CASE
     return "spatial_conv: no kernel for the planned tile";
 }
@@ -522,12 +576,14 @@ const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape
     TrainMaps maps{};
     const char* failed = nullptr;
     auto encode = [&](CUtensorMap& map, const void* base, int64_t channels, int rows) {
-        if (base && !failed) failed = frame_map(map, base, dtype, s, channels, rows, plan.pitch);
+        if (base && !failed) failed = frame_map(map, base, dtype, s, channels, rows, plan.pitch, plan.frames);
     };
-    encode(maps.x, t.x, s.in_channels, plan.rows + 2);
-    encode(maps.y, t.y, s.out_channels, plan.rows);
-    encode(maps.o, t.o, s.out_channels, plan.rows);
-    encode(maps.below, t.below, s.out_channels, plan.rows);
+    bool several = plan.frames > 1;
+    int frame_rows = several ? plan.rows + 1 : plan.rows;
+    encode(maps.x, t.x, s.in_channels, several ? frame_rows : plan.rows + 2);
+    encode(maps.y, t.y, s.out_channels, frame_rows);
+    encode(maps.o, t.o, s.out_channels, frame_rows);
+    encode(maps.below, t.below, s.out_channels, frame_rows);
     if (failed) return failed;
     uint64_t ends[] = {uint64_t(s.in_channels), uint64_t(s.out_channels)};
     constexpr bool kFlip = kPass == Pass::gradient;
@@ -538,7 +594,11 @@ const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape
     args.height = int(s.height);
     args.pitch = plan.pitch;
     args.before = 1;
+    args.all_frames = int(s.frames);
+    args.frames = plan.frames;
+    args.frame_rows = frame_rows;
     args.by_pitch = FastDivide(plan.pitch);
+    args.by_frame_rows = FastDivide(std::max(frame_rows, 2));
     args.rows = args.stored_rows = plan.rows;
     args.column_tiles = plan.column_tiles;
     args.frame_tiles = plan.frame_tiles;
@@ -549,6 +609,7 @@ const char* launch_train(TrainArgs& args, const TrainTensors& t, const ConvShape
     args.buffer_bytes = plan.buffer_bytes;
     args.staged = plan.staging_bytes;
     args.stagings = plan.stagings;
+    args.scratch = plan.scratch;
     args.weight_bytes = plan.stages * (plan.resident ? 1 : 2) * kWeightBytes;
     args.stages = plan.stages;
     return dtype == DType::bf16 ? launch_train<__nv_bfloat16, kPass>(plan, maps, args, stream)

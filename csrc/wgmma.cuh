@@ -136,6 +136,7 @@ __device__ __forceinline__ void zero(float (&d)[kCount]) {
 P3D_WGMMA(32, 4, 16, 17, 18)
 P3D_WGMMA(48, 6, 24, 25, 26)
 P3D_WGMMA(64, 8, 32, 33, 34)
+P3D_WGMMA(72, 9, 36, 37, 38)
 P3D_WGMMA(80, 10, 40, 41, 42)
 P3D_WGMMA(112, 14, 56, 57, 58)
 P3D_WGMMA(120, 15, 60, 61, 62)
@@ -146,10 +147,8 @@ P3D_WGMMA(152, 19, 76, 77, 78)
 P3D_WGMMA(160, 20, 80, 81, 82)
 P3D_WGMMA(168, 21, 84, 85, 86)
 P3D_WGMMA(192, 24, 96, 97, 98)
-P3D_WGMMA(200, 25, 100, 101, 102)
 P3D_WGMMA(208, 26, 104, 105, 106)
 P3D_WGMMA(216, 27, 108, 109, 110)
-P3D_WGMMA(240, 30, 120, 121, 122)
 P3D_WGMMA(256, 32, 128, 129, 130)
 
 // The same with A in registers, N = 64; kTransB: B is N-major. Register a[i] holds row 16 * warp + 8 * (i % 2) +

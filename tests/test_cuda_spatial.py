@@ -95,7 +95,19 @@ TRAIN = [
     (44, 2, 13, 19, 64, 320),
     (67, 4, 9, 19, 128, 128),
 ]
-ALL = [*RESIDENT, *STREAMED, *BOXES, *PAIRS, *TRAIN]
+# Where the warpgroups of training's blocks have halves of the channels: several frames a tile, the last one of fewer,
+# several turns, an odd number of tiles or of blocks of couts, one frame a tile and some of its rows.
+HALVES = [
+    (31, 1, 5, 5, 512, 512),
+    (63, 1, 5, 5, 512, 512),
+    (45, 2, 3, 6, 128, 320),
+    (131, 3, 1, 2, 256, 384),
+    (99, 2, 3, 3, 384, 256),
+    (59, 1, 6, 4, 256, 512),
+    (16, 2, 10, 10, 256, 256),
+    (5, 3, 10, 10, 256, 256),
+]
+ALL = [*RESIDENT, *STREAMED, *BOXES, *PAIRS, *TRAIN, *HALVES[:6]]
 
 
 def _names(shape):
@@ -253,7 +265,9 @@ def test_dgrad_with_the_sums_below(shape, dtype, prologue, add):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("sums_below", [False, True])
 @pytest.mark.parametrize(
-    "shape", [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6], BOXES[4], PAIRS[2], TRAIN[0]], ids=_names
+    "shape",
+    [RESIDENT[3], RESIDENT[5], STREAMED[1], STREAMED[2], STREAMED[6], BOXES[4], PAIRS[2], TRAIN[0], HALVES[0]],
+    ids=_names,
 )
 def test_dgrad_options_are_independent(shape, sums_below, add, prologue):
     n, t, h, w, ci, co = shape
@@ -302,7 +316,9 @@ def test_dgrad_at_a_mean_of_300_deviations(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape", [(4, 4, 21, 13, 64, 64), (4, 4, 21, 13, 128, 192), BOXES[2], BOXES[4], PAIRS[2], TRAIN[1]], ids=_names
+    "shape",
+    [(4, 4, 21, 13, 64, 64), (4, 4, 21, 13, 128, 192), BOXES[2], BOXES[4], PAIRS[2], TRAIN[1], HALVES[0], HALVES[1]],
+    ids=_names,
 )
 def test_runs_of_training_are_equal(shape):
     n, t, h, w, ci, co = shape
@@ -424,7 +440,7 @@ def test_inference_epilogue(shape, dtype, prologue):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(3, 4, 21, 13, 64, 64), (3, 4, 21, 13, 128, 128), TRAIN[0]], ids=_names)
+@pytest.mark.parametrize("shape", [(3, 4, 21, 13, 64, 64), (3, 4, 21, 13, 128, 128), TRAIN[0], HALVES[0]], ids=_names)
 def test_statistics_of_a_mean_of_300_deviations(shape):
     """The centre tap is the identity and x is constant but for its last bits."""
     n, t, h, w, ci, co = shape
@@ -462,7 +478,7 @@ def test_nan_passes_through_both_relus_and_reaches_its_neighbours_only(shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [RESIDENT[3], BOXES[3], BOXES[4], PAIRS[2], TRAIN[3]], ids=_names)
+@pytest.mark.parametrize("shape", [RESIDENT[3], BOXES[3], BOXES[4], PAIRS[2], TRAIN[3], HALVES[0]], ids=_names)
 def test_prologue_keeps_a_nan_among_its_neighbours(shape):
     n, t, h, w, ci, co = shape
     x, (weight, packed) = _activation(n, ci, t, h, w, torch.bfloat16), _weight(co, ci, torch.bfloat16)
