@@ -74,10 +74,14 @@ enum class Way { resident, streamed, halves };
 template <Way kWay>
 constexpr int kTogether = kWay == Way::halves ? 2 : 1;
 
+// Of the forward pass the last tile comes first: what the kernel before this one has written last is still in the
+// second-level cache, and the one after it, which begins with the first, finds that there.
+template <Pass kPass>
 struct TrainTile : BoxTile {
     int rows;  // of y's boxes, from the first on, that are of this tensor
 
-    __device__ __forceinline__ TrainTile(const TrainArgs& a, int tile) : BoxTile(a, tile) {
+    __device__ __forceinline__ TrainTile(const TrainArgs& a, int tile)
+        : BoxTile(a, kPass == Pass::forward && tile < a.tiles ? a.tiles - 1 - tile : tile) {
         frame *= a.frames;
         rows = a.frames == 1 ? min(a.rows, a.height - row) : min(a.frames, a.all_frames - frame) * a.frame_rows;
     }
@@ -91,12 +95,12 @@ __device__ __forceinline__ int first_cout(int group) {
 
 // ---- Producers: one thread each.
 
-template <Way kWay>
+template <Way kWay, Pass kPass>
 __device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainArgs& a, const TrainShared& shared) {
     constexpr int kStep = kTogether<kWay> * kChunk;
     Slot slot;
     for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x) {
-        TrainTile at(a, tile);
+        TrainTile<kPass> at(a, tile);
         for (int channel = 0; channel < a.in_channels; channel += kStep, slot.advance(a.buffers)) {
             uint32_t full = shared.copied(slot.index), target = shared.halo + slot.index * a.buffer_bytes;
             barrier_wait(shared.emptied(slot.index), slot.parity ^ 1);
@@ -107,7 +111,7 @@ __device__ __forceinline__ void bring_halos(const TrainMaps& maps, const TrainAr
             bool last = channel + kStep == a.in_channels;  // what comes next waits for its place
             int next = last ? tile + int(gridDim.x) : tile;
             if (next >= a.tiles) continue;
-            TrainTile to(a, next);
+            TrainTile<kPass> to(a, next);
             for (int i = 0; i < kTogether<kWay>; ++i)
                 prefetch_box(maps.x, (last ? 0 : channel + kStep) + i * kChunk, -1, to.row - 1, to.frame);
         }
@@ -149,7 +153,7 @@ __device__ __forceinline__ void bring_operands(const TrainMaps& maps, const Trai
     uint32_t turns = 0;  // bit i: parity of the turns of staging i
     int owner = 0;
     for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x, owner ^= 1) {
-        TrainTile at(a, tile);
+        TrainTile<Pass::gradient> at(a, tile);
         int begin = kWay == Way::resident && a.stagings == 2 ? owner : 0, end = kWay == Way::streamed ? 2 : begin + 1;
         auto bring = [&](int i, const CUtensorMap& map, uint32_t full) {
             barrier_expect(full, a.frames * a.frame_rows * a.pitch * 2 * kChunk);
@@ -202,7 +206,7 @@ __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShar
     int positions = a.box_bytes / (2 * kChunk);
     Slot slot;
     for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x) {
-        TrainTile at(a, tile);
+        TrainTile<Pass::forward> at(a, tile);
         bool several = a.frames > 1;
         int begin = at.row == 0 ? a.pitch : 0;
         int end = (several ? at.rows : min(a.rows + 2, a.height - at.row + 1)) * a.pitch;
@@ -356,7 +360,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
             for (int i = 0; i < kN / 2; ++i) d[i] += other[i];
         }
 
-        TrainTile at(a, tile);
+        TrainTile<kPass> at(a, tile);
         int rows = tile < a.tiles ? at.rows : 0;
         uint32_t real[kWords];  // as add_statistics takes it
 #pragma unroll
@@ -489,7 +493,7 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
         if (warp >= 3) {
             if (kPass == Pass::forward && a.affine) finish_halos<T, kWay>(a, shared, warp - 3);
         } else if (threadIdx.x == 0) {
-            bring_halos<kWay>(maps, a, shared);
+            bring_halos<kWay, kPass>(maps, a, shared);
         } else if (threadIdx.x == 32) {
             if constexpr (kResident)
                 bring_weights<kPass>(maps, a, shared);

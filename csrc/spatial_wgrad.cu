@@ -1,7 +1,7 @@
 // The weight gradient of the spatial 1x3x3 convolution: dW[tap][cout, channel] = sum over positions of
 // dz[cout, position] * a[position + tap, channel].
 //
-// A block owns 64 couts, 64 channels, all nine taps and a run of *tiles* of positions. A tile is some rows of one
+// A block owns 64 couts, 64 channels, all nine taps and every n-th *tile* of positions. A tile is some rows of one
 // frame, or where frames are small several whole ones. The copy engine brings it as boxes [frame][row][column][64],
 // zeros outside the frame: of g and z from the tile's first position on, of a from the one above and to the left of it.
 // All have one pitch, so that a tap is a's box some positions on:
@@ -41,7 +41,7 @@ struct WgradPlan {
     int pitch;
     int width, rows, frames;      // of a tile
     int column_tiles, row_tiles;  // of a frame
-    int tiles, turns;             // in all and, at most, of a block
+    int tiles;                    // in all
     int steps;                    // sixteens of positions
     int dz_box, a_box;            // positions
     int dz_bytes, z_bytes, a_bytes;
@@ -90,18 +90,20 @@ struct WgradShared {
     __device__ __forceinline__ uint32_t emptied(int stage) const { return barriers + 24 * stage + 16; }
 };
 
-// What this block computes.
+// What this block computes. The last tiles come first: the kernel before this one made g in ascending order, so that
+// its end is in the second-level cache, and the input gradient after it finds there what was finished last.
 struct Job {
     int cout, channel;
-    int first, count;  // tiles
+    int last, count;  // tiles
 
     __device__ __forceinline__ explicit Job(const WgradArgs& args) {
         int chunks = args.in_channels / kChunk;
         cout = int(blockIdx.y) / chunks * kChunk;
         channel = int(blockIdx.y) % chunks * kChunk;
-        first = int(blockIdx.x) * args.plan.turns;
-        count = min(args.plan.turns, args.plan.tiles - first);
+        last = args.plan.tiles - 1 - int(blockIdx.x);
+        count = last / int(gridDim.x) + 1;
     }
+    __device__ __forceinline__ int tile(int i) const { return last - i * int(gridDim.x); }
 };
 
 struct Place {  // of a tile: its first position
@@ -112,12 +114,6 @@ struct Place {  // of a tile: its first position
         frame = group * p.frames;
         row = (line - group * p.row_tiles) * p.rows;
         column = (tile - line * p.column_tiles) * p.width;
-    }
-    __device__ __forceinline__ void advance(const WgradArgs& args) {
-        column += args.plan.width;
-        if (column < args.width) return;
-        column = 0, row += args.plan.rows;
-        if (row >= args.height) row = 0, frame += args.plan.frames;
     }
 };
 
@@ -143,14 +139,12 @@ __device__ __forceinline__ void store_word(uint32_t target, uint32_t v) {
 struct Producer {
     Slot slot, read;  // of the next tile; of the one whose z lies where the next one's will
     int z_slot = 0, tile = 0;
-    Place at;  // the next tile
-
-    __device__ __forceinline__ Producer(const WgradArgs& args, const Job& job) : at(args.plan, job.first) {}
 
     // The stage is empty, but z may still be read.
     __device__ __forceinline__ void bring(const WgradMaps& maps, const WgradArgs& args, const WgradShared& shared,
                                           const Job& job) {
         const WgradPlan& p = args.plan;
+        Place at(p, job.tile(tile));
         uint32_t full = shared.copied(slot.index);
         barrier_expect(full, ((args.affine ? 2 : 1) * p.dz_box + p.a_box) * kRow);
         copy_box(shared.dz(slot.index), maps.g, full, job.cout, at.column, at.row, at.frame);
@@ -165,10 +159,10 @@ struct Producer {
         }
         slot.advance(p.stages);
         if (++tile == job.count) return;
-        at.advance(args);
-        prefetch_box(maps.g, job.cout, at.column, at.row, at.frame);
-        prefetch_box(maps.a, job.channel, at.column - 1, at.row - 1, at.frame);
-        if (args.affine) prefetch_box(maps.z, job.cout, at.column, at.row, at.frame);
+        Place to(p, job.tile(tile));
+        prefetch_box(maps.g, job.cout, to.column, to.row, to.frame);
+        prefetch_box(maps.a, job.channel, to.column - 1, to.row - 1, to.frame);
+        if (args.affine) prefetch_box(maps.z, job.cout, to.column, to.row, to.frame);
     }
 };
 
@@ -334,8 +328,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& args, const WgradSha
     stored.column = 2 * args.out_channels, stored.row = args.width * stored.column;
     Slot slot;
     int z_slot = 0;
-    Place at(p, job.first);
-    for (int i = 0; i < job.count; ++i, slot.advance(p.stages), at.advance(args)) {
+    for (int i = 0; i < job.count; ++i, slot.advance(p.stages)) {
+        Place at(p, job.tile(i));
         barrier_wait(shared.copied(slot.index), slot.parity);
         if (args.masked && stores(args, job))
             stored.first = args.finished +
@@ -360,7 +354,7 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
     int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     bool finishing = args.affine || args.a_affine || args.masked, leads = threadIdx.x == 0;
     bool boxes = leads && stores(args, job) && !args.masked;
-    Producer producer(args, job);
+    Producer producer;
     if (leads)
         for (int i = 0; i < min(p.stages, job.count); ++i) producer.bring(maps, args, shared, job);
     __syncwarp();
@@ -373,7 +367,7 @@ __device__ __forceinline__ void consume(const WgradMaps& maps, const WgradArgs& 
         barrier_wait(shared.copied(slot.index), slot.parity);
         if (finishing) barrier_wait(shared.finished(slot.index), slot.parity);
         if (boxes) {
-            Place at(p, job.first + i);
+            Place at(p, job.tile(i));
             store_box(maps.finished, shared.dz(slot.index), job.cout, at.column, at.row, at.frame);
         }
         __syncwarp();
@@ -495,25 +489,11 @@ const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
             double cost = turn * (turns - 1) + whole + split_cost * parts(tiles, turns);
             if (best_cost >= 0 && cost >= best_cost) return;
             best_cost = cost;
-            best = {int(pitch),
-                    int(width),
-                    int(rows),
-                    int(frames),
-                    int(column_tiles),
-                    int(row_tiles),
-                    int(tiles),
-                    int(turns),
-                    int(steps),
-                    int(dz_box),
-                    int(a_box),
-                    int(dz_bytes),
-                    int(z_bytes),
-                    int(a_bytes),
-                    int(stages),
-                    int(z_stages),
-                    int(parts(tiles, turns)),
-                    int(blocks),
-                    int(bytes)};
+            best = {int(pitch),        int(width),     int(rows),     int(frames),
+                    int(column_tiles), int(row_tiles), int(tiles),    int(steps),
+                    int(dz_box),       int(a_box),     int(dz_bytes), int(z_bytes),
+                    int(a_bytes),      int(stages),    int(z_stages), int(parts(tiles, turns)),
+                    int(blocks),       int(bytes)};
             return;
         }
     };

@@ -11,7 +11,8 @@ needs in its backward. No tensor has a pass of its own for these.
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
 inference and three for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1, and `conv_wgrads` one for
-several of these at once, of raw operands.
+several of these at once, of raw operands. `spatial_wgrad` leaves what it reads of the gradient (`spatial_finished`) for
+`spatial_dgrad`.
 """
 
 from __future__ import annotations
