@@ -100,6 +100,13 @@ p3d::TemporalBwdShape temporal_bwd_shape(const TemporalBwdSizes& sizes) {
     return std::apply([](auto... size) { return p3d::TemporalBwdShape{size...}; }, sizes);
 }
 
+// (N, T, H * W, C)
+using TemporalTrainSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+p3d::TemporalTrainShape temporal_train_shape(const TemporalTrainSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::TemporalTrainShape{size...}; }, sizes);
+}
+
 // (N * T * H * W, Ci, Ci of down, Co, read)
 using ConvPairSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, std::string>;
 
@@ -1029,6 +1036,39 @@ PYBIND11_MODULE(_C, module) {
     };
     temporal_reason("temporal_infer_why_not", p3d::temporal_infer_why_not);
     temporal_reason("temporal_boxes_why_not", p3d::temporal_boxes_why_not);
+
+    m.def(
+        "temporal_train",
+        [](uintptr_t x_a, uintptr_t x_b, uintptr_t x_affine_a, uintptr_t x_affine_b, uintptr_t x_sums, uintptr_t w,
+           uintptr_t y, uintptr_t partials, const std::string& x_read, bool transposed, const TemporalTrainSizes& sizes,
+           const std::string& dtype_name, uintptr_t stream) {
+            p3d::TemporalTrain p{};
+            p.shape = temporal_train_shape(sizes);
+            p.dtype = dtype(dtype_name);
+            p.transposed = transposed;
+            p.x = operand(read(x_read), x_a, x_b, x_affine_a, x_affine_b, x_sums);
+            p.w = pointer<const void>(w);
+            p.y = pointer<void>(y);
+            p.partials = pointer<float>(partials);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::temporal_train(p));
+        },
+        py::arg("x_a"), py::arg("x_b"), py::arg("x_affine_a"), py::arg("x_affine_b"), py::arg("x_sums"), py::arg("w"),
+        py::arg("y"), py::arg("partials"), py::arg("x_read"), py::arg("transposed"), py::arg("sizes"), py::arg("dtype"),
+        py::arg("stream"));
+
+    m.def(
+        "temporal_train_why_not",
+        [](const TemporalTrainSizes& sizes) {
+            const char* why = p3d::temporal_train_why_not(temporal_train_shape(sizes));
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "temporal_train_partials",
+        [](const TemporalTrainSizes& sizes) { return p3d::temporal_train_partials(temporal_train_shape(sizes)); },
+        py::arg("sizes"));
 
     m.def(
         "temporal_bwd",

@@ -582,6 +582,35 @@ const char* temporal_infer_why_not(const TemporalShape& shape);
 const char* temporal_boxes(const TemporalInfer& p);
 const char* temporal_boxes_why_not(const TemporalShape& shape);
 
+// The 3x1x1 convolution of stride 1 and padding 1 in time, with as many channels out as in; the input gradient of the
+// one by w, transposed:
+//
+//     y[p,co] = sum over taps and ci of x[p + tap,ci] * w[co,tap,ci]
+//     y[p,ci] = sum over taps and co of x[p - tap,co] * w[co,tap,ci]
+//
+// x is an operand read raw or bn_relu. partials: rows (n, mean, M2) of the rounded y, one a block
+struct TemporalTrainShape {
+    int64_t clips, time, frame;  // N, T, H * W
+    int64_t channels;            // C, 64 or 128
+};
+
+struct TemporalTrain {
+    TemporalTrainShape shape;
+    DType dtype;  // of the tensors; sums are float32
+    bool transposed;
+    WgradOperand x;
+    const void* w;    // [C, 3, C]  16-byte aligned, as all pointers are
+    void* y;          // [N, T, H, W, C]
+    float* partials;  // [R, 3, C], R = temporal_train_partials(shape); or nullptr
+    CUstream_st* stream;
+};
+
+const char* temporal_train(const TemporalTrain& p);
+
+// Why temporal_train cannot run this shape on the current device, and R; 0 if it cannot.
+const char* temporal_train_why_not(const TemporalTrainShape& shape);
+int temporal_train_partials(const TemporalTrainShape& shape);
+
 // Both gradients of the 3x1x1 convolution of stride 1 and padding 1 in time, with as many channels out as in:
 //
 //     dx[p,ci] = sum over taps and co of dz[p - tap,co] * w[co,tap,ci] + add g[p,ci]

@@ -660,6 +660,8 @@ def conv(
     epilogue = epilogue or Epilogue()
     if out_dims is not None and _is_point_dgrad(x, w, geometry, epilogue):
         return _cuda.point_dgrad(x.a, taps_of(w)[:, 0], epilogue.o, epilogue.o_mask, epilogue.mask), None
+    if _is_temporal(x, w, geometry, epilogue):
+        return _cuda.temporal_train(x, taps_of(w), out_dims is not None, epilogue.stats)
     training = _train_arguments(x, w, geometry, epilogue, out_dims)
     if training is not None:
         return _cuda.conv_train(x, taps_of(w), **training)
@@ -868,6 +870,13 @@ def _is_point_dgrad(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogu
     if not plain or e.record is not None or e.stats or e.below is not None or not e.store or not cuda_allowed(x.a):
         return False
     return _cuda.point_dgrad_why_not(x.a, w.size(1)) is None
+
+
+def _is_temporal(x: Operand, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> bool:
+    """Whether this convolution or its gradient is `_cuda.temporal_train`'s."""
+    e = epilogue
+    plain = geometry == temporal() and e.join == "none" and e.record is None and e.below is None and e.mask is None
+    return plain and e.store and cuda_allowed(x.a) and _cuda.temporal_train_why_not(x, taps_of(w)) is None
 
 
 def _train_arguments(

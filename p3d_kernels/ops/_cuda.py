@@ -1583,6 +1583,70 @@ def temporal_infer(
     return y
 
 
+def _temporal_train_sizes(x: Operand) -> tuple:
+    n, c, t, h, w = x.a.shape
+    return n, t, h * w, c
+
+
+def temporal_train_why_not(x: Operand, w: Tensor) -> str | None:
+    """Why `temporal_train` cannot run these, or None."""
+    c = x.channels
+    if x.a.dtype not in _DTYPES:
+        return f"temporal_train: dtype {x.a.dtype} (expected bfloat16 or float16)"
+    if x.read not in ("raw", "bn_relu"):
+        return f"temporal_train: read {x.read} (expected raw or bn_relu)"
+    if tuple(w.shape) != (c, 3, c):
+        return f"temporal_train: w {list(w.shape)} (expected {[c, 3, c]})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.temporal_train_why_not(_temporal_train_sizes(x))
+
+
+def temporal_train(
+    x: Operand,  # [N, C, T, H, W], read raw or bn_relu
+    w: Tensor,  # [C, 3, C]
+    transposed: bool = False,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, part) of T a, T the 3x1x1 convolution of stride 1 by w, a what x reads; `transposed`: T' a.
+
+        y[p, co] = sum_{tap, ci} a[p + tap, ci] w[co, tap, ci], transposed sum_{tap, ci} a[p - tap, ci] w[ci, tap, co]
+
+    Every element of x is read and rounded once; float32 accumulation.
+
+    Returns:
+        y [N, C, T, H, W] channels_last_3d, and with `stats` float32 [R, 3, C] rows (n, mean, M2) of the rounded y, no
+        n = 0, else None. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype, alignment or the tensors of a read differ from the above.
+        RuntimeError: the kernel cannot run (what `temporal_train_why_not` says), or CUDA failed.
+    """
+    shape, dtype, device, c = tuple(x.a.shape), x.a.dtype, x.a.device, x.channels
+    if dtype not in _DTYPES or x.read not in ("raw", "bn_relu"):
+        raise ValueError(f"x: expected bfloat16 or float16 read raw or bn_relu, got {dtype}, {x.read!r}")
+    _check_operand("x", x, shape, dtype)
+    _check_matrix("w", w, (c, 3, c), dtype)
+    y = alloc(shape, device, dtype)
+    if y.numel() == 0:
+        return y, torch.zeros(1, 3, c, device=device) if stats else None
+    sizes = _temporal_train_sizes(x)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        rest = x.read, transposed, sizes, _DTYPES[dtype]
+        plan = NativePlan(lambda stream, *addresses: native.temporal_train(*addresses, *rest, stream))
+        with torch.cuda.device(device):
+            plan.rows = native.temporal_train_partials(sizes)
+        return plan
+
+    plan = plan_for(("temporal_train", sizes, x.read, transposed, dtype, device), build)
+    part = alloc((plan.rows, 3, c), device) if stats else None
+    plan(*x.args(), w, y, part)
+    return y, part
+
+
 def _temporal_bwd_sizes(dz: Operand, add: bool, sums: bool) -> tuple:
     n, m, t, h, w = dz.a.shape
     return n, t, h * w, m, add, sums
