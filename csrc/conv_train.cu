@@ -1,5 +1,5 @@
-// 1x1x1 and 3x1x1 convolutions of stride 1 in training, forward and input gradient, and the end of the gradient through
-// the Gram identity: y = epilogue(sum over chunks of read(x) w), where the narrower side has 64 or 128 channels.
+// 1x1x1 convolutions of stride 1 in training, forward and input gradient, and the end of the gradient through the Gram
+// identity: y = epilogue(sum over chunks of read(x) w), where the narrower side has 64 or 128 channels.
 //
 // Positions are the rows of the matrix unit, output channels its columns (rows.cuh). A *unit* is 64 positions. What is
 // read comes in boxes of 64 positions by 64 channels, a *chunk* of an operand one box or two; a warp loads its 16 rows
@@ -11,9 +11,6 @@
 //             are many, blocks share the slices out, a *group* of these each
 //   pair      the same of 64 channels, beside those of another tensor: a slice is made of two products, each with its
 //             normalisation
-//   temporal  64 or 128 channels: fragments of three frames stay in registers while a step walks down a *column*, 64
-//             positions of a frame through all frames; what lies outside a clip is zero. All steps of all columns are
-//             cut into runs of equal length, one for each team; one that begins within a column reads two frames again
 //
 // A block is persistent: two warpgroups compute, a warp each brings the operands of a *team* and what the epilogue of a
 // warpgroup reads. Teams are one warpgroup, or, where a unit has two slices, both, of which each makes one.
@@ -36,7 +33,7 @@ constexpr int kSlices = 4;                   // of a group, in the wide form
 constexpr int kMaxWeights = 20;              // boxes
 constexpr int kTrainBarrierBytes = 16 * 32;  // one for the weights, a pair for each slot
 
-enum class Form : int { narrow = 0, wide = 1, temporal = 2, pair = 3 };
+enum class Form : int { narrow = 0, wide = 1, pair = 2 };
 
 __host__ __device__ constexpr bool has_slices(Form form) { return form == Form::wide || form == Form::pair; }
 
@@ -61,11 +58,10 @@ struct TrainArgs {
     bool has_below, has_mask, has_o, relu;  // the Gram identity adds all that `mask` and `o` have
     float *partials, *partials_b;           // [R, 3, Co] statistics of y, or [R, 2, Co] sums; or nullptr
     int out_channels;
-    int limit;                         // positions of a frame, or all of them
-    int turns, groups;                 // of units: narrow, wide, pair
-    int whole;                         // turns before a unit's slices are shared out: wide, pair
-    int time, columns, steps, length;  // temporal: T, of a clip, in all, of a run
-    int in_slots, out_slots;           // of a team, of a warpgroup
+    int limit;                // positions
+    int turns, groups;        // of units: narrow, wide, pair
+    int whole;                // turns before a unit's slices are shared out: wide, pair
+    int in_slots, out_slots;  // of a team, of a warpgroup
 };
 
 template <Form kForm, int kChunks>
@@ -77,7 +73,7 @@ struct Teams {
 
 __host__ __device__ inline int weight_boxes(Form form, int chunks, const Source& x) {
     if (has_slices(form)) return kSlices * (chunks + (form == Form::pair));
-    return (form == Form::temporal ? 3 * chunks : x.chunks) * chunks;
+    return x.chunks * chunks;
 }
 
 // Where everything lies in shared memory.
@@ -134,26 +130,6 @@ struct Piece {
 
 __device__ __forceinline__ int first_slice(const TrainArgs& a) { return blockIdx.x % a.groups * kSlices; }
 
-struct Run {  // of a team in the temporal form
-    int begin, end;
-
-    __device__ __forceinline__ Run(const TrainArgs& a, int team, int teams)
-        : begin((blockIdx.x * teams + team) * a.length), end(min(begin + a.length, a.steps)) {}
-};
-
-struct Step {
-    int time, position, frame;  // t, within the frame, n * T + t
-    bool first;                 // no frame of the step before is of use
-
-    __device__ __forceinline__ Step(const TrainArgs& a, int step, int begin) {
-        int column = step / a.time, clip = column / a.columns;
-        time = step - column * a.time;
-        position = (column - clip * a.columns) * kUnit;
-        frame = clip * a.time + time;
-        first = step == begin || time == 0;
-    }
-};
-
 // ---- Producers: one thread each, of a thin v a warp.
 
 // An arrival of this thread when all that it has begun to copy by copy_16 is there.
@@ -175,16 +151,10 @@ __device__ __forceinline__ void produce_weights(const TrainMaps& maps, const Tra
     barrier_expect(place.barriers, boxes * kBoxBytes);
 #pragma unroll 1
     for (int box = 0; box < boxes; ++box) {
-        int chunk = box / kColumns, out = (column + box % kColumns) * kChunk, skip = 0;
+        int chunk = box / kColumns, out = (column + box % kColumns) * kChunk;
         const CUtensorMap* map = &maps.w;
-        if (kForm == Form::temporal) {  // taps of w follow one another within its rows
-            int frame = chunk / kChunks;
-            chunk -= frame * kChunks;
-            skip = (kBack ? 2 - frame : frame) * kChunks * kChunk;
-        } else if (kForm == Form::pair && chunk == kChunks) {
-            chunk = 0, map = &maps.w_down;
-        }
-        copy_box(place.weights + box * kBoxBytes, *map, place.barriers, skip + (kBack ? out : chunk * kChunk),
+        if (kForm == Form::pair && chunk == kChunks) chunk = 0, map = &maps.w_down;
+        copy_box(place.weights + box * kBoxBytes, *map, place.barriers, kBack ? out : chunk * kChunk,
                  kBack ? chunk * kChunk : out, 0);
     }
 }
@@ -203,16 +173,7 @@ __device__ __forceinline__ void produce_operands(const TrainMaps& maps, const Tr
                                                  int team) {
     using Team = Teams<kForm, kChunks>;
     Ring ring = place.in(team);
-    if constexpr (kForm == Form::temporal) {
-        Run run(a, team, Team::kCount);
-        for (int step = run.begin; step < run.end; ++step) {
-            Step at(a, step, run.begin);
-#pragma unroll 1
-            for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead)
-                if (0 <= at.time + ahead && at.time + ahead < a.time)
-                    bring_source(ring, maps, a, at.position, at.frame + ahead);
-        }
-    } else if constexpr (kForm == Form::narrow) {
+    if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
             bring_source(ring, maps, a, units.position(turn, team), 0);
@@ -275,13 +236,7 @@ __device__ __forceinline__ void produce_epilogue(const TrainMaps& maps, const Tr
         if (a.has_mask) bring(ring, maps.mask, channel, position, frame);
         if (a.has_o) bring(ring, maps.o, channel, position, frame);
     };
-    if constexpr (kForm == Form::temporal) {
-        Run run(a, team, Team::kCount);
-        for (int step = run.begin; step < run.end; ++step) {
-            Step at(a, step, run.begin);
-            slice(part * kChunk, at.position, at.frame);
-        }
-    } else if constexpr (kForm == Form::narrow) {
+    if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
             slice(part * kChunk, units.position(turn, team), 0);
@@ -341,7 +296,7 @@ struct Totals {
 template <typename T, Form kForm, int kChunks, bool kBack>
 struct Consumer {
     using Team = Teams<kForm, kChunks>;
-    static constexpr int kKinds = has_slices(kForm) ? 1 : kForm == Form::narrow && kBack ? 4 : 3;
+    static constexpr int kKinds = has_slices(kForm) ? 1 : kBack ? 4 : 3;
 
     const TrainMaps& maps;
     const TrainArgs& a;
@@ -678,54 +633,6 @@ struct Consumer {
         }
     }
 
-    // A frame of the column, zero outside the clip.
-    __device__ __forceinline__ void read_frame(Fragments (&x)[kChunks], int time) {
-        if (0 <= time && time < a.time) {
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) read(x[c], c);
-        } else {
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) x[c][k][i] = 0;
-        }
-    }
-
-    __device__ __forceinline__ void run_temporal() {
-        Run run(a, team, Team::kCount);
-        Fragments before[kChunks] = {}, centre[kChunks] = {}, after[kChunks] = {};
-        for (int step = run.begin; step < run.end; ++step) {
-            Step at(a, step, run.begin);
-#pragma unroll 1
-            for (int ahead = at.first ? -1 : 1; ahead <= 1; ++ahead) {
-#pragma unroll
-                for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-                    for (int k = 0; k < 4; ++k)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) before[c][k][i] = centre[c][k][i], centre[c][k][i] = after[c][k][i];
-                read_frame(after, at.time + ahead);
-            }
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) pin(before[c]), pin(centre[c]), pin(after[c]);
-            float d[32];
-            zero(d);
-            wgmma_fence();
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, before[c], weight(c, part));
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, centre[c], weight(kChunks + c, part));
-#pragma unroll
-            for (int c = 0; c < kChunks; ++c) multiply<T, kBack>(d, after[c], weight(2 * kChunks + c, part));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_pin(d);
-            store(d, d, part, part * kChunk, at.position, at.frame);
-        }
-    }
-
     // ---- Totals, once at the end: over lanes, then warps, each in a fixed order.
 
     __device__ __forceinline__ void send_totals() {
@@ -759,7 +666,7 @@ struct Consumer {
                 }
             }
             if (kBack && (a.partials || a.partials_b)) {
-                constexpr int kSums = kForm == Form::narrow ? 4 : 2;
+                constexpr int kSums = 4;
 #pragma unroll
                 for (int kind = 0; kind < kSums; ++kind)
 #pragma unroll
@@ -825,7 +732,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         Consumer<T, kForm, kChunks, kBack> consumer(maps, a, place, warp / 4 - 1);
         if constexpr (kForm == Form::narrow) consumer.run_narrow();
         if constexpr (has_slices(kForm)) consumer.run_wide();
-        if constexpr (kForm == Form::temporal) consumer.run_temporal();
         if (consumer.leader) store_wait<0>();
         consumer.send_totals();
     }
@@ -837,8 +743,7 @@ struct TrainPlan {
     Form form;
     int chunks;  // of the narrower side
     int teams, groups;
-    int turns, whole;            // narrow, wide, pair
-    int columns, steps, length;  // temporal
+    int turns, whole;  // narrow, wide, pair
     int blocks, in_slots, out_slots;
 };
 
@@ -851,7 +756,7 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (s.taps != 1 && s.taps != 3) return fail("%s: taps: expected 1 or 3, got %d", op, s.taps);
+    if (s.taps != 1) return fail("%s: taps: expected 1, got %d", op, s.taps);
     if (std::min({s.clips, s.time, s.frame}) < 1 ||
         double(s.clips) * double(s.time) * double(ceil_divide(s.frame, kUnit)) > double(1 << 24) ||
         double(s.clips) * double(s.time) * double(s.frame) > 2147000000.0)
@@ -867,11 +772,6 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
         if (in != kChunk || out % (kSlices * kChunk))
             return fail("%s: channels: expected 64 to multiples of 256, got %lld -> %lld", op, Long(in), Long(out));
         plan.form = Form::pair;
-    } else if (s.taps == 3) {
-        if (!few(in) || in != out)
-            return fail("%s: 3x1x1: expected 64 or 128 channels, as many out, got %lld -> %lld", op, Long(in),
-                        Long(out));
-        plan.form = Form::temporal;
     } else if (few(out)) {
         plan.form = Form::narrow;
     } else if (few(in) && out % (kSlices * kChunk) == 0 && !s.sums) {
@@ -904,12 +804,7 @@ const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op 
     if (plan.in_slots < 2 || plan.out_slots < s.loads + 1 || slots > 31)
         return fail("%s: channels: the weights of %lld -> %lld do not fit in shared memory", op, Long(in), Long(out));
 
-    if (plan.form == Form::temporal) {
-        plan.columns = int(ceil_divide(s.frame, kUnit));
-        plan.steps = int(s.clips * s.time * plan.columns);
-        plan.length = int(ceil_divide(plan.steps, processors * plan.teams));
-        plan.blocks = int(ceil_divide(ceil_divide(plan.steps, plan.length), plan.teams));
-    } else if (wide) {
+    if (wide) {
         int64_t units = ceil_divide(s.clips * s.time * s.frame, kUnit);
         plan.blocks = int(std::min<int64_t>(ceil_divide(units * kSlices, 2), std::max(1, processors / plan.groups)));
         int teams = 2 * plan.blocks, turns = int(ceil_divide(units % teams * kSlices, teams));
@@ -945,8 +840,7 @@ const char* launch(const TrainMaps& maps, const TrainArgs& args, const TrainPlan
                    cudaStream_t stream) {
     if (plan.form == Form::narrow) return launch<T, Form::narrow>(maps, args, plan, back, stream);
     if (plan.form == Form::wide) return launch<T, Form::wide>(maps, args, plan, back, stream);
-    if (plan.form == Form::pair) return launch<T, Form::pair, 1, false>(maps, args, plan, stream);
-    return launch<T, Form::temporal>(maps, args, plan, back, stream);
+    return launch<T, Form::pair, 1, false>(maps, args, plan, stream);
 }
 
 // What all ops have: the plan, the operand x and the result y.
@@ -956,21 +850,18 @@ struct Launch {
     TrainPlan plan{};
     TrainMaps maps{};
     TrainArgs args{};
-    int64_t outer = 0, rows = 0;  // of positions
+    int64_t rows = 0;  // positions
     const char* failed;
 
     Launch(const char* op, const ConvTrainShape& s, DType dtype, const WgradOperand& x, void* y, bool pair = false)
         : op(op), dtype(dtype), failed(check_operand(op, x, s.read)) {
         if (!failed) failed = train_plan(plan, s, op, pair);
         if (failed) return;
-        bool temporal = plan.form == Form::temporal;
-        outer = temporal ? s.clips * s.time : 1;
-        rows = temporal ? s.frame : s.clips * s.time * s.frame;
+        rows = s.clips * s.time * s.frame;
         args.x = {s.read, int(s.in_channels / kChunk), x.affine_a, x.affine_b, x.sums};
         args.out_channels = int(s.out_channels);
         args.limit = int(rows);
         args.turns = plan.turns, args.whole = plan.whole, args.groups = plan.groups;
-        args.time = int(s.time), args.columns = plan.columns, args.steps = plan.steps, args.length = plan.length;
         args.in_slots = plan.in_slots, args.out_slots = plan.out_slots;
         positions(maps.a, x.a, s.in_channels, kUnit);
         positions(maps.b, x.b, s.in_channels, kUnit);
@@ -980,7 +871,7 @@ struct Launch {
         if (base && !failed) failed = tensor_map(op, map, base, dtype, outer, rows, columns, box);
     }
     void positions(CUtensorMap& map, const void* base, int64_t channels, int box) {
-        encode(map, base, outer, rows, channels, box);
+        encode(map, base, 1, rows, channels, box);
     }
     const char* run(bool back, cudaStream_t stream) {
         if (failed) return failed;

@@ -187,8 +187,8 @@ const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape
 // Why raw_wgrad cannot run this shape; nullptr if it can.
 const char* raw_wgrad_why_not(const RawWgradShape& shape);
 
-// 1x1x1 and 3x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; 3x1x1 is padded
-// by 1 in time. X is an operand as above, of any read but masked:
+// 1x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; in conv_tiles, which takes
+// the same, also 3x1x1 ones, padded by 1 in time. X is an operand as above, of any read but masked:
 //
 //     y[p,co] = epi(sum over taps and ci of X[p + tap,ci] * w[co,tap,ci])         forward
 //     y[p,co] = epi(sum over taps and ci of X[p - tap,ci] * w[ci,tap,co])         transposed: the input gradient, of
@@ -200,7 +200,7 @@ const char* raw_wgrad_why_not(const RawWgradShape& shape);
 struct ConvTrainShape {
     int64_t clips, time, frame;         // N, T, H * W
     int64_t in_channels, out_channels;  // Ci of X, Co of y
-    int taps;                           // 1, or 3 of 3x1x1
+    int taps;                           // 1, or in conv_tiles 3 of 3x1x1
     bool transposed;
     Read read;  // of X
     int loads;  // how many of o, o_mask and below there are

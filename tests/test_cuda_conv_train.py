@@ -1,4 +1,4 @@
-"""The Hopper kernels for 1x1x1 and 3x1x1 convolutions in training."""
+"""The Hopper kernels for 1x1x1 convolutions in training."""
 
 from __future__ import annotations
 
@@ -219,35 +219,21 @@ def test_a_block_takes_the_pair_and_triton_agrees(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_taps_in_time(size, channels, dtype):
-    x, o = _x("bn_relu", size, channels, dtype), _like(size, channels, dtype)
-    _judge(x, _weight(x, channels, 3), stats=True)
-    x = _x("bn_bwd", size, channels, dtype)
-    w, below = _weight(x, channels, 3, True), (_like(size, channels, dtype), record(channels))
-    _judge(x, w, transposed=True)
-    _judge(x, w, transposed=True, below=below)
-    _judge(_x("bn_bwd_open", size, channels, dtype), w, transposed=True, o=o, below=below)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("read", READS)
 def test_every_read(read, dtype):
     size = 2, 3, 7, 11
-    for ci, co, taps in ((64, 64, 1), (192, 128, 1), (64, 256, 1), (128, 256, 1), (64, 64, 3), (128, 128, 3)):
+    for ci, co in ((64, 64), (192, 128), (64, 256), (128, 256)):
         x = _x(read, size, ci, dtype)
-        _judge(x, _weight(x, co, taps))
-        _judge(x, _weight(x, co, taps, True), transposed=True)
+        _judge(x, _weight(x, co))
+        _judge(x, _weight(x, co, 1, True), transposed=True)
 
 
 @pytest.mark.gpu
 def test_every_epilogue_of_a_gradient():
     for size in ((2, 3, 7, 11), (40, 8, 13, 10)):
-        for ci, co, taps in ((256, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+        for ci, co in ((256, 64), (256, 128)):
             x = _x("bn_bwd", size, ci)
-            w, o, mask = _weight(x, co, taps, True), _like(size, co), _like(size, co)
+            w, o, mask = _weight(x, co, 1, True), _like(size, co), _like(size, co)
             below = _like(size, co), record(co)
             for arguments in ({}, {"o": o}, {"o": o, "o_mask": mask}):
                 _judge(x, w, transposed=True, **arguments)
@@ -257,14 +243,14 @@ def test_every_epilogue_of_a_gradient():
 @pytest.mark.gpu
 def test_a_mean_of_300_deviations():
     size = 3, 4, 21, 13
-    for ci, co, taps in ((64, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+    for ci, co in ((64, 64), (256, 128)):
         x = _x("bn_relu", size, ci, mean=300.0)
-        w = _weight(x, co, taps)
+        w = _weight(x, co)
         _judge(x, w, stats=True)
         _judge(Operand("raw", x.a), w, stats=True)
         x = _x("bn_bwd", size, ci, mean=300.0)
         below = _like(size, co, mean=300.0), record(co, 300.0)
-        _judge(x, _weight(x, co, taps, True), transposed=True, below=below)
+        _judge(x, _weight(x, co, 1, True), transposed=True, below=below)
     x = _x("join_b", size, 64, mean=300.0)
     _judge(x, _weight(x, 256), record=record(256), o=_like(size, 256), relu=True)
 
@@ -272,19 +258,18 @@ def test_a_mean_of_300_deviations():
 @pytest.mark.gpu
 def test_a_nan_stays_where_it_is():
     size, at = (2, 4, 9, 7), (0, 1, 2, 3)
-    for ci, co, taps in ((128, 64, 1), (64, 256, 1), (128, 256, 1), (64, 64, 3), (128, 128, 3)):
+    for ci, co in ((128, 64), (64, 256), (128, 256)):
         x = _x("bn_relu", size, ci)
         n, t, h, w = at
         x.a[n, 5, t, h, w] = torch.nan
-        y, _ = _cuda.conv_train(x, _weight(x, co, taps), record=record(co), o=_like(size, co), relu=True)
-        times = slice(0, 3) if taps == 3 else slice(1, 2)
-        assert y[n, :, times, h, w].isnan().all() and y.isnan().sum() == co * taps
+        y, _ = _cuda.conv_train(x, _weight(x, co), record=record(co), o=_like(size, co), relu=True)
+        assert y[n, :, t, h, w].isnan().all() and y.isnan().sum() == co
         g = _x("bn_bwd", size, ci)
         o, mask = _like(size, co), _like(size, co)
         o[n, 7, t, h, w] = torch.nan
         for positive, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
             mask[n, 7, t, h, w] = positive
-            y, _ = _cuda.conv_train(g, _weight(g, co, taps, True), transposed=True, o=o, o_mask=mask)
+            y, _ = _cuda.conv_train(g, _weight(g, co, 1, True), transposed=True, o=o, o_mask=mask)
             assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()
     x = _x("raw", size, 64)
     x.a[at[0], 5, at[1], at[2], at[3]] = torch.nan
@@ -293,9 +278,9 @@ def test_a_nan_stays_where_it_is():
 
 def _runs(size):
     """Launches of each form, with all that they may leave."""
-    for ci, co, taps in ((256, 64, 1), (256, 128, 1), (64, 64, 3), (128, 128, 3)):
+    for ci, co in ((256, 64), (256, 128)):
         x, g = _x("bn_relu", size, ci), _x("bn_bwd", size, ci)
-        w, w_t, below = _weight(x, co, taps), _weight(g, co, taps, True), (_like(size, co), record(co))
+        w, w_t, below = _weight(x, co), _weight(g, co, 1, True), (_like(size, co), record(co))
         yield lambda x=x, w=w: _cuda.conv_train(x, w, stats=True)
         yield lambda g=g, w=w_t, b=below: _cuda.conv_train(g, w, transposed=True, o=b[0], below=b)
     for ci, co in ((64, 256), (128, 512)):
@@ -321,8 +306,7 @@ def test_runs_are_equal_and_a_graph_replays_them():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("taps", [1, 3])
-def test_more_than_2_to_the_31_elements(taps):
+def test_more_than_2_to_the_31_elements():
     clips = 2**31 // (8 * 40 * 40 * 64) + 2
     ends = slice(0, 1), slice(clips - 1, clips)
     x = torch.zeros(clips, 8, 40, 40, 64, dtype=torch.bfloat16, device="cuda").permute(0, 4, 1, 2, 3)
@@ -330,7 +314,7 @@ def test_more_than_2_to_the_31_elements(taps):
         x[part] = torch.randn_like(x[part])
     rows = record(64)
     x = Operand("bn_relu", x, record_a=rows)
-    w = _weight(x, 64, taps)
+    w = _weight(x, 64)
     y, part = _cuda.conv_train(x, w, stats=True)
     for end in ends:
         check(y[end], _expected(Operand("bn_relu", x.a[end], record_a=rows), w), torch.bfloat16)
@@ -342,16 +326,16 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
     size = 2, 3, 9, 7
     x, g, o, mask = _x("join_b", size, 64), _x("bn_bwd", size, 64), _like(size, 256), _like(size, 256)
     w = _weight(x, 256).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
-    w_t = _weight(g, 64, 3).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     dims, below = size[1:], (_like(size, 64), record(64))
+    w_n = _weight(g, 64).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     wide = _conv.Epilogue(record(256), "add_relu", o)
     masked = _conv.Epilogue(join="add", o=o, o_mask=mask)
     w_r = _weight(g, 256, 1, True).permute(0, 2, 1)[..., None, None].contiguous(memory_format=torch.channels_last_3d)
     cases = [
         (x, w, _conv.pointwise(), wide),
         (g, w_r, _conv.pointwise(), masked, dims),
-        (Operand("bn_relu", g.a, record_a=below[1]), w_t, _conv.temporal(), _conv.Epilogue(stats=True)),
-        (g, w_t, _conv.temporal(), _conv.Epilogue(below=below), dims),
+        (Operand("bn_relu", g.a, record_a=below[1]), w_n, _conv.pointwise(), _conv.Epilogue(stats=True)),
+        (g, w_n, _conv.pointwise(), _conv.Epilogue(below=below), dims),
     ]
     with monkeypatch.context() as patch:
         patch.setattr(_conv, "_train_arguments", lambda *_: None)
@@ -365,16 +349,16 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
 
 @pytest.mark.gpu
 def test_reasons():
-    def why(ci=64, co=64, taps=1, transposed=False, dtype=torch.bfloat16, **arguments):
-        x = Operand("raw", torch.empty(2, ci, 3, 9, 5, dtype=dtype, device="cuda"))
-        w = torch.empty((ci, taps, co) if transposed else (co, taps, ci), dtype=dtype, device="cuda")
+    def why(ci=64, co=64, transposed=False, taps=1, **arguments):
+        x = Operand("raw", torch.empty(2, ci, 3, 9, 5, dtype=torch.bfloat16, device="cuda"))
+        w = torch.empty((ci, taps, co) if transposed else (co, taps, ci), dtype=torch.bfloat16, device="cuda")
         return _cuda.conv_train_why_not(x, w, transposed, **arguments)
 
-    assert why() is None and why(512, 128) is None and why(128, 512) is None and why(taps=3) is None
-    assert why(192, 64, transposed=True) is None and why(128, 128, 3, True) is None
+    assert why() is None and why(512, 128) is None and why(128, 512) is None
+    assert why(192, 64, transposed=True) is None and "taps" in why(taps=3)
     assert "multiples of 64" in why(96) and "multiples of 64" in why(64, 32)
     assert "multiples of 256" in why(64, 192) and "multiples of 256" in why(64, 256, stats=True)
-    assert "3x1x1" in why(64, 128, 3) and "3x1x1" in why(256, 256, 3) and "fit" in why(2048, 128)
+    assert "fit" in why(2048, 128)
 
     def pair(m=64, ci=64, co=256, size=(2, 3, 9, 5)):
         w, w_down = (torch.empty(co, c, dtype=torch.bfloat16, device="cuda") for c in (m, ci))

@@ -635,9 +635,9 @@ def conv_train(
     affine of `record`; the gradient is sum + o, o counted where not o_mask <= 0. `stride`: of 1x1x1, in space; its
     gradient has `dims` (T, H, W), and o lies on the grid of x. float32 accumulation.
 
-    Three kernels: where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded once an
-    element or, of 128 channels, twice; else, or with `tile` (rows, columns, splits; 0: any), once for each tile of
-    output channels. There products take a raw x from memory as it is, but for a strided gradient, `o_mask` and what
+    Three kernels: of 1x1x1, where one side has 64 or 128 channels and the stride is 1, an operand is read and rounded
+    once an element or, of 128 channels, twice; else, or with `tile` (rows, columns, splits; 0: any), once for each tile
+    of output channels. There products take a raw x from memory as it is, but for a strided gradient, `o_mask` and what
     the forward pass normalises or joins; of these gradients w may be read while the kernel before this one in the
     stream still runs.
 
