@@ -4,22 +4,19 @@
 //
 // with dz made of g and z, x of the convolution's input, each once. Both need the same three frames of dz at a frame t.
 //
-// A *unit* is 64 positions of a frame, a *column* a unit in all frames of a clip. A *team* walks down columns: all
-// steps of all columns are cut into runs of equal length, one for each team; one that begins within a column reads two
-// frames again. Boxes are 64 positions by 64 channels (rows.cuh). A block makes 64 channels of dx and of the rows of
-// dw^T: where there are 128, two blocks have the same run, and the second reads g and z from the second-level cache.
+// The order of work is temporal.cuh's. A block makes 64 channels of dx and of the rows of dw^T: where there are 128,
+// two blocks have the same run, and the second reads g and z from the second-level cache.
 //
 // Warpgroups of a block:
 //   the copies  a warp for each team, and one that brings the weights, which stay
-//   the input   one a team: makes dz once an element, in place of g in shared memory, while the matrix unit multiplies
-//               the two frames that are there
+//   the input   one a team
 //   the weight  one for each 64 channels of dz, for all teams: x is loaded transposed and made there, and is the
 //               product's rows; dz is its columns, positions being the sum's index. A block's sums stay in registers
 //
-// Of 64 channels two teams and one warpgroup of the weight, of 128 one and two.
-#include <algorithm>
-
-#include "reads.cuh"
+// Of 64 channels two teams and one warpgroup of the weight, of 128 one and two: the two make dz, once an element, in
+// place of g in shared memory; of 64 channels the input does, while the matrix unit multiplies the two frames that are
+// there.
+#include "temporal.cuh"
 
 namespace p3d {
 namespace {
@@ -32,6 +29,7 @@ constexpr int kBarrierBytes = 512;
 template <int kChunks>
 struct Roles {
     static constexpr int kTeams = 3 - kChunks;
+    static constexpr bool kWeightFinishes = kChunks == 2;  // makes dz; else the input does
     static constexpr int kWeightBoxes = 3 * kChunks;
     static constexpr int kConstantBytes = (3 * kChunks + 2) * kChunk * 8;  // of dz; of x, these 64 channels
     static_assert(kTeams + kChunks == 3, "warpgroups that compute");
@@ -51,11 +49,11 @@ struct Slots {  // of a team; one more is for dx
 
 struct BwdArgs {
     Source dz;
-    const float* affine;               // [3, C] of x; or nullptr
-    bool add, sums;                    // dx += g; sums of dx for x
-    float *partials, *dw;              // [R, 2, C], [splits, C, 3, C]
-    int channels, limit;               // positions of a frame
-    int time, columns, steps, length;  // T, of a clip, in all, of a run
+    const float* affine;   // [3, C] of x; or nullptr
+    bool add, sums;        // dx += g; sums of dx for x
+    float *partials, *dw;  // [R, 2, C], [splits, C, 3, C]
+    int channels;
+    Order order;
     Slots slots;
 };
 
@@ -97,37 +95,9 @@ __device__ __forceinline__ int own_channel() {  // the first of the block's 64
 }
 
 template <int kChunks>
-struct Walk {  // of a team, over its steps
-    int step, end;
-    int time, position, frame;  // t, within the frame, n * T + t
-    bool first = true;          // no frame of the step before is of use
-
-    __device__ __forceinline__ Walk(const BwdArgs& a, int team)
-        : step((int(blockIdx.x) / kChunks * Roles<kChunks>::kTeams + team) * a.length),
-          end(min(step + a.length, a.steps)) {
-        int column = step / a.time, clip = column / a.columns;
-        time = step - column * a.time;
-        position = (column - clip * a.columns) * kUnit;
-        frame = clip * a.time + time;
-    }
-    __device__ __forceinline__ bool last(const BwdArgs& a) const {  // no frame of this step is of use to the next
-        return step + 1 == end || time + 1 == a.time;
-    }
-    __device__ __forceinline__ int begin() const { return first ? -1 : 1; }  // of the frames that are new, from here
-    __device__ __forceinline__ bool exists(const BwdArgs& a, int ahead) const {
-        return 0 <= time + ahead && time + ahead < a.time;
-    }
-    __device__ __forceinline__ void advance(const BwdArgs& a) {
-        ++step, ++frame;
-        first = ++time == a.time;
-        if (!first) return;
-        time = 0, position += kUnit;
-        if (position < a.limit)
-            frame -= a.time;
-        else
-            position = 0;
-    }
-};
+__device__ __forceinline__ Walk walk(const BwdArgs& a, int team) {
+    return {a.order, int(blockIdx.x) / kChunks * Roles<kChunks>::kTeams + team};
+}
 
 // ---- The copies: one thread a team.
 
@@ -153,10 +123,10 @@ __device__ __forceinline__ void bring_operands(const BwdMaps& maps, const BwdArg
                                                int team) {
     Ring g = place.g(team), z = place.z(team), x = place.x(team), o = place.o(team);
 #pragma unroll 1
-    for (Walk<kChunks> at(a, team); at.step < at.end; at.advance(a)) {
+    for (Walk at = walk<kChunks>(a, team); at.step < at.end; at.advance()) {
 #pragma unroll 1
         for (int ahead = at.begin(); ahead <= 1; ++ahead) {
-            if (!at.exists(a, ahead)) continue;
+            if (!at.exists(ahead)) continue;
 #pragma unroll 1
             for (int c = 0; c < kChunks; ++c) {
                 bring(g, maps.g, c * kChunk, at.position, at.frame + ahead);
@@ -168,15 +138,61 @@ __device__ __forceinline__ void bring_operands(const BwdMaps& maps, const BwdArg
     }
 }
 
-// ---- The input: a team's warpgroup.
+// ---- dz.
 
-// d += x * w, boxes in shared memory: rows of x are those of d, rows of w the index of the sum.
-template <typename T>
-__device__ __forceinline__ void multiply_boxes(float (&d)[32], uint32_t x, uint32_t w) {
+// Makes a warp's rows of 64 channels of dz, the next of `g` and `z`, and has them replace g. Past the end of a frame
+// they are zero. `mine`: as row_of_lane says; kSteps of the four are in registers at a time.
+template <typename T, int kSteps, int kChunks>
+__device__ __forceinline__ void finish(const BwdArgs& a, const Place<kChunks>& place, const Ring& g, const Ring& z,
+                                       uint32_t finished, uint32_t mine, int chunk, int position) {
+    int lane = threadIdx.x % 32, row = position + 16 * int(threadIdx.x / 32 % 4) + lane / 4;
+    Constants constants(place.constants, kChunks * kChunk, chunk);
+    barrier_wait(g.full(), g.parity);
+    barrier_wait(z.full(), z.parity);
+    uint32_t box = g.slot() + mine, other = z.slot() + mine;
+    auto apply = [&](const auto& value) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-        wgmma_back<T>(d, swizzled_descriptor(x + 32 * k, 8 * 128), swizzled_descriptor(w + k * 16 * 128, 8 * 128));
+        for (int first = 0; first < 4; first += kSteps) {
+            uint32_t v[kSteps][4], b[kSteps][4];
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                load_fragment(v[k], box ^ (32 * (first + k)));
+                load_fragment(b[k], other ^ (32 * (first + k)));
+            }
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    auto of = value.load(2 * (first + k) + half);
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        uint32_t& pair = v[k][2 * half + m];
+                        pair = value(pair, b[k][2 * half + m], of);
+                        pair = row + 8 * m < a.order.limit ? pair : 0;
+                    }
+                }
+                store_fragment(box ^ (32 * (first + k)), v[k]);
+            }
+        }
+    };
+    if (a.dz.read == Read::bn_bwd)
+        apply(Value<T, Read::bn_bwd>{constants});
+    else
+        apply(Value<T, Read::bn_bwd_open>{constants});
+    fence_proxy_async();
+    __syncwarp();
+    if (lane != 0) return;
+    release(z, z.index);
+    barrier_arrive(finished);
 }
+
+// This lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k.
+__device__ __forceinline__ uint32_t row_of_lane() {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    return (16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
+}
+
+// ---- The input: a team's warpgroup.
 
 template <typename T, int kChunks>
 struct Input {
@@ -188,7 +204,7 @@ struct Input {
     int team, lane, warp;
     bool leader;
     Ring g, z, x, o;
-    uint32_t mine;  // this lane's row of a box for ldmatrix and stmatrix; step k is at that address ^ 32 k
+    uint32_t mine;                 // as row_of_lane says
     int frames[3] = {-1, -1, -1};  // slots of dz, its first 64 channels: the frame before, this one, the one after
     // Sums of g and of g (z - mean) of 16 channels, column 2 j + e of them 8 j + 2 (lane % 4) + e.
     float totals[2][16] = {};
@@ -205,63 +221,43 @@ struct Input {
           z(place.z(team)),
           x(place.x(team)),
           o(place.o(team)),
-          mine((16 * warp + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4)) {}
+          mine(row_of_lane()) {}
 
-    // The next 64 channels of a frame of dz, which replace g. Past the end of a frame they are zero.
-    __device__ __forceinline__ void finish(int chunk, int position) {
-        Fragments v, b;
-        int slot = g.index, second = z.index;
-        uint32_t box = g.take() + mine;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) load_fragment(v[k], box ^ (32 * k));
-        uint32_t other = z.take() + mine;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) load_fragment(b[k], other ^ (32 * k));
-        __syncwarp();
-        if (leader) release(z, second);
-        Constants constants(place.constants, kChunks * kChunk, chunk);
-        if (a.dz.read == Read::bn_bwd)
-            for_pairs(v, b, Value<T, Read::bn_bwd>{constants});
-        else
-            for_pairs(v, b, Value<T, Read::bn_bwd_open>{constants});
-        if (position + kUnit > a.limit) {
-            int row = position + 16 * warp + lane / 4;
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) v[k][i] = row + 8 * (i % 2) < a.limit ? v[k][i] : 0;
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) store_fragment(box ^ (32 * k), v[k]);
-        fence_proxy_async();
-        __syncwarp();
-        if (leader) barrier_arrive(place.finished(team, slot));
+    // The frame `ahead` of this one becomes the one after; finish_after forms it or waits until it is formed.
+    __device__ __forceinline__ void shift(const Walk& at, int ahead) {
+        frames[0] = frames[1], frames[1] = frames[2], frames[2] = at.exists(ahead) ? g.index : -1;
     }
-
-    // The frame `ahead` of this one becomes the one after; finish_after forms it.
-    __device__ __forceinline__ void shift(const Walk<kChunks>& at, int ahead) {
-        frames[0] = frames[1], frames[1] = frames[2], frames[2] = at.exists(a, ahead) ? g.index : -1;
-    }
-    __device__ __forceinline__ void finish_after(const Walk<kChunks>& at) {
+    __device__ __forceinline__ void finish_after(const Walk& at) {
         if (frames[2] < 0) return;
-#pragma unroll 1
-        for (int c = 0; c < kChunks; ++c) finish(c, at.position);
-        named_sync(2 + team, 128);  // all rows are there
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            uint32_t finished = place.finished(team, g.index);
+            if constexpr (Roles<kChunks>::kWeightFinishes) {
+                barrier_wait(finished, g.parity);
+            } else {
+                finish<T, 4>(a, place, g, z, finished, mine, c, at.position);
+                z.advance();
+                named_sync(2 + team, 128);  // all rows are there
+            }
+            g.advance();
+        }
     }
 
     __device__ __forceinline__ void add_frame(float (&d)[32], int frame) const {
         int slot = frames[frame];
         if (slot < 0) return;
+        // The same register for the warp, as the compiler can tell: descriptors are formed of it.
+        uint32_t dz = __shfl_sync(~0u, g.slots + slot * kBoxBytes, 0);
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
-            multiply_boxes<T>(d, g.slots + (slot + c) * kBoxBytes, place.weights + (frame * kChunks + c) * kBoxBytes);
+            multiply_boxes<T, true>(d, dz + c * kBoxBytes, place.weights + (frame * kChunks + c) * kBoxBytes);
         wgmma_commit();
     }
 
     // Rounds 64 channels of dx, stores them and adds to the totals: nothing past the end of a frame, where dz is zero.
     template <bool kAdd, bool kSums>
-    __device__ __forceinline__ void store(const float (&d)[32], const Walk<kChunks>& at) {
+    __device__ __forceinline__ void store(const float (&d)[32], const Walk& at) {
         Constants constants(place.own_constants, kChunk, 0);
         uint32_t to = place.dx(team) + mine, below = 0, added = 0;
         int below_slot = x.index, added_slot = o.index;
@@ -311,7 +307,7 @@ struct Input {
     }
 
     __device__ __forceinline__ void run() {
-        for (Walk<kChunks> at(a, team); at.step < at.end; at.advance(a)) {
+        for (Walk at = walk<kChunks>(a, team); at.step < at.end; at.advance()) {
 #pragma unroll 1
             for (int ahead = at.begin(); ahead < 1; ++ahead) {
                 shift(at, ahead);
@@ -328,7 +324,7 @@ struct Input {
             add_frame(d, 2);
             wgmma_wait<0>();
             wgmma_pin(d);
-            bool last = at.last(a);
+            bool last = at.last();
 #pragma unroll
             for (int frame = 0; frame < 3; ++frame)
                 if (leader && frames[frame] >= 0 && (frame == 0 || last))
@@ -393,13 +389,13 @@ struct Activation {
 template <int kChunks>
 struct Followed {  // a team, as the weight sees it
     int team;
-    Walk<kChunks> at;
-    Ring g, x;
+    Walk at;
+    Ring g, z, x;
     int frames[3] = {-1, -1, -1};  // slots of dz: the frame before, this one, the one after; or -1
 
     __device__ __forceinline__ Followed(const BwdArgs& a, const Place<kChunks>& place, int team, int chunk)
-        : team(team), at(a, team), g(place.g(team)), x(place.x(team)) {
-        for (int c = 0; c < chunk; ++c) g.advance();
+        : team(team), at(walk<kChunks>(a, team)), g(place.g(team)), z(place.z(team)), x(place.x(team)) {
+        for (int c = 0; c < chunk; ++c) g.advance(), z.advance();
     }
 };
 
@@ -442,29 +438,33 @@ struct Weight {
         __syncwarp();
         if (leader) release(x, slot);
         if (a.affine) activation.apply(v);
-        if (position + kUnit <= a.limit) return;
+        if (position + kUnit <= a.order.limit) return;
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int left = a.limit - (position + 16 * k + 8 * (i / 2) + 2 * (lane % 4));  // of this pair on
+                int left = a.order.limit - (position + 16 * k + 8 * (i / 2) + 2 * (lane % 4));  // of this pair on
                 v[k][i] = left <= 0 ? 0 : left == 1 ? v[k][i] & 0xffff : v[k][i];
             }
     }
 
     __device__ __forceinline__ void add(Followed<kChunks>& of) {
         if (of.at.step >= of.at.end) return;
+        constexpr bool kFinishes = Roles<kChunks>::kWeightFinishes;
         Fragments x;
-        read(x, of.x, of.at.position);
+        if constexpr (!kFinishes) read(x, of.x, of.at.position);
 #pragma unroll 1
         for (int ahead = of.at.begin(); ahead <= 1; ++ahead) {
             of.frames[0] = of.frames[1], of.frames[1] = of.frames[2], of.frames[2] = -1;
-            if (!of.at.exists(a, ahead)) continue;
+            if (!of.at.exists(ahead)) continue;
             of.frames[2] = of.g.index;
-            barrier_wait(place.finished(of.team, of.g.index), of.g.parity);
+            uint32_t finished = place.finished(of.team, of.g.index);
+            if constexpr (kFinishes) finish<T, 2>(a, place, of.g, of.z, finished, row_of_lane(), chunk, of.at.position);
+            barrier_wait(finished, of.g.parity);
 #pragma unroll
-            for (int c = 0; c < kChunks; ++c) of.g.advance();
+            for (int c = 0; c < kChunks; ++c) of.g.advance(), of.z.advance();
         }
+        if constexpr (kFinishes) read(x, of.x, of.at.position);  // now that there are registers for it
         pin(x);
 #pragma unroll
         for (int frame = 0; frame < 3; ++frame)
@@ -474,13 +474,13 @@ struct Weight {
                 wgmma_commit();
             }
         wgmma_wait<0>();
-        bool last = of.at.last(a);
+        bool last = of.at.last();
 #pragma unroll
         for (int frame = 0; frame < 3; ++frame) {
             wgmma_pin(d[frame]);
             if (leader && of.frames[frame] >= 0 && (frame == 0 || last)) release(of.g, of.frames[frame]);
         }
-        of.at.advance(a);
+        of.at.advance();
     }
 
     __device__ __forceinline__ void run() {
@@ -541,18 +541,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (warp == 3) bring_weights(maps, a, place);
     } else if (group <= Role::kTeams) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
-        prepare_source(place.constants, a.dz, threadIdx.x - 128, 128 * Role::kTeams);
         if (a.sums)
             prepare(place.own_constants, 2, kChunk, threadIdx.x - 128, 128 * Role::kTeams, [&](int row, int channel) {
                 return row < 3 ? a.affine[row * a.channels + own_channel<kChunks>() + channel] : 0;
             });
-        named_sync(1, 128 * Role::kTeams);
+        prepare_source(place.constants, a.dz, threadIdx.x - 128, kThreads - 128);
+        named_sync(1, kThreads - 128);
         barrier_wait(place.barriers, 0);
         Input<T, kChunks> input(maps, a, place, group - 1);
         input.run();
         if (a.sums) input.send_totals();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+        prepare_source(place.constants, a.dz, threadIdx.x - 128, kThreads - 128);
+        named_sync(1, kThreads - 128);
         Weight<T, kChunks> weight(a, place, group - 1 - Role::kTeams);
         weight.run();
     }
@@ -562,40 +564,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct BwdPlan {
     int chunks, teams;
-    int columns, steps, length, splits;
+    Order order;
+    int splits;
     Slots slots;
 };
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a shape is divided, or why it cannot run. A step takes a team about 2000 cycles, and a cycle brings 2700 bytes of
 // partial sums to and from memory.
 const char* bwd_plan(BwdPlan& plan, const TemporalBwdShape& s) {
-    using Long = long long;
     int device, processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (s.channels != 64 && s.channels != 128)
-        return fail("temporal_bwd: channels: expected 64 or 128, got %lld", Long(s.channels));
-    if (std::min({s.clips, s.time, s.frame}) < 1 ||
-        double(s.clips) * double(s.time) * double(ceil_divide(s.frame, kUnit)) > double(1 << 24) ||
-        double(s.clips) * double(s.time) * double(s.frame) > 2147000000.0)
-        return fail(
-            "temporal_bwd: expected 1 to 2^24 units of up to 64 positions of a frame, got N, T, H * W = %lld, "
-            "%lld, %lld",
-            Long(s.clips), Long(s.time), Long(s.frame));
+    if (const char* reason = order_of(plan.order, "temporal_bwd", s.clips, s.time, s.frame, s.channels)) return reason;
     plan.chunks = int(s.channels / kChunk);
     plan.teams = 3 - plan.chunks;
-    plan.columns = int(ceil_divide(s.frame, kUnit));
-    plan.steps = int(s.clips * s.time * plan.columns);
     int most = std::max(1, processors / plan.chunks) * plan.teams;  // runs
     double split_cost = 3.0 * s.channels * s.channels * 8 / 2700, best = 0;
-    for (int length = int(ceil_divide(plan.steps, most)), tried = 0; tried < 16; ++length, ++tried) {
-        int splits = int(ceil_divide(ceil_divide(plan.steps, length), plan.teams));
+    for (int length = int(ceil_divide(plan.order.steps, most)), tried = 0; tried < 16; ++length, ++tried) {
+        int splits = int(ceil_divide(ceil_divide(plan.order.steps, length), plan.teams));
         double cost = 2000.0 * length + split_cost * splits;
         if (tried && cost >= best) continue;
-        best = cost, plan.length = length, plan.splits = splits;
+        best = cost, plan.order.length = length, plan.splits = splits;
     }
     if (plan.chunks == 1)
         plan.slots = s.add ? Slots{5, 2, 2, 2} : Slots{5, 3, 3, 0};
@@ -616,7 +606,7 @@ template <int kChunks>
 constexpr bool fits(Slots slots) {
     using Role = Roles<kChunks>;
     int all = slots.g + slots.z + slots.x + slots.o + 1;
-    return slots.g % kChunks == 0 &&
+    return slots.g % kChunks == 0 && slots.z % kChunks == 0 &&
            (Role::kWeightBoxes + Role::kTeams * all) * kBoxBytes + Role::kConstantBytes + kBarrierBytes <=
                kSharedLimit &&
            16 * (1 + Role::kTeams * all) + 8 * Role::kTeams * slots.g <= kBarrierBytes;
@@ -667,8 +657,8 @@ const char* temporal_bwd(const TemporalBwd& p) {
     args.affine = p.x.affine_a;
     args.add = s.add, args.sums = s.sums;
     args.partials = p.partials, args.dw = p.dw;
-    args.channels = int(s.channels), args.limit = int(s.frame);
-    args.time = int(s.time), args.columns = plan.columns, args.steps = plan.steps, args.length = plan.length;
+    args.channels = int(s.channels);
+    args.order = plan.order;
     args.slots = plan.slots;
     return p.dtype == DType::bf16 ? launch<__nv_bfloat16>(maps, args, plan, p.stream)
                                   : launch<__half>(maps, args, plan, p.stream);

@@ -166,8 +166,7 @@ struct Consumer {
     template <bool kBack>
     __device__ __forceinline__ void multiply_frame(float (&d)[32], uint32_t x, int frame) const {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-            multiply_boxes<T, kBack>(d, x + c * kBoxBytes, place.weight(frame, c, part));
+        for (int c = 0; c < kChunks; ++c) multiply_boxes<T, kBack>(d, x + c * kBoxBytes, place.weight(frame, c, part));
     }
     __device__ __forceinline__ void add_frame(float (&d)[32], int frame) const {
         if (frames[frame] < 0) return;
