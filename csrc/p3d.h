@@ -187,8 +187,8 @@ const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape
 // Why raw_wgrad cannot run this shape; nullptr if it can.
 const char* raw_wgrad_why_not(const RawWgradShape& shape);
 
-// 1x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; in conv_tiles, which takes
-// the same, also 3x1x1 ones, padded by 1 in time. X is an operand as above, of any read but masked:
+// 1x1x1 convolutions of stride 1 in training, where the narrower side has 64 or 128 channels; in conv_tiles, which
+// takes the same, also 3x1x1 ones, padded by 1 in time. X is an operand as above, of any read but masked:
 //
 //     y[p,co] = epi(sum over taps and ci of X[p + tap,ci] * w[co,tap,ci])         forward
 //     y[p,co] = epi(sum over taps and ci of X[p - tap,ci] * w[ci,tap,co])         transposed: the input gradient, of
