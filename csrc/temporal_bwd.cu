@@ -539,24 +539,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (threadIdx.x % 32) return;
         if (warp < Role::kTeams) bring_operands(maps, a, place, warp);
         if (warp == 3) bring_weights(maps, a, place);
-    } else if (group <= Role::kTeams) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
-        if (a.sums)
-            prepare(place.own_constants, 2, kChunk, threadIdx.x - 128, 128 * Role::kTeams, [&](int row, int channel) {
-                return row < 3 ? a.affine[row * a.channels + own_channel<kChunks>() + channel] : 0;
-            });
-        prepare_source(place.constants, a.dz, threadIdx.x - 128, kThreads - 128);
-        named_sync(1, kThreads - 128);
-        barrier_wait(place.barriers, 0);
-        Input<T, kChunks> input(maps, a, place, group - 1);
-        input.run();
-        if (a.sums) input.send_totals();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
-        prepare_source(place.constants, a.dz, threadIdx.x - 128, kThreads - 128);
+        int thread = threadIdx.x - 128;
+        prepare_source(place.constants, a.dz, thread, kThreads - 128);
+        if (a.sums)
+            prepare(place.own_constants, 2, kChunk, thread, kThreads - 128, [&](int row, int channel) {
+                return row < 3 ? a.affine[row * a.channels + own_channel<kChunks>() + channel] : 0;
+            });
         named_sync(1, kThreads - 128);
-        Weight<T, kChunks> weight(a, place, group - 1 - Role::kTeams);
-        weight.run();
+        if (group <= Role::kTeams) {
+            barrier_wait(place.barriers, 0);
+            Input<T, kChunks> input(maps, a, place, group - 1);
+            input.run();
+            if (a.sums) input.send_totals();
+        } else {
+            Weight<T, kChunks> weight(a, place, group - 1 - Role::kTeams);
+            weight.run();
+        }
     }
 }
 

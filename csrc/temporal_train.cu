@@ -41,7 +41,7 @@ struct TemporalMaps {
 };
 
 struct TemporalArgs {
-    Source x;
+    const float* affine;  // [3, C] of x; or nullptr
     bool back;
     float* partials;  // [blocks, 3, C] or nullptr
     Order order;
@@ -151,7 +151,7 @@ struct Consumer {
     __device__ __forceinline__ void finish_after() {
         if (frames[2] < 0) return;
         uint32_t box = in.take() + part * kBoxBytes + mine;
-        if (a.x.read == Read::raw) return;
+        if (!a.affine) return;
         Fragments v;
 #pragma unroll
         for (int k = 0; k < 4; ++k) load_fragment(v[k], box ^ (32 * k));
@@ -324,7 +324,10 @@ __global__ void __launch_bounds__(Roles<kChunks>::kThreads, 1)
         if (warp == 3) bring_weights(maps, a, place);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Role::kRegisters));
-        prepare_source(place.constants, a.x, threadIdx.x - 128, Role::kConsumers);
+        constexpr int kChannels = kChunks * kChunk;
+        if (a.affine)
+            prepare(place.constants, 2, kChannels, threadIdx.x - 128, Role::kConsumers,
+                    [&](int row, int channel) { return row < 3 ? a.affine[row * kChannels + channel] : 0; });
         named_sync(1, Role::kConsumers);
         barrier_wait(place.barriers, 0);
         Consumer<T, kChunks> consumer(maps, a, place, warp / 4 - 1);
@@ -389,7 +392,7 @@ const char* temporal_train(const TemporalTrain& p) {
     encode(maps.y, p.y, s.clips * s.time, s.frame, s.channels, 16);
     if (failed) return failed;
     TemporalArgs args{};
-    args.x = {p.x.read, int(s.channels / kChunk), p.x.affine_a, nullptr, nullptr};
+    args.affine = p.x.affine_a;
     args.back = p.transposed;
     args.partials = p.partials;
     args.order = plan.order;
