@@ -4,6 +4,8 @@ Every case starts from a master, a plain float32 module, seeded. A rival is the 
 its state dict. All use the port's wiring, which is what users of plain PyTorch have.
 
     p3d_kernels     this package (`freeze` for inference)
+    p3d_kernels_less_memory
+                    the same with memory="less", in training
     eager           PyTorch, channels_last_3d; BN folded into the convolutions for inference
     eager_ncdhw     the same in PyTorch's default layout
     compile         `eager` under torch.compile
@@ -34,6 +36,7 @@ from .cases import DEPTHS, Case
 
 WIRING = "port"
 OURS = "p3d_kernels"
+LESS_MEMORY = "p3d_kernels_less_memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +56,13 @@ RIVALS = {
     "conv2d_compile": Rival(views_2d=True, compile=True),
     "conv3d_full": Rival(),
 }
-IMPLEMENTATIONS = (OURS, *RIVALS)
+IMPLEMENTATIONS = (OURS, LESS_MEMORY, *RIVALS)
 
 
-def applies(implementation: str, case: Case) -> bool:
+def applies(implementation: str, case: Case, pass_: str = "train") -> bool:
     """Whether an implementation says anything about a case (a single convolution has nothing to compile)."""
+    if implementation == LESS_MEMORY:
+        return case.op in DEPTHS and pass_ != "infer"
     if implementation == "conv3d_full":
         whole = case.op in ("bottleneck", "pseudo3d_conv")
         return case.op in DEPTHS or case.op == "spatial_conv" or (whole and case.kind == "A")
@@ -155,11 +160,12 @@ class _Op(nn.Module):
         return op(x, self.weight, self.case.stride)
 
 
-def ours(case: Case, model: nn.Module) -> nn.Module:
+def ours(case: Case, model: nn.Module, memory: str = "default") -> nn.Module:
     """This package's module with the weights and statistics of the master `model`."""
     state = model.state_dict()
     if case.op in DEPTHS:
-        mine = getattr(models, case.op)(case.channels[1], wiring=WIRING, in_channels=case.channels[0], dropout=0.0)
+        options = {"wiring": WIRING, "in_channels": case.channels[0], "dropout": 0.0, "memory": memory}
+        mine = getattr(models, case.op)(case.channels[1], **options)
     elif case.op == "bottleneck":
         mine = p3d_nn.Bottleneck(case.channels[0], case.channels[1], case.kind, WIRING, case.stride)
     elif case.op == "pseudo3d_conv":

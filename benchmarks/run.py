@@ -27,7 +27,7 @@ from p3d_kernels._timing import Progress, captured, measure, table
 from . import report, rivals
 from .cases import CASES, CONV, DEPTHS, PASSES, Case, select
 from .floor import floor_ms
-from .rivals import IMPLEMENTATIONS, OURS
+from .rivals import IMPLEMENTATIONS, LESS_MEMORY, OURS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,9 @@ class Problem:
         if implementation.startswith("reference"):
             model, x, autocast = copy.deepcopy(master), x.float(), None
             target = target.float() if target is not None and target.is_floating_point() else target
-        elif implementation == OURS:
-            model = rivals.ours(self.case, master).train(not infer)
+        elif implementation in (OURS, LESS_MEMORY):
+            memory = "less" if implementation == LESS_MEMORY else "default"
+            model = rivals.ours(self.case, master, memory).train(not infer)
             if self.single:
                 model = model.to(dtype)
             elif infer and self.case.op in DEPTHS:
@@ -237,7 +238,7 @@ def plan(args: argparse.Namespace) -> Plan:
         if pass_ in passes
         for batch in batches
         for implementation in implementations
-        if rivals.applies(implementation, case)
+        if rivals.applies(implementation, case, pass_)
     ]
     if not todo:
         raise ValueError(f"nothing to run: cases {args.cases} have none of the passes {args.passes}")

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ._backends import use_backend
+from ._checks import check_choice
 from .models import P3D
-from .nn import FROZEN, Bottleneck, BottleneckRow, MaxPool3d, hooked, why_not_fused
+from .nn import FROZEN, Bottleneck, BottleneckRow, MaxPool3d, hooked, set_memory, why_not_fused
+from .ops._fused import MEMORY
 
 _log = logging.getLogger("p3d_kernels")
 
@@ -51,7 +53,7 @@ class _Left(Exception):
     """The reason why a module is not swapped."""
 
 
-def accelerate(model: nn.Module, report: AccelerateReport | None = None) -> nn.Module:
+def accelerate(model: nn.Module, report: AccelerateReport | None = None, *, memory: str | None = None) -> nn.Module:
     """Swap the bottleneck blocks and max-pools of a port-style P3D net for fused ones, in place.
 
     A block is any module whose layers are `conv1 bn1 conv2 bn2 conv3 bn3 conv4 bn4` (1x1x1, 1x3x3, 3x1x1, 1x1x1) or, on
@@ -64,16 +66,18 @@ def accelerate(model: nn.Module, report: AccelerateReport | None = None) -> nn.M
     Args:
         model: the net; on any device, in any mode. May be wrapped (DistributedDataParallel, ...).
         report: filled with what was swapped and what was left, and why. The same goes to the logger `p3d_kernels`.
+        memory: "default" or "less", of all blocks that are ours then (`nn.Bottleneck`); None: as each has it.
 
     Returns:
         model.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no block could be swapped; says why. The model is unchanged.
+        ValueError: no block could be swapped, or an unknown `memory`; says why. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_choice("memory", memory, (*MEMORY, None))
     report = AccelerateReport() if report is None else report
     plan: list[tuple[nn.Module, str, nn.Module]] = []
     made: dict[nn.Module, nn.Module] = {}  # a module that stands in two places is swapped for one and the same
@@ -105,6 +109,8 @@ def accelerate(model: nn.Module, report: AccelerateReport | None = None) -> nn.M
     for row in model.modules():
         if type(row) is nn.Sequential and len(row) > 1 and all(type(m) is Bottleneck for m in row):
             row.__class__ = BottleneckRow  # the same object, its hooks and names kept
+    if memory is not None:
+        set_memory(model, memory)
     _log.info("accelerate: %s", report)
     return model
 

@@ -20,7 +20,7 @@ from . import ops
 from ._backends import _warn_once
 from ._checks import check_choice, check_positive
 from ._norm import Norm, remember
-from .ops._fused import Config
+from .ops._fused import MEMORY, Config
 from .ops.bottleneck import bottlenecks
 from .reference import KINDS, WIRINGS
 
@@ -204,6 +204,27 @@ class Pseudo3dConv(nn.Module):
         return f"kind={self.kind}, wiring={self.wiring}"
 
 
+def set_memory(module: nn.Module, memory: str) -> None:
+    """Set `memory` of every `Bottleneck` in `module`."""
+    check_choice("memory", memory, MEMORY)
+    for block in module.modules():
+        if isinstance(block, Bottleneck):
+            block.memory = memory
+
+
+class MemoryOfBlocks:
+    """A module whose `memory` is that of the `Bottleneck` blocks in it: "mixed", where they differ."""
+
+    @property
+    def memory(self) -> str:
+        found = {m.memory for m in self.modules() if isinstance(m, Bottleneck)} or {MEMORY[0]}
+        return found.pop() if len(found) == 1 else "mixed"
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        set_memory(self, memory)
+
+
 class Bottleneck(nn.Module):
     """P3D bottleneck: relu(bn(expand(join(relu(bn(reduce x))))) + r), r = x or bn(downsample x), as one op.
 
@@ -219,12 +240,26 @@ class Bottleneck(nn.Module):
         kind: "A", "B", "C" (see `Pseudo3dConv`) or "2d".
         wiring: "author" or "port".
         stride: s. With s > 1 or Ci != 4 M the block has a downsample.
+        memory: "default", or "less": in training our kernels drop what one of them makes again in the backward. In a
+            `BottleneckRow` that is the block's output, but for the last; and where Ci <= 2 M, that of its reduce,
+            unless it is small. Outputs and gradients are the same, bit for bit. May be set later. No effect in plain
+            PyTorch (backend "aten") and under torch.compile.
     """
 
     expansion = 4
+    _memory = MEMORY[0]
 
-    def __init__(self, in_channels: int, channels: int, kind: str = "A", wiring: str = "author", stride: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kind: str = "A",
+        wiring: str = "author",
+        stride: int = 1,
+        memory: str = "default",
+    ):
         super().__init__()
+        self.memory = memory
         check_choice("kind", kind, KINDS)
         check_choice("wiring", wiring, WIRINGS)
         for name, value in (("in_channels", in_channels), ("channels", channels), ("stride", stride)):
@@ -270,6 +305,15 @@ class Bottleneck(nn.Module):
                 setattr(block, name, default)
         return block
 
+    @property
+    def memory(self) -> str:
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        check_choice("memory", memory, MEMORY)
+        self._memory = memory
+
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "2d" and x.dim() == 4:
             return self.forward(x.unsqueeze(2)).squeeze(2)
@@ -277,7 +321,8 @@ class Bottleneck(nn.Module):
         if why is not None:
             explain_unfused("Bottleneck", why, x)
             return self._frames(x) if self.kind == "2d" else self._one_by_one(x)
-        return ops.bottleneck(x, *self.arguments(), kind=self.kind, wiring=self.wiring, stride=self.stride)
+        how = {"kind": self.kind, "wiring": self.wiring, "stride": self.stride, "memory": self.memory}
+        return ops.bottleneck(x, *self.arguments(), **how)
 
     def arguments(self) -> tuple:
         """(weight, norm) of reduce, S, T, expand and downsample, flat, as `ops.bottleneck` takes them after x."""
@@ -317,10 +362,11 @@ class Bottleneck(nn.Module):
         return y.unflatten(0, (n, t)).transpose(1, 2)
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind}, wiring={self.wiring}, stride={self.stride}"
+        memory = "" if self.memory == MEMORY[0] else f", memory={self.memory}"
+        return f"kind={self.kind}, wiring={self.wiring}, stride={self.stride}{memory}"
 
 
-class BottleneckRow(nn.Sequential):
+class BottleneckRow(MemoryOfBlocks, nn.Sequential):
     """`Bottleneck` blocks in a row, run as one op where nothing must happen between them: the host works once for all.
 
     A block with hooks, or one that calls its layers one by one, or has nothing to train while others have, makes all of
@@ -343,7 +389,8 @@ class BottleneckRow(nn.Sequential):
         arguments = [block.arguments() for block in blocks]
         if torch.is_grad_enabled() and not all(map(_trains, arguments)):
             return None
-        return list(zip(arguments, [Config(block.kind, block.wiring, block.stride) for block in blocks]))
+        configs = [Config(block.kind, block.wiring, block.stride, block.memory) for block in blocks]
+        return list(zip(arguments, configs))
 
 
 def _may_join(block: nn.Module) -> bool:

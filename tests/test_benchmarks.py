@@ -132,6 +132,14 @@ def test_finetuning_leaves_every_norm_but_the_first_alone():
         assert problem.check(name, answers[name]) < 1e-4
 
 
+def test_less_memory_is_for_the_steps_of_nets():
+    problem = run.Problem(CASES["p3d63"], "train", 2, run.Setting(torch.device("cpu"), torch.float32, toy=True))
+    nets = [problem.step(name).model for name in (rivals.OURS, rivals.LESS_MEMORY)]
+    assert [net.memory for net in nets] == ["default", "less"]
+    wanted = [("p3d63", "train"), ("p3d199", "finetune"), ("p3d63", "infer"), ("stem", "train")]
+    assert [rivals.applies(rivals.LESS_MEMORY, CASES[c], p) for c, p in wanted] == [True, True, False, False]
+
+
 def test_views_2d_has_no_3d_layer_left():
     net = rivals.views_2d(rivals.master(CASES["p3d63"]))
     kinds = {type(m).__name__ for m in net.modules()}

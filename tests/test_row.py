@@ -12,8 +12,10 @@ import p3d_kernels as p3d
 from nets import batch_norms, randomise, set_mode
 from p3d_kernels import _backends
 from p3d_kernels.nn import Bottleneck, BottleneckRow
-from p3d_kernels.ops import _conv, _fused
+from p3d_kernels.ops import _conv, _cuda, _fused
+from p3d_kernels.ops._fused import Config
 from p3d_kernels.ops._triton import Operand
+from p3d_kernels.ops.bottleneck import RowConfig
 
 
 @pytest.fixture
@@ -42,15 +44,29 @@ def step(net, x):
     return [y.detach(), x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
 
 
-CASES = [("BCA", "author", "train"), ("BCA", "author", "frozen"), (("2d", "2d", "2d"), "author", "train")]
+FLAT = ("2d", "2d", "2d")
+CASES = [("BCA", "author", "train", "less"), ("BCA", "author", "frozen", "default"), (FLAT, "author", "train", "less")]
 MORE = [("AB", "author", "train"), ("CC", "author", "train"), ("BCA", "port", "train"), ("BCA", "author", "eval")]
+MORE = [(*case, memory) for case in MORE for memory in ("default", "less")]
+MORE += [
+    ("BCA", "author", "train", "default"),
+    ("BCA", "author", "frozen", "less"),
+    (FLAT, "author", "train", "default"),
+]
 CASES += [pytest.param(*case, marks=pytest.mark.gpu) for case in MORE]  # 15 s each in the interpreter
 
 
-@pytest.mark.parametrize("kinds, wiring, mode", CASES)
-def test_a_step_is_that_of_its_blocks(kinds, wiring, mode, triton, device, monkeypatch):
+@pytest.mark.parametrize("kinds, wiring, mode, memory", CASES)
+def test_a_step_is_that_of_its_blocks(kinds, wiring, mode, memory, triton, device, monkeypatch):
     together = set_mode(row(kinds, wiring).to(device), mode)
     alone = set_mode(apart(together), mode)
+    together.memory = memory
+    bottleneck = importlib.import_module("p3d_kernels.ops.bottleneck")  # of this name there is a function, too
+    monkeypatch.setattr(_fused, "_settled", {})  # no tape of another test's
+    monkeypatch.setattr(bottleneck, "RUN", 2)  # so that one output is kept and one made again, or, stored, both of two
+    if kinds == FLAT:
+        monkeypatch.setattr(bottleneck, "RUN", 4)
+        monkeypatch.setattr(bottleneck, "stores", lambda *_: True)
     calls = []
     one = Bottleneck.forward
     monkeypatch.setattr(Bottleneck, "forward", lambda block, x: calls.append(block) or one(block, x))
@@ -77,6 +93,74 @@ def test_a_block_hands_its_gradient_down_masked(mode, triton, device, monkeypatc
     for a, b in zip(masked, step(net, x), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
     assert all(y is not None for y in read[4:])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("kinds, wiring", [("BCA", "author"), ("ABC", "port")])
+def test_a_gradient_in_the_place_of_another(kinds, wiring, device, monkeypatch):
+    """`reduce_bwd` writes dx over what it reads, where that is not read again. The bits are the same elsewhere."""
+    blocks = [Bottleneck(64, 64, kinds[0], wiring), *(Bottleneck(256, 64, kind, wiring) for kind in kinds[1:])]
+    default, x, over = randomise(BottleneckRow(*blocks)).to(device), torch.randn(2, 64, 4, 20, 20, device=device), []
+    less = copy.deepcopy(default)
+    less.memory = "less"
+    elsewhere = copy.deepcopy(default)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = [step(default, x), step(less, x)]
+        reduce_bwd = _cuda.reduce_bwd
+        monkeypatch.setattr(_cuda, "reduce_bwd", lambda *of: over.append(of[6]) or reduce_bwd(*of[:6]))
+        monkeypatch.setattr(_fused, "_settled", {})
+        found.append(step(elsewhere, x))
+    assert any(tensor is not None for tensor in over)
+    for got in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], got, strict=True))
+
+
+def test_what_less_memory_drops(triton, device):
+    """Bytes that autograd is given to keep: z_r of the first block, and its output."""
+    net, x, kept = row("AB").to(device), torch.randn(1, 24, 2, 5, 5, device=device), []
+    for memory in ("default", "less"):
+        net.memory = memory
+        kept.append(0)
+
+        def pack(tensor):
+            kept[-1] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(x)
+    dropped = 4 * (16 + 64) * 2 * 3 * 3
+    assert dropped <= kept[0] - kept[1] < dropped + 64  # what aligns them beside
+
+
+def test_which_inputs_a_row_keeps():
+    def kept(*memory):
+        config = RowConfig(tuple(Config("A", "author", memory=m) for m in memory), (5,) * len(memory))
+        return [i for i, keeps in enumerate(config.keeps_input()) if keeps]
+
+    assert kept("default", "default", "default") == [1, 2] and kept("less", "less", "less") == []
+    assert kept("less", "default", "less") == [2]  # the output of the second
+    assert kept(*["less"] * 6) == [4] and kept(*["less"] * 36) == [6, 12, 18, 24, 30]
+
+
+def test_memory_may_be_set_at_every_level():
+    net = p3d.models.P3D((2, 1, 1, 1), 9, memory="less")
+    assert net.memory == net.layer1.memory == net.layer1[1].memory == "less"
+    net.layer1.memory = "default"
+    assert (net.memory, net.layer1.memory, net.layer2[0].memory) == ("mixed", "default", "less")
+    assert p3d.accelerate(net).memory == "mixed" and p3d.accelerate(net, memory="less").memory == "less"
+    assert copy.deepcopy(net).memory == "less" and "memory=less" in repr(net)
+    with pytest.raises(ValueError, match="memory: expected one of .*'default', 'less'.*got 'more'"):
+        Bottleneck(24, 16, memory="more")
+    for module in (net, net.layer1, net.layer1[0]):
+        with pytest.raises(ValueError, match="memory: .*got None"):
+            module.memory = None
+    with pytest.raises(ValueError, match="memory: .*got 1"):
+        p3d.accelerate(net, memory=1)
+    with pytest.raises(ValueError, match="memory: .*got 'more'"):
+        block = net.layer1[1]
+        p3d.ops.bottleneck(torch.zeros(1, 256, 1, 2, 2), *block.arguments(), kind=block.kind, memory="more")
+    assert net.memory == "less"
 
 
 def test_a_mask_lets_nan_pass(triton, device):

@@ -52,6 +52,7 @@ def test_checkpointing_computes_the_same(reentrant, kernels, device):
     net = row(device)
     x = clips(device)
     twin = copy.deepcopy(net)
+    twin.memory = "less"
     y = net(x)
     y.square().sum().backward()
     want = [y.detach(), *gradients(net, x)]
@@ -135,9 +136,10 @@ def test_a_failure_in_the_middle_leaves_the_net_as_it_was(where, device):
 
 @pytest.mark.gpu
 def test_a_whole_step_in_a_graph(device):
-    """As the README says. A replay is what a step by itself would have been, to the bit."""
+    """As the README says. A replay, with less memory, is what a step by itself would have been, to the bit."""
     nets = [P3D(TINY, 9, wiring="author", dropout=0.0).to(device).train() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
+    nets[0].memory = "less"
     data = [(torch.randn(2, 3, 8, 64, 64, device=device), torch.randint(9, (2,), device=device)) for _ in range(4)]
     x, labels = (t.clone() for t in data[0])
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
@@ -168,6 +170,32 @@ def test_a_whole_step_in_a_graph(device):
         assert torch.equal(loss, step(nets[1], optimizers[1], clip, label))
     for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wiring, mode", [("author", "train"), ("port", "train"), ("author", "frozen")])
+def test_less_memory(wiring, mode, device):
+    """The bits of the default, and a peak that is lower by more than one output of stage 1."""
+    net = set_mode(randomise(P3D(DEPTHS["p3d63"], 9, wiring=wiring, dropout=0.0)).to(device), mode)
+    state, x, found = copy.deepcopy(net.state_dict()), torch.randn(4, 3, 16, 112, 112, device=device), []
+    for memory in ("default", "less"):
+        net.memory = memory
+        net.load_state_dict(state)
+        for _ in range(2):  # recorded, then replayed
+            net.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                y = net(x)
+            y.square().mean().backward()
+            peak = torch.cuda.max_memory_allocated() - before
+        tensors = [y.detach(), *(p.grad for p in net.parameters()), *net.buffers()]
+        found.append((peak, [t.clone() for t in tensors if t is not None]))
+        del y, tensors
+    (most, want), (least, got) = found
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert least < most - 2 * 256 * x.size(0) * 8 * 28 * 28
 
 
 # ---- How exact it is.

@@ -10,13 +10,22 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_choice, check_clips, check_positive
 from .._norm import Norm, together
-from ..nn import Bottleneck, BottleneckRow, MaxPool3d, explain_unfused, hooked, remember_norms, why_not_fused
+from ..nn import (
+    Bottleneck,
+    BottleneckRow,
+    MaxPool3d,
+    MemoryOfBlocks,
+    explain_unfused,
+    hooked,
+    remember_norms,
+    why_not_fused,
+)
 from ..ops._head import linear_of_few, mean_over_positions
 from ..reference import WIRINGS
 from ._common import DEPTHS, MODALITIES, InputSpec, initialise, input_spec, run_stages, stem_pool_fits
 
 
-class P3D(nn.Module):
+class P3D(MemoryOfBlocks, nn.Module):
     """P3D ResNet: clips x [N, C, T, H, W] to logits [N, num_classes]; any T, H and W.
 
     Stem (1x7x7 convolution of stride (1, 2, 2), BN, ReLU, (2, 3, 3) max-pool of stride 2), three stages of P3D
@@ -34,6 +43,8 @@ class P3D(nn.Module):
         modality: "rgb" (3 channels) or "flow" (2 channels).
         in_channels: input channels, where they are not those of the modality.
         dropout: before fc; 0.9 in the paper's fine-tuning.
+        memory: of all blocks (`nn.Bottleneck`): "less" trades a little time of a training step for memory. An attribute
+            of the net, and of its stages `layer1` to `layer4`, that may be set later.
     """
 
     def __init__(
@@ -45,6 +56,7 @@ class P3D(nn.Module):
         modality: str = "rgb",
         in_channels: int | None = None,
         dropout: float = 0.5,
+        memory: str = "default",
     ):
         super().__init__()
         check_choice("wiring", wiring, WIRINGS)
@@ -68,7 +80,8 @@ class P3D(nn.Module):
             blocks = []
             for i in range(depth):
                 kind = "2d" if stage == 3 else "ABC"[block % 3]
-                blocks.append(Bottleneck(channels, 64 << stage, kind, wiring, stride=2 if stage and i == 0 else 1))
+                stride = 2 if stage and i == 0 else 1
+                blocks.append(Bottleneck(channels, 64 << stage, kind, wiring, stride, memory))
                 block, channels = block + 1, 4 * (64 << stage)
             self.add_module(f"layer{stage + 1}", BottleneckRow(*blocks))
         self.dropout = nn.Dropout(dropout)

@@ -1098,12 +1098,14 @@ def reduce_bwd(
     o: Tensor,  # like x; or, thin, [N, Ci, T, ceil(H / 2), W / 2]
     o_mask: Tensor | None = None,  # like o
     mask_x: bool = False,
+    over: Tensor | None = None,  # x or o, like x
 ) -> tuple[Tensor, Tensor]:
     """(dx, part): both gradients of a 1x1x1 convolution of stride 1, x to z = w x, from dz; float32 accumulation.
 
     dx = dz w + o, o counted where not o_mask <= 0, if that is given. `mask_x`: dx is zero where x <= 0, which makes it
     the gradient before the ReLU whose output x is. dz is rounded to the dtype; it and x are read once. A thin o is that
-    of every second row and column, zero elsewhere; W is then even and o_mask given.
+    of every second row and column, zero elsewhere; W is then even and o_mask given. over: dx takes its place: the block
+    that writes an element of dx is the only one to read that of x and of o, and has done so.
 
     Returns:
         dx like x, channels_last_3d, and float32 [R, Co * Ci], each row [Co, Ci] the sum of dz[co] x[ci] over a part of
@@ -1125,7 +1127,9 @@ def reduce_bwd(
             _check_activation(name, tensor, (n, ci, *_conv_wgrad_out(dims, (1, 1 + thin))), dtype)
     if thin and o_mask is None:
         raise ValueError("o_mask: expected a tensor with a thin o, got None")
-    dx = alloc((n, ci, *dims), device, dtype)
+    if over is not None and over is not x and (over is not o or thin):
+        raise ValueError("over: expected x, or o of its shape, got another tensor")
+    dx = alloc((n, ci, *dims), device, dtype) if over is None else over
     if x.numel() == 0:
         return dx, torch.zeros(1, co * ci, device=device)
     sizes = _reduce_sizes(tuple(x.shape), co, thin)

@@ -29,6 +29,10 @@ class Config:
     kind: str
     wiring: str
     stride: int = 1
+    memory: str = "default"
+
+
+MEMORY = ("default", "less")  # what a bottleneck block keeps for its backward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from .. import _backends, reference
-from .._checks import check_activation, check_positive, check_weight
+from .._checks import check_activation, check_choice, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._apply import bn_apply, bn_bwd_apply, bn_sums
+from ._apply import bn_applied, bn_apply, bn_bwd_apply, bn_sums
 from ._conv import Epilogue, WeightGrad, conv, conv_wgrads, cuda_allowed, pointwise, taps_of
-from ._fused import SCHEDULES, Config, Schedule, dispatch
+from ._fused import MEMORY, SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
 from ._tape import taped
 from ._triton import Operand, Splits, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, summed
@@ -66,18 +66,32 @@ def _fwd(x, weights, norms, config, thin=False):
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
     join, records_st, raws_st, _ = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
-    kept, residual = [], x
+    kept = []
     record_e = _wide_record(join, w_e, norm_e, kept)
     record_d = [_wide_record(source, w, norm, kept, config.stride) for w, norm in zip(w_d, norm_d)]
     records, raws = [record_r, *records_st, record_e, *record_d], [z_r, *raws_st, *kept]
+    return _output(x, join, weights, record_e, record_d, config, thin), records, raws
+
+
+def _output(
+    x: Tensor,
+    join: Operand,
+    weights: list[Tensor],
+    record_e: Tensor,
+    record_d: list[Tensor],
+    config: Config,
+    thin: bool = False,
+) -> Tensor:
+    """y of the join of S and T."""
+    _, _, (w_e,), w_d = _split(weights, config)
+    residual = x
     if w_d:
         pair = join, taps_of(w_e)[:, 0], x, taps_of(w_d[0])[:, 0]
         if cuda_allowed(x) and _cuda.conv_pair_why_not(*pair) is None:
-            return _cuda.conv_pair(*pair, record_e, *record_d), records, raws
-        residual, _ = conv(source, w_d[0], stride, Epilogue(*record_d))
+            return _cuda.conv_pair(*pair, record_e, *record_d)
+        residual, _ = conv(Operand("raw", x), w_d[0], pointwise(config.stride), Epilogue(*record_d))
     step = 2 if thin else 1
-    y, _ = conv(join, w_e, pointwise(step), Epilogue(record_e, "add_relu", residual, o_stride=step))
-    return y, records, raws
+    return conv(join, w_e, pointwise(step), Epilogue(record_e, "add_relu", residual, o_stride=step))[0]
 
 
 def _fwd_stored(x, weights, norms, config, thin):
@@ -117,10 +131,12 @@ class Inner(NamedTuple):
     sums: list[Tensor]
 
 
-def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin=False, masked=False, mask_x=False):
+def _bwd(
+    dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin=False, masked=False, mask_x=False, over=None
+):
     """`masked`: dy is masked by y, the output of a ReLU, already; `mask_x`: so shall dx be by x, that of another.
 
-    thin: as in `_fwd`; so is dy.
+    thin: as in `_fwd`; so is dy. over: x or dy, where nothing reads it after this: dx may take its place.
     """
     y = None if masked else y
     (w_r,), _, _, w_d = _split(weights, config)
@@ -129,7 +145,7 @@ def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin
     dz_r, o, dws, sums = inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin)
     dx = dw_r = None
     if needs_x and needs_w[0] and _reduce_fits(x, weights, config, thin):
-        dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x)
+        dx, part = _cuda.reduce_bwd(dz_r, x, taps_of(w_r)[:, 0], dy, y, mask_x, over)
         dw_r = Splits(part, 1, x.size(1))
     elif needs_w[0]:
         dw_r = WeightGrad(dz_r, source, stride)
@@ -237,7 +253,56 @@ def _raw_shapes(x, weights, norms, config):
     return [(n, w.size(0), *dims) for w in (w_r, *w_st)] + kept
 
 
-SCHEDULES["bottleneck"] = Schedule("bottleneck", _fwd, _bwd, _infer, _out_shape, _raw_shapes)
+# --- what a block keeps ----------------------------------------------------------------------------------------------
+
+# With memory="less" the backward makes again, of what is kept and by the kernels that made them, so bit for bit: z_r,
+# and y where it is the input of the next block of a row.
+
+
+def _drops_reduced(x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> bool:
+    """Whether z_r is dropped: not where x is much wider, of which it would be made."""
+    (w_r,), _, _, _ = _split(weights, config)
+    lean = config.memory == "less" and w_r.size(1) <= 2 * w_r.size(0)
+    return lean and not stores(x, weights, norms, config)
+
+
+def _kept_fwd(x, weights, norms, config, thin=False):
+    y, records, raws = _fwd(x, weights, norms, config, thin)
+    return y, records, raws[1:] if _drops_reduced(x, weights, norms, config) else raws
+
+
+def _kept_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
+    raws = _all_raws(x, weights, norms, raws, config)
+    return _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w)
+
+
+def _kept_shapes(x, weights, norms, config):
+    shapes = _raw_shapes(x, weights, norms, config)
+    return shapes[1:] if _drops_reduced(x, weights, norms, config) else shapes
+
+
+def _all_raws(x: Tensor, weights: list[Tensor], norms: list[Norm], raws: list[Tensor], config: Config) -> list[Tensor]:
+    """The raws of `_fwd`, given those of `_kept_fwd`."""
+    if not _drops_reduced(x, weights, norms, config):
+        return raws
+    z_r, _ = conv(Operand("raw", x), weights[0], pointwise(config.stride), Epilogue(stats=norms[0].training))
+    return [z_r, *raws]
+
+
+def _output_again(
+    x: Tensor, weights: list[Tensor], norms: list[Norm], records: list[Tensor], raws: list[Tensor], config: Config
+) -> Tensor:
+    """The y of `_fwd`, given the raws of `_kept_fwd`."""
+    _, records_st, (record_e,), record_d = _split(records, config)
+    if stores(x, weights, norms, config):
+        z_e, *z_d = raws[len(raws) - 1 - len(record_d) :]
+        return bn_applied(z_e, record_e, "add_relu", *(z_d or [x]), *record_d)
+    first = 0 if _drops_reduced(x, weights, norms, config) else 1
+    join = join_of(records_st, raws[first : first + len(records_st)], config)
+    return _output(x, join, weights, record_e, record_d, config)
+
+
+SCHEDULES["bottleneck"] = Schedule("bottleneck", _kept_fwd, _kept_bwd, _infer, _out_shape, _kept_shapes)
 
 
 # --- blocks in a row, in inference ----------------------------------------------------------------------------------
@@ -398,6 +463,9 @@ def _tail_fits(a: Tensor, s: Tensor, w_st: list[Tensor], w_e: Tensor, config: Co
 # --- blocks in a row, in training ------------------------------------------------------------------------------------
 
 
+RUN = 4  # blocks, at least, from one kept input to the next
+
+
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
     """What distinguishes two rows of blocks beside their tensors."""
@@ -410,6 +478,11 @@ class RowConfig:
         """(config, thin) of each."""
         return [(block, self.thin and i == len(self.blocks)) for i, block in enumerate(self.blocks, 1)]
 
+    def keeps_input(self) -> list[bool]:
+        """Whether the input of each is kept, but for x. Some always are, or too many would be made again at once."""
+        run, memory = max(RUN, math.isqrt(len(self.blocks))), [block.memory for block in self.blocks]
+        return [i > 0 and (memory[i - 1] == "default" or i % run == 0) for i in range(len(memory))]
+
 
 def _by_block(items: list, counts: Iterable[int]) -> list[list]:
     items = iter(items)
@@ -417,12 +490,12 @@ def _by_block(items: list, counts: Iterable[int]) -> list[list]:
 
 
 def _row_fwd(x, weights, norms, config):
-    """As `_fwd` of each block; the input of every block but the first is among its raws, before its own."""
-    counts, records, raws = config.counts, [], []
-    for (block, thin), w, n in zip(config.of_blocks(), _by_block(weights, counts), _by_block(norms, counts)):
-        if records:
+    """As `_kept_fwd` of each block; the input of one that keeps it is among its raws, before its own."""
+    blocks, records, raws = [_by_block(items, config.counts) for items in (weights, norms)], [], []
+    for (block, thin), keeps, w, n in zip(config.of_blocks(), config.keeps_input(), *blocks):
+        if keeps:
             raws.append(x)
-        x, block_records, block_raws = _fwd(x, w, n, block, thin)
+        x, block_records, block_raws = _kept_fwd(x, w, n, block, thin)
         records += block_records
         raws += block_raws
     return x, records, raws
@@ -430,20 +503,23 @@ def _row_fwd(x, weights, norms, config):
 
 def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     blocks = [_by_block(items, config.counts) for items in (weights, norms, records, needs_w)]
-    rest, raws = [x, *raws], []
-    for block, w, n in zip(config.blocks, *blocks[:2]):  # its input first, then raws of its own
-        count = 1 + len(_raw_shapes(rest[0], w, n, block))
-        raws.append(rest[:count])
-        rest = rest[count:]
-    outputs = [own[0] for own in raws[1:]] + [y]
+    raws = _by_block(raws, map(len, _row_shapes(x, weights, norms, config)))
+    kept = [own.pop(0) if keeps else None for own, keeps in zip(raws, config.keeps_input())]
+    tensors = [x, *kept[1:], y]  # the inputs, then y
     dws, sums, masked = [], [], False
     for i, ((block, thin), w, n, r, needs) in reversed(list(enumerate(zip(config.of_blocks(), *blocks)))):
-        source, *own = raws[i]
-        stored = stores(source, w, n, block)
+        if tensors[i] is None:
+            first = max(j for j in range(i) if tensors[j] is not None)
+            for j in range(first, i):
+                of_block = *[items[j] for items in blocks[:3]], raws[j], config.blocks[j]
+                tensors[j + 1] = _output_again(tensors[j], *of_block)
+        source, own = tensors[i], _all_raws(tensors[i], w, n, raws[i], block)
         # Masked, it spares the block below a read of its output.
-        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs, thin, stored)
-        passes = needs_x or i > 0, needs, thin, masked, mask_x
-        dy, block_dws, block_sums = _bwd(dy, source, outputs[i], w, n, r, own, block, *passes)
+        mask_x = i > 0 and _can_mask(source, own[0], w, block, needs, thin, stores(source, w, n, block))
+        # dx takes the place of a gradient of ours, or of an output that was made for this
+        over = dy if i + 1 < len(raws) else source if mask_x and kept[i] is None else None
+        passes = needs_x or i > 0, needs, thin, masked, mask_x, over
+        dy, block_dws, block_sums = _bwd(dy, source, tensors[i + 1], w, n, r, own, block, *passes)
         dws, sums, masked = block_dws + dws, block_sums + sums, mask_x
     return dy, dws, sums
 
@@ -460,11 +536,16 @@ def _row_out_shape(x, weights, config):
 
 
 def _row_raw_shapes(x, weights, norms, config):
-    raws, counts = [], config.counts
-    for i, (block, w, n) in enumerate(zip(config.blocks, _by_block(weights, counts), _by_block(norms, counts))):
-        raws += [tuple(x.shape)] * (i > 0) + _raw_shapes(x, w, n, block)
-        x = torch.empty(_out_shape(x, w, block), device="meta")
-    return raws
+    return list(itertools.chain(*_row_shapes(x, weights, norms, config)))
+
+
+def _row_shapes(x, weights, norms, config):
+    """Those of the raws of each block."""
+    blocks, shapes = [_by_block(items, config.counts) for items in (weights, norms)], []
+    for block, keeps, w, n in zip(config.blocks, config.keeps_input(), *blocks):
+        shapes.append([tuple(x.shape)] * keeps + _kept_shapes(x, w, n, block))
+        x = x.new_empty(_out_shape(x, w, block), device="meta")
+    return shapes
 
 
 SCHEDULES["bottlenecks"] = Schedule("bottlenecks", _row_fwd, _row_bwd, _row_infer, _row_out_shape, _row_raw_shapes)
@@ -522,6 +603,7 @@ def bottleneck(
     kind: str,
     wiring: str = "author",
     stride: int = 1,
+    memory: str = "default",
 ) -> Tensor:
     """A P3D bottleneck block: y = relu(bn(E a) + r), a = pseudo3d_conv(relu(bn(R x))), r = x or bn(D x).
 
@@ -534,6 +616,8 @@ def bottleneck(
         w_expand: [Co, M', 1, 1, 1], M' the channels of the join.
         w_down, norm_down: [Co, Ci, 1, 1, 1], stride (1, s, s), and its Norm; None: r = x, which needs Ci = Co, s = 1.
         stride: s, in space.
+        memory: "less": the backward makes z = R x again, bit for bit, where Ci <= 2 M and it is not small. Our kernels
+            do, by eager launch; plain PyTorch does not.
 
     Returns:
         [N, Co, T, ceil(H / s), ceil(W / s)] in NDHWC memory (conv3d's choice on the aten path).
@@ -544,7 +628,7 @@ def bottleneck(
     """
     check_activation("x", x)
     check_positive("stride", stride)
-    config = Config(kind, wiring, stride)
+    config = Config(kind, wiring, stride, memory)
     weights, norms = [w_reduce, w_s, w_t, w_expand, w_down], [norm_reduce, norm_s, norm_t, norm_expand, norm_down]
     arguments = [a for pair in zip(weights, norms) for a in pair]
 
@@ -560,6 +644,7 @@ def bottleneck(
 def _check(
     x, w_reduce, norm_reduce, w_s, norm_s, w_t, norm_t, w_expand, norm_expand, w_down, norm_down, config, weight_dtype
 ) -> None:
+    check_choice("memory", config.memory, MEMORY)
     check_weight("w_reduce", w_reduce, (None, x.size(1), 1, 1, 1), x, weight_dtype)
     middle = w_reduce.size(0)
     check_norm("norm_reduce", norm_reduce, middle, x)
