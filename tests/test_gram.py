@@ -198,7 +198,7 @@ def test_sums_of_many_splits(backend, splits, ci, co, device, ieee):
     wc, record, got = torch.randn(co, ci, device=device), torch.rand(5, co, device=device) + 0.5, torch.empty(4, co)
     got, dw, qw = got.to(device), torch.empty(co, ci, device=device), torch.empty(1, ci, co, device=device)
     wg = torch.empty(operands.rows, ci, device=device)
-    operands(part, wc, mean_a, w, record, got, dw, qw, wg, None)
+    operands(part, wc, mean_a, w, record, got, dw, qw, wg)
     m, g = part.double().sum(0).split((co * ci, co))
     m = m.view(co, ci) - g[:, None] * mean_a.double()
     scale, invstd = record[1].double(), record[3].double()
