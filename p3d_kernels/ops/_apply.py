@@ -42,7 +42,22 @@ from ._triton import (
 @triton.jit
 def strided_row(p, H, W, Ho, Wo, STEP: tl.constexpr):
     """The row in [frames, H, W] of position p in [frames, Ho, Wo], its every STEP-th row and column."""
-    return (p // (Wo * Ho) * H + p // Wo % Ho * STEP) * W + p % Wo * STEP
+    row = p
+    if STEP != 1:
+        row = (p // (Wo * Ho) * H + p // Wo % Ho * STEP) * W + p % Wo * STEP
+    return row
+
+
+@triton.jit
+def load_pair(a, b, p, row, P, c, c_mask, C: tl.constexpr):
+    """Elements of a, and of b unless it is None, at rows `row`, where position p exists."""
+    offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+    mask = (p < P)[:, None] & c_mask[None, :]
+    first = tl.load(a + offsets, mask=mask, other=0.0)
+    second = first
+    if b is not None:
+        second = tl.load(b + offsets, mask=mask, other=0.0)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["R", "P", "H", "W", "Ho", "Wo"], do_not_specialize_on_alignment=_UNALIGNED)
@@ -68,6 +83,7 @@ def bn_apply_kernel(
     PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of positions, to a program
     BLOCK_R: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -75,36 +91,36 @@ def bn_apply_kernel(
     tile = tl.program_id(0) // C_TILES
     c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (p < P)[:, None] & c_mask[None, :]
-    row = p
-    if STEP != 1:
-        row = strided_row(p, H, W, Ho, Wo, STEP)
-    offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+    p = tile * (BLOCKS * BLOCK_P) + tl.arange(0, BLOCK_P)
     if part is not None:
         scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
     begin(PDL)
-    v = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
-    if o is not None:
-        other = tl.load(o + offsets, mask=mask, other=0.0).to(tl.float32)
+    v, other = load_pair(z, o, p, strided_row(p, H, W, Ho, Wo, STEP), P, c, c_mask, C)
     if part is not None:
         count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
         var = m2 / count
         unbiased = m2 / tl.maximum(count - 1.0, 1.0)
         first = c_mask & (tile == 0)  # all programs make the record, one stores it
         mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, first, C)
-        u = (v - mean[None, :]) * scale[None, :] + shift[None, :]
     else:
-        u = affine(v, record, c, c_mask, C)
-    if o_record is not None:
-        other = affine(other, o_record, c, c_mask, C)
-    if READ == "add_relu":
-        v = relu(u + other)
-    elif READ == "bn_relu":
-        v = activation(u, None, READ)
-    else:
-        v = activation(other, u, READ)
-    tl.store(out + p.to(tl.int64)[:, None] * C + c[None, :], v.to(out.dtype.element_ty), mask=mask)
+        mean = tl.load(record + c, mask=c_mask, other=0.0)
+        scale = tl.load(record + C + c, mask=c_mask, other=0.0)
+        shift = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
+    for i in range(BLOCKS):
+        here, u, r = p, (v.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :], other.to(tl.float32)
+        p += BLOCK_P
+        if i + 1 < BLOCKS:  # under way while this block is finished
+            v, other = load_pair(z, o, p, strided_row(p, H, W, Ho, Wo, STEP), P, c, c_mask, C)
+        if o_record is not None:
+            r = affine(r, o_record, c, c_mask, C)
+        if READ == "add_relu":
+            y = relu(u + r)
+        elif READ == "bn_relu":
+            y = activation(u, None, READ)
+        else:
+            y = activation(r, u, READ)
+        mask = (here < P)[:, None] & c_mask[None, :]
+        tl.store(out + here.to(tl.int64)[:, None] * C + c[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -152,11 +168,8 @@ def bn_sums_kernel(
     for i in range(BLOCKS):
         p = (tile * BLOCKS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & c_mask[None, :]
-        row = p
-        if STEP != 1:
-            row = strided_row(p, H, W, Ho, Wo, STEP)
         v = masked_gradient(g, g_mask, p.to(tl.int64)[:, None] * C + c[None, :], mask)
-        offsets = row.to(tl.int64)[:, None] * C + c[None, :]
+        offsets = strided_row(p, H, W, Ho, Wo, STEP).to(tl.int64)[:, None] * C + c[None, :]
         sum_g += v
         d = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32) - mean
         sum_gz += tl.where(mask, v * d, 0.0)
@@ -194,6 +207,7 @@ def bn_bwd_apply_kernel(
     PDL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -201,20 +215,10 @@ def bn_bwd_apply_kernel(
     tile = tl.program_id(0) // C_TILES
     c = tl.program_id(0) % C_TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (p < P)[:, None] & c_mask[None, :]
-    offsets = p.to(tl.int64)[:, None] * C + c[None, :]
-    g_row, there = p, mask
-    if STEP != 1:
-        h = p // W % H
-        w = p % W
-        g_row = (p // (W * H) * Ho + h // STEP) * Wo + w // STEP
-        there = mask & ((h % STEP == 0) & (w % STEP == 0))[:, None]
     begin(PDL)
-    v = masked_gradient(g, g_mask, g_row.to(tl.int64)[:, None] * C + c[None, :], there)
-    b = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(record + c, mask=c_mask, other=0.0)
     scale = tl.load(record + C + c, mask=c_mask, other=0.0)
+    bias = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
     sum_g, sum_gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
     sum_g, sum_gz = sum_g.to(tl.float32), sum_gz.to(tl.float32)
@@ -225,12 +229,22 @@ def bn_bwd_apply_kernel(
     tl.store(sums + C + c, c1, mask=first)
     tl.store(sums + 2 * C + c, invstd * sum_gz, mask=first)
     tl.store(sums + 3 * C + c, sum_g, mask=first)
-    d = b - mean[None, :]
-    if not OPEN:
-        bias = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
-        v = tl.where(d * scale[None, :] + bias[None, :] <= 0, 0.0, v)
-    v = scale[None, :] * (v - c0[None, :] - d * c1[None, :])
-    tl.store(dz + offsets, v.to(dz.dtype.element_ty), mask=mask)
+    for i in range(BLOCKS):
+        p = (tile * BLOCKS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (p < P)[:, None] & c_mask[None, :]
+        offsets = p.to(tl.int64)[:, None] * C + c[None, :]
+        g_row, there = p, mask
+        if STEP != 1:
+            h = p // W % H
+            w = p % W
+            g_row = (p // (W * H) * Ho + h // STEP) * Wo + w // STEP
+            there = mask & ((h % STEP == 0) & (w % STEP == 0))[:, None]
+        v = masked_gradient(g, g_mask, g_row.to(tl.int64)[:, None] * C + c[None, :], there)
+        d = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        if not OPEN:
+            v = tl.where(d * scale[None, :] + bias[None, :] <= 0, 0.0, v)
+        v = scale[None, :] * (v - c0[None, :] - d * c1[None, :])
+        tl.store(dz + offsets, v.to(dz.dtype.element_ty), mask=mask)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -294,8 +308,7 @@ def bn_sums(g: Tensor, g_mask: Tensor | None, zs: list[Tensor], records: list[Te
 
     def build() -> Plan:
         sizes = g.numel() // channels, *zs[0].shape[3:], *g.shape[3:]
-        blocks = 4 if g.numel() > TWICE else 1  # few partial results, which each program of the next pass combines
-        return _plan(bn_sums_kernel, channels, sizes, None, (), device, STEP=step, BLOCKS=blocks)
+        return _plan(bn_sums_kernel, channels, sizes, None, (), device, STEP=step)
 
     plan = plan_for(("bn_sums", *key), build)
     parts = [alloc((plan.rows, 2, channels), device) for _ in zs]
@@ -338,16 +351,23 @@ def _plan(
     kernel, channels: int, sizes: tuple, rows: int | None, scalars: tuple, device: torch.device, **constants
 ) -> Plan:
     """A pass over `sizes` = (positions, H, W, Ho, Wo); rows: of partial results that each program combines, or None."""
-    block_c = block(channels, 16, 32)
-    block_p = block(sizes[0], 16, 4096 // block_c)  # 16 elements a thread: with more a processor has too few threads
-    tiles, warps = cdiv(sizes[0], block_p * constants.get("BLOCKS", 1)), max(1, block_p * block_c // 512)
+    tile = _tile(kernel, sizes[0], channels)
+    tiles = cdiv(sizes[0], tile["BLOCK_P"] * tile["BLOCKS"])
     if rows is not None:
-        block_r = 32 * warps // block_c
+        block_r = max(1, 32 * tile["num_warps"] // tile["BLOCK_C"])
         constants |= {"BLOCK_R": block_r, "UNROLL": block(cdiv(max(rows, 1), block_r), 1, 8)}
         scalars = rows, *scalars
     plan = Plan(
-        kernel, (tiles * cdiv(channels, block_c),), (*scalars, *sizes),
-        C=channels, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, **dependent_launch(device), **constants,
+        kernel, (tiles * cdiv(channels, tile["BLOCK_C"]),), (*scalars, *sizes),
+        C=channels, **tile, **dependent_launch(device), **constants,
     )  # fmt: skip
     plan.rows = tiles
     return plan
+
+
+def _tile(kernel, positions: int, channels: int) -> dict:
+    """16 elements a thread, and no more programs than run at once: each combines partial results anew."""
+    block_c = block(channels, 16, 32)
+    block_p = block(positions, 16, 4096 // block_c)
+    blocks = cdiv(cdiv(positions, block_p) * cdiv(channels, block_c), 400)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCKS": blocks, "num_warps": max(1, block_p * block_c // 512)}
