@@ -366,8 +366,13 @@ def _plan(
 
 
 def _tile(kernel, positions: int, channels: int) -> dict:
-    """16 elements a thread, and no more programs than run at once: each combines partial results anew."""
-    block_c = block(channels, 16, 32)
-    block_p = block(positions, 16, 4096 // block_c)
-    blocks = cdiv(cdiv(positions, block_p) * cdiv(channels, block_c), 400)
+    """Fastest on an H200 at the sizes of P3D-63: few programs, as each combines partial results anew."""
+    large = positions * channels > TWICE
+    if kernel is bn_sums_kernel:
+        block_p, block_c, blocks = (128, 32, 5) if large else (64, 32, 2)
+    elif positions * channels <= 1 << 19:
+        block_p, block_c, blocks = 32, 64, 1
+    else:
+        block_p, block_c, blocks = 64, 64, 4 if large else 2
+    block_p, block_c = block(positions, 16, block_p), block(channels, 16, block_c)
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCKS": blocks, "num_warps": max(1, block_p * block_c // 512)}

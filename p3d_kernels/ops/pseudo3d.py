@@ -313,7 +313,7 @@ def t_infer(
 
 def _join_tile(positions: int, channels: int) -> dict:
     block_c = block(channels, 16, 64)
-    return {"BLOCK_P": block(positions, 16, 8192 // block_c), "BLOCK_C": block_c}
+    return {"BLOCK_P": block(positions, 16, 8192 // block_c), "BLOCK_C": block_c, "num_warps": 8}
 
 
 def _join_plan(kernel, join: Operand, kind: str) -> Plan:
