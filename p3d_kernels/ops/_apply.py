@@ -19,6 +19,7 @@ from .._norm import Norm
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     _UNALIGNED,
+    Operand,
     activation,
     affine,
     begin,
@@ -282,6 +283,13 @@ def bn_applied(
 ) -> Tensor:
     """The a of `bn_apply`, given the record."""
     return _apply(z, record, None, (None, None), 0.0, read, o, o_record, step)
+
+
+def applied(x: Operand, step: int = 1) -> Tensor:
+    """What x, "bn_relu" or a join, reads, at every step-th row and column."""
+    if x.b is None:
+        return bn_applied(x.a, x.record_a, x.read, step=step)
+    return bn_applied(x.b, x.record_b, x.read, x.a, x.record_a, step)
 
 
 def _apply(z, record, part, affines, eps, read, o, o_record, step) -> Tensor:

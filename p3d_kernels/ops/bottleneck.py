@@ -23,7 +23,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._apply import bn_applied, bn_apply, bn_bwd_apply, bn_sums
+from ._apply import applied, bn_applied, bn_apply, bn_bwd_apply, bn_sums
 from ._conv import Epilogue, WeightGrad, conv, conv_wgrads, cuda_allowed, pointwise, taps_of
 from ._fused import MEMORY, SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
@@ -90,6 +90,10 @@ def _output(
         if cuda_allowed(x) and _cuda.conv_pair_why_not(*pair) is None:
             return _cuda.conv_pair(*pair, record_e, *record_d)
         residual, _ = conv(Operand("raw", x), w_d[0], pointwise(config.stride), Epilogue(*record_d))
+    if thin and cuda_allowed(x):
+        shape = (*join.a.shape[:3], *residual[..., ::2, ::2].shape[3:]), x.dtype, w_e.size(0)
+        if _cuda.conv_infer_why_not(*shape, *pointwise(), "add_relu", tuple(residual.shape[3:])) is None:
+            return _expand(applied(join, 2), w_e, record_e, residual, None)
     step = 2 if thin else 1
     return conv(join, w_e, pointwise(step), Epilogue(record_e, "add_relu", residual, o_stride=step))[0]
 
