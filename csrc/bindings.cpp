@@ -141,6 +141,13 @@ p3d::ConvRawShape conv_raw_shape(const ConvRawSizes& sizes) {
     return std::apply([](auto... size) { return p3d::ConvRawShape{size...}; }, sizes);
 }
 
+// (N, T, H, W, M, Co)
+using GramRawSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+p3d::GramRawShape gram_raw_shape(const GramRawSizes& sizes) {
+    return std::apply([](auto... size) { return p3d::GramRawShape{size...}; }, sizes);
+}
+
 p3d::ConvShape conv_shape(int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
     return {frames, height, width, in_channels, out_channels};
 }
@@ -751,6 +758,44 @@ PYBIND11_MODULE(_C, module) {
             p3d::ConvInferPlan plan{};
             check(p3d::conv_raw_plan(plan, conv_raw_shape(sizes), {wish[0], wish[1], wish[2]}));
             return std::tuple(conv_plan(plan), p3d::conv_raw_partials(conv_raw_shape(sizes), plan));
+        },
+        py::arg("sizes"), py::arg("wish") = ConvInferTile{});
+
+    m.def(
+        "gram_raw",
+        [](uintptr_t g, uintptr_t x, uintptr_t w, uintptr_t c, uintptr_t da, int c_parts, const GramRawSizes& sizes,
+           const ConvInferPlan& plan, const std::string& dtype_name, uintptr_t stream) {
+            p3d::GramRaw p{};
+            p.shape = gram_raw_shape(sizes);
+            p.plan = conv_plan(plan);
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.x = pointer<const void>(x);
+            p.w = pointer<const void>(w);
+            p.c = pointer<const float>(c);
+            p.c_parts = c_parts;
+            p.da = pointer<void>(da);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::gram_raw(p));
+        },
+        py::arg("g"), py::arg("x"), py::arg("w"), py::arg("c"), py::arg("da"), py::arg("c_parts"), py::arg("sizes"),
+        py::arg("plan"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "gram_raw_why_not",
+        [](const GramRawSizes& sizes) {
+            p3d::ConvInferPlan plan{};
+            const char* why = p3d::gram_raw_plan(plan, gram_raw_shape(sizes), {});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("sizes"));
+
+    m.def(
+        "gram_raw_plan",
+        [](const GramRawSizes& sizes, const ConvInferTile& wish) {
+            p3d::ConvInferPlan plan{};
+            check(p3d::gram_raw_plan(plan, gram_raw_shape(sizes), {wish[0], wish[1], wish[2]}));
+            return conv_plan(plan);
         },
         py::arg("sizes"), py::arg("wish") = ConvInferTile{});
 

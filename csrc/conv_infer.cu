@@ -31,7 +31,8 @@
 //     dx = dz W + o             the sums of the layer below
 //
 // A warp reduces its 16 rows of each column by shuffles that halve the columns of a lane, and the block joins its
-// warps. The raw tensor of the layer below comes as a mask does.
+// warps. The raw tensor of the layer below comes as a mask does. In gram_raw the sum of the gradient goes on over the
+// channels of another tensor, beside dz, whose boxes follow in the ring, and o is a constant of each column.
 #include <algorithm>
 
 #include "boxes.cuh"
@@ -40,7 +41,7 @@ namespace p3d {
 namespace {
 
 struct ConvMaps {
-    CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles
+    CUtensorMap x[kConvMaps];  // views of [positions, Ci], read in the boxes of tiles; or x and what is beside it
     CUtensorMap o, y;          // [positions, Co], likewise, y written; pooled in boxes of half the frames
     CUtensorMap w;  // [Co, taps * Ci], in boxes of a tile's columns; transposed [Ci, Co], in boxes of 64 x 64
     CUtensorMap o_mask, mask;  // like o
@@ -53,11 +54,14 @@ struct ConvArgs {
     Join join;
     bool joined;  // with o
     bool pooled;
-    bool o_masked, masked;  // of a gradient: whether o is, and the sum; or whether there is what sums are of
-    bool early;             // weights may be read before the kernel ahead has ended
-    bool in_time;           // taps along the second axis
-    float* partials;        // of what leaves raw [row tiles, 3 or 2, Co]; or nullptr
+    bool o_masked, masked;   // of a gradient: whether o is, and the sum; or whether there is what sums are of
+    bool early;              // weights may be read before the kernel ahead has ended
+    bool in_time;            // taps along the second axis
+    float* partials;         // of what leaves raw [row tiles, 3 or 2, Co]; or nullptr
+    const float* constants;  // [constant_parts, Co], to be added up and to a gradient that leaves raw; or nullptr
+    int constant_parts;
     int out_channels, chunks, steps, last_tap;
+    int own_chunks;                 // of x; those that follow are of what is beside it
     int size[4], box[4], boxes[4];  // along the axes of positions
     int64_t o_stride[4];            // in positions
     int y_stride[4];
@@ -230,7 +234,9 @@ __device__ __forceinline__ void bring_steps(const ConvMaps& maps, const ConvArgs
                 bring_weights(ring, at, job.column);
             }
             const ConvTap& to = a.taps[at.tap];
-            copy_positions(ring.slot(), maps.x[to.view], ring.full(), at.chunk * kChunk, job.at[0] + to.step[0],
+            bool beside = Shape::kRaw && Shape::kBack && at.chunk >= a.own_chunks;
+            copy_positions(ring.slot(), maps.x[beside ? 1 : to.view], ring.full(),
+                           (at.chunk - (beside ? a.own_chunks : 0)) * kChunk, job.at[0] + to.step[0],
                            job.at[1] + to.step[1], job.at[2] + to.step[2], job.at[3]);
         }
         auto bring_mask = [&](const CUtensorMap& map) {
@@ -429,6 +435,19 @@ struct Halving {
     }
 };
 
+// Adds the constants of this thread's columns, which lie as the affine of finish_raw does.
+template <typename Shape>
+__device__ __forceinline__ void add_constants(float (&d)[Shape::kColumns / 2], const Place<Shape>& place, int lane) {
+#pragma unroll
+    for (int j = 0; j < Shape::kColumns / 8; ++j) {
+        uint2 v;
+        load_shared(v, place.affine + 32 * (lane % 4) + 128 * j);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+            d[4 * j + 2 * m] += __uint_as_float(v.x), d[4 * j + 2 * m + 1] += __uint_as_float(v.y);
+    }
+}
+
 // Rounds and stages what leaves raw. Of a gradient `below` lies as the staging does, so many bytes from it, and
 // accumulators become sums of two rows, sum g and sum g (below - mean).
 template <typename T, typename Shape>
@@ -584,6 +603,16 @@ __device__ __forceinline__ void stage_output(const ConvMaps& maps, const ConvArg
                 store_affine(place.affine + 16 * pair,
                              {scale.x, scale.y, fmaf(-mean.x, scale.x, bias.x), fmaf(-mean.y, scale.y, bias.y)});
             }
+        }
+        for (int pair = lane; Shape::kRaw && Shape::kBack && a.constants && pair < Shape::kColumns / 2; pair += 32) {
+            float2 sum{};
+#pragma unroll 4
+            for (int i = 0; i < a.constant_parts; ++i) {
+                const float* row = a.constants + i * a.out_channels + job.column;
+                float2 v = reinterpret_cast<const float2*>(row)[pair];
+                sum.x += v.x, sum.y += v.y;
+            }
+            store_affine(place.affine + 32 * pair, {sum.x, sum.y, 0, 0});
         }
         if (lane == 0 && a.joined) {
             barrier_expect(place.staged(), a.box_bytes * Shape::kChunks);
@@ -753,6 +782,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
                     multiply<T, Shape>(d, ring, steps, warpgroup, lane);
                     uint32_t below = Shape::kBack && a.masked ? ring.take() : 0;
                     barrier_wait(place.staged(), parity);
+                    if (Shape::kBack && a.constants) add_constants<Shape>(d, place, lane);
                     finish_raw<T>(d, a, place, rows, mine, below - place.staging, lane);
                     if (Shape::kBack && a.masked) ring.free(lane == 0);
                     if (a.partials) send_totals<T>(d, a, place, job, rows, mine, warp, lane);
@@ -838,10 +868,18 @@ const char* launch(ConvForm form, const ConvMaps& maps, const ConvArgs& args, co
     return "conv_infer: no kernel for the planned tile";
 }
 
+// A tensor like x but for its channels, the last of the sum, and what is added to that.
+struct Beside {
+    const void* x;
+    int64_t channels;
+    const float* constants;
+    int constant_parts;
+};
+
 // The product of a shape and plan that fit it; a gradient's with its masks, as far as there are any; partials of what
 // leaves raw.
-const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* mask = nullptr,
-                float* partials = nullptr) {
+const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* mask = nullptr, float* partials = nullptr,
+                const Beside& beside = {}) {
     const ConvInferShape& s = p.shape;
     const ConvInferPlan& plan = p.plan;
     ConvGrid grid(s);
@@ -853,12 +891,15 @@ const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* ma
     args.join = p.join;
     args.joined = s.joined;
     args.o_masked = o_mask != nullptr, args.masked = mask != nullptr;
-    args.early = !s.raw || s.transposed;
+    args.early = (!s.raw || s.transposed) && !beside.x;
     args.in_time = conv_in_time(s);
     args.partials = partials;
+    args.constants = beside.constants;
+    args.constant_parts = beside.constant_parts;
     args.last_tap = s.taps_time - 1;
     args.out_channels = int(s.out_channels);
     args.chunks = int(s.in_channels / kChunk);
+    args.own_chunks = int((s.in_channels - beside.channels) / kChunk);
     args.steps = args.chunks * s.taps_time * s.taps_space * s.taps_space;
     args.splits = plan.tile.splits;
     args.stages = plan.stages;
@@ -891,7 +932,8 @@ const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* ma
         if (!failed) failed = positions_map("conv_infer", map, base, p.dtype, view, channels, box);
     };
     for (int view = 0; view < kConvMaps; ++view)
-        if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels, plan.box);
+        if (grid.x[view].size[0]) positions(maps.x[view], p.x, grid.x[view], s.in_channels - beside.channels, plan.box);
+    if (beside.x) positions(maps.x[1], beside.x, grid.x[0], beside.channels, plan.box);
     if (s.joined) positions(maps.o, p.o, grid.o, s.out_channels, plan.box);
     if (o_mask) positions(maps.o_mask, o_mask, grid.o, s.out_channels, plan.box);
     if (mask) positions(maps.mask, mask, grid.o, s.out_channels, plan.box);
@@ -989,6 +1031,34 @@ const char* conv_raw(const ConvRaw& p) {
         return "conv_raw: expected partials of a gradient with below";
     return run({shape, p.plan, p.dtype, Join::none, p.x, p.o, p.w, p.below_affine, p.y, p.stream}, nullptr, p.below,
                p.partials);
+}
+
+namespace {
+
+// That of conv_raw's gradient, of g and X beside each other.
+const char* conv_raw_shape_of(ConvRawShape& to, const GramRawShape& s) {
+    to = {s.clips, s.time, s.height, s.width, s.channels + s.out_channels, s.channels, 1, 1, true, false, false};
+    if (s.out_channels < kChunk || s.out_channels % kChunk)
+        return fail("gram_raw: channels of g: expected a multiple of 64, got %lld", (long long)s.out_channels);
+    return sizes_why_not(to);
+}
+
+}  // namespace
+
+const char* gram_raw_plan(ConvInferPlan& plan, const GramRawShape& shape, const ConvInferTile& wish) {
+    ConvRawShape raw;
+    if (const char* reason = conv_raw_shape_of(raw, shape)) return reason;
+    return conv_infer_plan(plan, shape_of(raw), wish);
+}
+
+const char* gram_raw(const GramRaw& p) {
+    ConvRawShape raw;
+    if (const char* reason = conv_raw_shape_of(raw, p.shape)) return reason;
+    ConvInferShape shape = shape_of(raw);
+    if (const char* reason = plan_why_not(p.plan, shape)) return reason;
+    if (!p.x || !p.c || p.c_parts < 1) return "gram_raw: expected x and parts of c";
+    return run({shape, p.plan, p.dtype, Join::none, p.g, nullptr, p.w, nullptr, p.da, p.stream}, nullptr, nullptr,
+               nullptr, {p.x, p.shape.channels, p.c, p.c_parts});
 }
 
 }  // namespace p3d

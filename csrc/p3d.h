@@ -756,6 +756,33 @@ const char* conv_raw(const ConvRaw& p);
 const char* conv_raw_plan(ConvInferPlan& plan, const ConvRawShape& shape, const ConvInferTile& wish);
 int conv_raw_partials(const ConvRawShape& shape, const ConvInferPlan& plan);
 
+// gram_tiles of g, masked already, and an X that are in memory as they are, on one grid, by weights that have the scale
+// and are followed by q:
+//
+//     da[p,m] = sum over co of g[p,co] * w[co,m] + sum over k of X[p,k] * w[Co + k,m] + c[m]
+//
+// rounded once.
+struct GramRawShape {
+    int64_t clips, time, height, width;  // N, T, H, W
+    int64_t channels, out_channels;      // M of X, Co of g, multiples of 64
+};
+
+struct GramRaw {
+    GramRawShape shape;
+    ConvInferPlan plan;  // gram_raw_plan's for this shape
+    DType dtype;         // of the tensors; sums are float32
+    const void* g;       // [N, T, H, W, Co]  16-byte aligned, as all pointers are
+    const void* x;       // [N, T, H, W, M]
+    const void* w;       // [Co + M, M]
+    const float* c;      // [c_parts, M], to be added up
+    int c_parts;
+    void* da;  // like X
+    CUstream_st* stream;
+};
+
+const char* gram_raw(const GramRaw& p);
+const char* gram_raw_plan(ConvInferPlan& plan, const GramRawShape& shape, const ConvInferTile& wish);
+
 // ConvTrain of any channels in multiples of 64, by another kernel, and GramDgrad; of 1x1x1 with a stride in space, too:
 // H and W are then of the larger grid, X's of the forward pass and of the Gram identity, else y's. The forward pass
 // reads X, the identity the operand X, at every stride-th row and column; the gradient has its sum, and o, which lies

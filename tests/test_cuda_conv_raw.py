@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from operands import record
-from p3d_kernels.ops import _conv, _cuda
+from p3d_kernels._norm import Norm
+from p3d_kernels.ops import _conv, _cuda, _gram
 from p3d_kernels.ops._triton import Operand
 from test_cuda_conv_train import DTYPES, _check_statistics, _check_sums, _expected, _like, _weight
 from tolerance import check
@@ -180,6 +181,101 @@ def test_conv_takes_the_kernel_and_triton_agrees(monkeypatch):
         own, own_part = _conv.conv(*case)
         check(own, y.double(), torch.bfloat16)
         assert (part is None) == (own_part is None)
+
+
+def _beside(size, m, co, dtype=torch.bfloat16):
+    """g, x, w and c of `gram_raw`."""
+    w = (torch.randn(co + m, m, device="cuda") / (co + m) ** 0.5).to(dtype)
+    return _like(size, co, dtype), _like(size, m, dtype), w, torch.randn(5, m, device="cuda")
+
+
+def _judge_beside(g, x, w, c, tile=(0, 0, 0)):
+    da = _cuda.gram_raw(g, x, w, c, tile=tile)
+    assert da.is_contiguous(memory_format=torch.channels_last_3d)
+    expected = torch.einsum("ncthw,cm->nmthw", torch.cat([g, x], 1).double(), w.double())
+    check(da, expected + c.double().sum(0).view(1, -1, 1, 1, 1), x.dtype, name=f"{tile}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(256, 512), (64, 64), (192, 64), (128, 320), (512, 256)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_sum_over_two_tensors(size, channels, dtype):
+    for tile in TILES[:3]:
+        if channels[0] % (tile[1] or 64) == 0:
+            _judge_beside(*_beside(size, *channels, dtype), tile)
+
+
+@pytest.mark.gpu
+def test_a_nan_in_either_of_two_tensors_stays_where_it_is():
+    for which in (0, 1):
+        arguments = _beside((2, 4, 9, 7), 256, 512)
+        arguments[which][1, 70, 2, 3, 4] = torch.nan
+        da = _cuda.gram_raw(*arguments)
+        assert da[1, :, 2, 3, 4].isnan().all() and da.isnan().sum() == 256
+
+
+@pytest.mark.gpu
+def test_weights_and_constants_may_come_of_the_kernel_ahead():
+    size, (m, co) = (9, 4, 21, 13), (256, 512)
+    g, x, *_ = _beside(size, m, co)
+    rows = [_like((1, 1, 1, co + m), m) for _ in range(4)]  # of w
+    of, record_of = _weight(Operand("raw", rows[0]), m, 1, True), record(m)
+
+    def run(wait):
+        results = []
+        for row in rows:
+            y, c = _cuda.conv_train(Operand("raw", row), of, True, below=(rows[0], record_of), tile=(0, 0, 0))
+            if wait:
+                torch.cuda.synchronize()
+            results.append(_cuda.gram_raw(g, x, y.movedim(1, -1).view(co + m, m), c.view(-1, m)))
+        return results
+
+    expected = run(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = run(False)
+    for _ in range(5):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(expected, again))
+        assert all(torch.equal(a, b) for a, b in zip(expected, run(False)))
+
+
+@pytest.mark.gpu
+def test_the_gram_identity_takes_the_sum_over_two_tensors(monkeypatch):
+    m, co, size = 256, 512, (4, 4, 21, 13)
+    x, dy = Operand("raw", _like(size, m, mean=1.0)), _like(size, co)
+    w = (torch.randn(co, m, 1, 1, 1, device="cuda") / m**0.5).bfloat16()
+    w = w.contiguous(memory_format=torch.channels_last_3d)
+    norm = Norm.of(torch.nn.BatchNorm3d(co).cuda())
+    kept, rows = _gram.gram(x, w, norm)
+
+    def run():
+        return _gram.gram_bwd(dy + 1, None, w, norm, rows, x, kept, 1, True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda, "gram_dgrad", None)
+        own = run()
+    monkeypatch.setattr(_gram, "_is_raw", lambda *_: False)
+    theirs = run()
+    assert own[1] == (None, None)
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(own[2:], theirs[2:]))
+    assert (own[0].double() - theirs[0].double()).norm() <= 6e-3 * theirs[0].double().norm()
+    da = own[0].double().movedim(1, -1).flatten(0, -2)
+    assert (da.sum(0).abs() <= 3e-4 * da.abs().sum(0)).all()
+
+
+@pytest.mark.gpu
+def test_reasons_of_a_sum_over_two_tensors():
+    x = _like((2, 3, 9, 5), 256)
+    assert _cuda.gram_raw_why_not(x, _like((2, 3, 9, 5), 512)) is None
+    assert "gradient at" in _cuda.gram_raw_why_not(x, _like((2, 3, 5, 3), 512))
+    assert "multiple" in _cuda.gram_raw_why_not(x, _like((2, 3, 9, 5), 96))
+    assert "dtype" in _cuda.gram_raw_why_not(x.float(), x.float())
+    g, x, w, c = _beside((1, 2, 3, 3), 64, 128)
+    for wrong in ((x, x, w, c), (g, x, w[:-1], c), (g, x, w, c[:, :-1])):
+        with pytest.raises(ValueError, match="expected"):
+            _cuda.gram_raw(*wrong)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import p3d_kernels as p3d
 from p3d_kernels import Norm
+from p3d_kernels.ops import _cuda, _gram
 from p3d_kernels.ops._conv import pack_weight
 from p3d_kernels.ops._gram import _gram_bwd_plans, _gram_plans, gram, gram_bwd
 from p3d_kernels.ops._triton import Operand, bn_finalise
@@ -194,11 +196,11 @@ def test_sums_of_many_splits(backend, splits, ci, co, device, ieee):
     assert torch.equal(mean_a, mean.float()) and (arrived[: -(-co // 32)] == 0).all()
 
     dy, part = torch.empty(positions, co, 1, 1, 1, device=device), torch.randn(splits, co * ci + co, device=device)
-    operands, *_ = _gram_bwd_plans(dy, dy, a, 1, False, splits, False)
+    operands, *_ = _gram_bwd_plans(dy, dy, a, 1, False, splits, True)
     wc, record, got = torch.randn(co, ci, device=device), torch.rand(5, co, device=device) + 0.5, torch.empty(4, co)
     got, dw, qw = got.to(device), torch.empty(co, ci, device=device), torch.empty(1, ci, co, device=device)
-    wg = torch.empty(operands.rows, ci, device=device)
-    operands(part, wc, mean_a, w, record, got, dw, qw, wg)
+    wg, sw = torch.empty(operands.rows, ci, device=device), torch.empty(co, ci, device=device)
+    operands(part, wc, mean_a, w, record, got, dw, qw, wg, sw)
     m, g = part.double().sum(0).split((co * ci, co))
     m = m.view(co, ci) - g[:, None] * mean_a.double()
     scale, invstd = record[1].double(), record[3].double()
@@ -207,7 +209,28 @@ def test_sums_of_many_splits(backend, splits, ci, co, device, ieee):
     torch.testing.assert_close(got[[0, 2, 3]].double(), torch.stack((sq, dweight, g)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dw.double(), scale[:, None] * m - sq[:, None] * wc, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(qw[0].double(), -(sq[:, None] * w).mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sw, record[1][:, None] * w)
     torch.testing.assert_close(wg.double().sum(0), (scale * g / positions) @ w.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_both_products_have_their_weights_in_one_tensor(backend, device, ieee, monkeypatch):
+    """What `gram_bwd` gives the kernel whose sum is over both tensors makes the same gradient."""
+    x, _ = operand("raw", SMALL[1], torch.float32, 3, device)
+    (n, t, h, w, _, co), weights = SMALL[1], weight(SMALL[1], torch.float32, device)
+    dy = torch.randn(n, co, t, h, w, device=device).to(memory_format=torch.channels_last_3d)
+    kept, record = gram(with_centre(x), weights, norm=Norm())
+    run = functools.partial(gram_bwd, dy, None, weights, Norm(), record, x, kept, 1, True)
+    da, parts, dw, sums = run()
+    monkeypatch.setattr(_gram, "_is_raw", lambda *_: True)
+
+    def both_products(g, a, both, c):
+        return torch.einsum("ncthw,cm->nmthw", torch.cat([g, a], 1), both) + c.sum(0).view(1, -1, 1, 1, 1)
+
+    monkeypatch.setattr(_cuda, "gram_raw", both_products)
+    other, other_parts, *rest = run()
+    torch.testing.assert_close(other, da, rtol=1e-4, atol=1e-4)
+    assert other_parts == parts and all(torch.equal(a, b) for a, b in zip(rest, (dw, sums)))
 
 
 def test_formulas_in_float64():

@@ -1019,6 +1019,64 @@ def gram_dgrad(
     return da, parts
 
 
+def _gram_raw_sizes(x: Tensor, g: Tensor) -> tuple:
+    n, m, *dims = x.shape
+    return n, *dims, m, g.size(1)
+
+
+def gram_raw_why_not(x: Tensor, g: Tensor) -> str | None:
+    """Why `gram_raw` cannot run these, or None."""
+    if x.dtype not in _DTYPES:
+        return f"gram_raw: dtype {x.dtype} (expected bfloat16 or float16)"
+    if x.shape[2:] != g.shape[2:]:
+        return f"gram_raw: a gradient at {list(g.shape[2:])} (expected {list(x.shape[2:])})"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.gram_raw_why_not(_gram_raw_sizes(x, g))
+
+
+def gram_raw(
+    g: Tensor,  # [N, Co, T, H, W]
+    x: Tensor,  # [N, M, T, H, W]
+    w: Tensor,  # [Co + M, M]
+    c: Tensor,  # [parts, M] float32
+    tile: tuple[int, int, int] = (0, 0, 0),
+) -> Tensor:
+    """g w[:Co] + x w[Co:] + sum of c: `gram_dgrad` of a g that is masked already and a raw x on one grid.
+
+    w has scale w, rounded, and q. `tile`: (rows, columns, splits) of the plan, 0 for any. float32 accumulation, one
+    rounding.
+
+    Returns:
+        [N, M, T, H, W] channels_last_3d. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `gram_raw_why_not` says), or CUDA failed.
+    """
+    (n, m, *dims), co, dtype, device = x.shape, g.size(1), x.dtype, g.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x: expected bfloat16 or float16, got {dtype}")
+    _check_activation("x", x, x.shape, dtype)
+    _check_activation("g", g, (n, co, *dims), dtype)
+    _check_matrix("w", w, (co + m, m), dtype)
+    _check_rows("c", c, 1, m)
+    da = alloc((n, m, *dims), device, dtype)
+    if da.numel() == 0:
+        return da
+    sizes = _gram_raw_sizes(x, g)
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        with torch.cuda.device(device):
+            rest = c.size(0), sizes, native.gram_raw_plan(sizes, tile), _DTYPES[dtype]
+        return NativePlan(lambda stream, *addresses: native.gram_raw(*addresses, *rest, stream))
+
+    plan_for(("gram_raw", sizes, tile, c.size(0), dtype, device), build)(g, x, w, c, da)
+    return da
+
+
 def _point_dgrad_sizes(dz: Tensor, co: int, masks: int) -> tuple:
     n, ci, t, h, w = dz.shape
     return n, t * h * w, ci, co, masks

@@ -16,9 +16,10 @@ the gradients are (s = weight * invstd, all vectors a channel; docs/derivations.
     da      = (s g) W - a Q + c,   Q = W^T diag(s q) W,   c = Q^T mean_a - W^T (s sum_g / P)
 
 so da is one kernel with two products; or, where the pass over g has room for it, that makes v = g (s W) beside M, s W
-rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`). Q is rounded to the dtype, and
-c is of Q and s W as rounded: over all positions da then sums to zero as it must. The error of a constant would grow
-from block to block; that of a position averages out.
+rounded, and a small kernel da = v - a Q + c: the wide g is read once (`_cuda.gram_bwd`). Where g and a are in memory as
+they are, one kernel multiplies them by s W, rounded, and -Q, which lie in one tensor (`_cuda.gram_raw`). Q is rounded
+to the dtype, and c is of Q and s W as rounded: over all positions da then sums to zero as it must. The error of a
+constant would grow from block to block; that of a position averages out.
 
 Sums of products in float32 lose what a varies by where that is small beside a, so they are formed about a centre: the
 mean of some positions, in steps of a power of two near the deviation. Of so few bits, a - centre is exact in the dtype
@@ -342,6 +343,7 @@ def gram_operands_kernel(
     dw_ptr,  # [CO, CI] float32
     qw_ptr,  # [PARTS, CI, CO]: -(diag(s q) W)^T; or None
     wg_ptr,  # [programs, CI]: (s W)^T (sum_g / P) in parts, with qw
+    sw_ptr,  # [CO, CI]: s W, with qw and ROUNDED; or None
     P,
     splits,
     CI: tl.constexpr,
@@ -396,6 +398,8 @@ def gram_operands_kernel(
         sw = w * scale[:, None]
         if ROUNDED:  # TF32 keeps as many digits as float16
             sw = to_tf32(sw) if w_ptr.dtype.element_ty == tl.float16 else sw.to(w_ptr.dtype.element_ty).to(tl.float32)
+        if sw_ptr is not None:
+            tl.store(sw_ptr + offsets, sw, mask=mask)
         tl.store(wg_ptr + tl.program_id(0) * CI + k, tl.sum(sw * (g / P)[:, None], 0), mask=k < CI)
         store_parts(-sq[:, None] * w, qw_ptr, k[None, :] * CO + co[:, None], mask, CI * CO, PARTS)
 
@@ -596,6 +600,7 @@ def gram_bwd(
     ci, out = x.channels, x.a.shape[2:] if thin else out
     fused = norm.training and needs_x and (thin or stride == 1) and cuda_allowed(dy)
     fused = fused and _cuda.gram_bwd_why_not(x, dy, y) is None
+    raw = norm.training and needs_x and not fused and not thin and stride == 1 and _is_raw(x, dy, y)
     if fused:
         *v, part = _cuda.gram_bwd(dy, y, record, taps_of(w)[:, 0], x)
     else:
@@ -603,16 +608,17 @@ def gram_bwd(
         part = conv_wgrad(g, x, pointwise(stride), True).part  # of M and sum g
     sums, dw = alloc((4, co), dy.device), alloc((co * ci,), dy.device)
     key = x.a.shape, dy.shape, dy.dtype, dy.device, x.read, stride, norm.training, needs_x, kind, _precision(dy)
-    key = "gram_bwd", *key, part.size(0), y is None, thin, fused
-    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, thin, part.size(0), fused))
-    wc = mean_a = qw = wg = q = q_scale = c = None
+    key, rounded = ("gram_bwd", *key, part.size(0), y is None, thin, fused, raw), fused or raw
+    operands, products, dgrad = plan_for(key, lambda: _gram_bwd_plans(dy, y, x, stride, thin, part.size(0), rounded))
+    wc = mean_a = qw = wg = sw = q = q_scale = c = None
     if norm.training:
         wc, mean_a = kept[: co * ci], kept[co * ci :]
         if needs_x:
             qw, wg = alloc((operands.parts, ci, co), dy.device, operands.dtype), alloc((operands.rows, ci), dy.device)
-            q, q_scale = alloc((ci, ci), dy.device, dy.dtype), alloc((ci,), dy.device)
-            c = alloc((products.rows, ci), dy.device)
-    operands(part, wc, mean_a, w, record, sums, dw, qw, wg)
+            sw_q = alloc((co + ci if raw else ci, ci), dy.device, dy.dtype)
+            sw, q = sw_q[:-ci] if raw else None, sw_q[-ci:]
+            q_scale, c = alloc((ci,), dy.device), alloc((products.rows, ci), dy.device)
+    operands(part, wc, mean_a, w, record, sums, dw, qw, wg, sw)
     if not needs_x:
         return None, (None, None), dw, sums
     if norm.training:
@@ -621,12 +627,20 @@ def gram_bwd(
     sums_of = kind not in (None, "C"), kind is not None and x.b is not None  # as join_parts
     if fused:
         return *_cuda.gram_add(*v, x, q, scale, c, *sums_of), dw, sums
+    if raw:
+        return _cuda.gram_raw(dy, x.a, sw_q, c), (None, None), dw, sums
     if norm.training and not thin and cuda_allowed(dy) and _in_cuda(x, dy, stride):
         return *_cuda.gram_dgrad(dy, y, record, taps_of(w)[:, 0], x, q, scale, c, *sums_of, stride), dw, sums
     parts = (None, None) if kind is None else join_parts(x, kind, dgrad.rows)
     da = empty_ndhwc((n, ci, *out), dy)
     dgrad(dy, y, record, w, *x.args()[:4], q, q_scale, c, da, *parts)
     return da, parts, dw, sums
+
+
+def _is_raw(x: Operand, dy: Tensor, y: Tensor | None) -> bool:
+    """Whether `gram_raw` takes them, of bfloat16 alone: float16's Q has a scale, which s W has not."""
+    taken = x.read == "raw" and y is None and dy.dtype == torch.bfloat16 and cuda_allowed(dy)
+    return taken and _cuda.gram_raw_why_not(x.a, dy) is None
 
 
 def _in_cuda(x: Operand, dy: Tensor, stride: int) -> bool:
