@@ -20,10 +20,8 @@
 namespace p3d {
 
 constexpr int kTrainThreads = 512;
-constexpr int kFinishers = 5;  // warps 3 to 7; warp 0 brings halos, 1 weights, 2 o and below
 constexpr int kTrainProducerRegisters = 72, kTrainConsumerRegisters = 184;
 static_assert(2 * (kTrainProducerRegisters + kTrainConsumerRegisters) <= 65536 / 128, "registers of the block");
-static_assert(3 + kFinishers == 8, "warps of two warpgroups");
 
 struct TrainMaps {
     CUtensorMap x;      // [F, H, W, Ci], in boxes of 1 x (R + 2) x (W + 1) x 64 or
@@ -73,6 +71,11 @@ enum class Way { resident, streamed, halves };
 // Chunks of 64 channels that come as one, each with its half of buffer_bytes or all of it.
 template <Way kWay>
 constexpr int kTogether = kWay == Way::halves ? 2 : 1;
+
+// Of the 8 warps that do not multiply, 0 brings halos, 1 weights, and 2 of the gradient o and below. Those of the
+// forward pass from this one on finish; warp 1, too, where all weights come at once.
+template <Way kWay>
+constexpr int kFirstFinisher = kWay == Way::resident ? 1 : 2;
 
 // Of the forward pass the last tile comes first: what the kernel before this one has written last is still in the
 // second-level cache, and the one after it, which begins with the first, finds that there.
@@ -195,26 +198,44 @@ struct Activation4 {
     }
 };
 
-// Warp `warp` of the finishers takes every kFinishers-th group of 8 positions. A lane has four channels and every other
-// position; the next group is loaded while it works on one.
+// Finisher `warp` takes every kFinishers-th group of 8 positions. A lane has four channels and every other position;
+// the next group is loaded while it works on one.
 template <typename T, Way kWay>
 __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShared& shared, int warp) {
-    constexpr int kGroup = 8, kMine = kGroup / 2;
+    constexpr int kGroup = 8, kMine = kGroup / 2, kFinishers = 8 - kFirstFinisher<kWay>;
+    static_assert((3 * kSpatialTrainSizes[1][0] / kGroup / kFinishers + 1) * kMine <= 64, "bits for one row a tile");
     int lane = threadIdx.x % 32, line = lane / 16;
     uint32_t piece = line * 128 + ((lane % 16 / 2 ^ line) << 4) + lane % 2 * 8;  // of position `line` of a group
     auto place = [&](int k) { return (piece ^ k * 32) + k * 256; };              // of position line + 2 k
     int positions = a.box_bytes / (2 * kChunk);
+    bool several = kWay == Way::halves && a.frames > 1;
+    // Which of its positions are of the tensor is the same in all tiles but those with a frame's first or last rows, or
+    // the last frames. So it is found once, not for every group: bit kMine i + k of position k of the lane's group i.
+    int last_rows = several ? (a.all_frames - (a.tiles - 1) * a.frames) * a.frame_rows
+                            : a.height - (a.frame_tiles - 1) * a.rows + 1;
+    uint64_t inside = 0, below_first = 0, above_last = 0;
+    for (int i = 0, first = kGroup * warp; first < positions; i += kMine, first += kGroup * kFinishers)
+#pragma unroll
+        for (int k = 0; k < kMine; ++k) {
+            int position = first + line + 2 * k, row = a.by_pitch(position);
+            bool real = position < positions && position != row * a.pitch;
+            if (several) real = real && row != a.by_frame_rows(row) * a.frame_rows;
+            inside |= uint64_t(real) << (i + k);
+            below_first |= uint64_t(row > 0) << (i + k);
+            above_last |= uint64_t(row < last_rows) << (i + k);
+        }
     Slot slot;
     for (int tile = blockIdx.x; in_turn<kWay == Way::resident>(a, tile); tile += gridDim.x) {
         TrainTile<Pass::forward> at(a, tile);
-        bool several = a.frames > 1;
-        int begin = at.row == 0 ? a.pitch : 0;
-        int end = (several ? at.rows : min(a.rows + 2, a.height - at.row + 1)) * a.pitch;
+        uint64_t real = inside;
+        if (at.row == 0) real &= below_first;
+        if (several ? at.frame + a.frames >= a.all_frames : at.row + a.rows >= a.height) real &= above_last;
         for (int chunk = 0; chunk < a.chunks; ++chunk) {
             Activation4 read(a.affine, chunk * kChunk + 4 * (lane % 16), a.in_channels);
             int part = chunk % kTogether<kWay>;
             uint32_t x = shared.halo + slot.index * a.buffer_bytes + part * (a.buffer_bytes / 2);
             barrier_wait(shared.copied(slot.index), slot.parity);
+            uint64_t bits = real;
             uint2 v[kMine], next[kMine];
             auto load = [&](int first) {
                 if (first < positions)
@@ -223,17 +244,14 @@ __device__ __forceinline__ void finish_halos(const TrainArgs& a, const TrainShar
             };
             load(kGroup * warp);
 #pragma unroll 1
-            for (int first = kGroup * warp; first < positions; first += kGroup * kFinishers) {
+            for (int first = kGroup * warp; first < positions; first += kGroup * kFinishers, bits >>= kMine) {
 #pragma unroll
                 for (int k = 0; k < kMine; ++k) v[k] = next[k];
                 load(first + kGroup * kFinishers);
 #pragma unroll
                 for (int k = 0; k < kMine; ++k) {
-                    int position = first + line + 2 * k, row = a.by_pitch(position);
-                    bool real = position >= begin && position < end && position != row * a.pitch;
-                    if (several) real = real && row != a.by_frame_rows(row) * a.frame_rows;
                     uint2 value = read.template apply<T>(v[k]);
-                    store_shared(x + 128 * first + place(k), real ? value : uint2{});
+                    store_shared(x + 128 * first + place(k), uint32_t(bits) & 1 << k ? value : uint2{});
                 }
             }
             if (part + 1 < kTogether<kWay>) continue;
@@ -291,7 +309,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
         int position = 32 * k + lane, row = a.by_pitch(position);
-        bool blank = a.frames > 1 && row - int(a.by_frame_rows(row)) * a.frame_rows == a.height;
+        bool blank = kHalves && a.frames > 1 && row - int(a.by_frame_rows(row)) * a.frame_rows == a.height;
         columns[k] = __ballot_sync(~0u, !blank && position - row * a.pitch < a.pitch - 1);
     }
     TrainSums sums;
@@ -376,7 +394,7 @@ __device__ __forceinline__ void consume_tiles(const TrainMaps& maps, const Train
                     d[i] = rounded.x, d[i + 1] = rounded.y;
                 }
                 wgmma_pin(d);
-                int real_rows = a.frames == 1 ? rows : rows / a.frame_rows * a.height;
+                int real_rows = kHalves && a.frames > 1 ? rows / a.frame_rows * a.height : rows;
                 add_statistics<kN>(moments, d, real, real_rows * (a.pitch - 1));
             }
         }
@@ -472,7 +490,7 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
         }
         for (int i = 0; i < a.buffers; ++i) {  // emptied by the warps that read it
             barrier_init(shared.copied(i), 1);
-            barrier_init(shared.finished(i), kFinishers);
+            barrier_init(shared.finished(i), 8 - kFirstFinisher<kWay>);
             barrier_init(shared.emptied(i), kResident ? 4 : 8);
         }
         for (int i = 0; i < a.stages; ++i)
@@ -490,15 +508,14 @@ __device__ __forceinline__ void train_block(const TrainMaps& maps, const TrainAr
     if (warp < 8) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTrainProducerRegisters));
         dependency_wait();
-        if (warp >= 3) {
-            if (kPass == Pass::forward && a.affine) finish_halos<T, kWay>(a, shared, warp - 3);
+        if (kResident && threadIdx.x == 32) bring_weights<kPass>(maps, a, shared);
+        __syncwarp();
+        if (kPass == Pass::forward && warp >= kFirstFinisher<kWay>) {
+            if (a.affine) finish_halos<T, kWay>(a, shared, warp - kFirstFinisher<kWay>);
         } else if (threadIdx.x == 0) {
             bring_halos<kWay, kPass>(maps, a, shared);
         } else if (threadIdx.x == 32) {
-            if constexpr (kResident)
-                bring_weights<kPass>(maps, a, shared);
-            else
-                stream_weights<kWay, kPass>(maps, a, shared);
+            if constexpr (!kResident) stream_weights<kWay, kPass>(maps, a, shared);
         } else if (threadIdx.x == 64 && kPass == Pass::gradient) {
             bring_operands<kWay>(maps, a, shared);
         }
