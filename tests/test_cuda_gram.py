@@ -227,7 +227,7 @@ def test_the_identity_takes_the_kernels_and_triton_agrees(read, kind, channels, 
     theirs, theirs_masked = both()
     for i, limit in ((0, 6e-3), (2, 1e-4)):  # what is rounded differs: scale w or scale g
         assert (own[i].double() - theirs[i].double()).norm() <= limit * theirs[i].double().norm()
-        assert (theirs_masked[i].double() - theirs[i].double()).norm() <= 1e-3 * limit * theirs[i].double().norm()
+        assert (theirs_masked[i].double() - theirs[i].double()).norm() <= 1e-2 * limit * theirs[i].double().norm()
     assert [p is None for p in own[1]] == [p is None for p in theirs[1]]
 
 

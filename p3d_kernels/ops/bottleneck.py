@@ -126,7 +126,7 @@ def _wide_record(x: Operand, w: Tensor, norm: Norm, kept: list[Tensor], stride: 
 class Inner(NamedTuple):
     """The backward of a block but for R: gradients of weights and sums [4, C] in the order of the schedule.
 
-    Of weights, some are still to be made: by one launch, and after what the block below waits for.
+    Of weights, some are still to be made, by one launch.
     """
 
     dz_r: Operand
@@ -153,11 +153,12 @@ def _bwd(
         dw_r = Splits(part, 1, x.size(1))
     elif needs_w[0]:
         dw_r = WeightGrad(dz_r, source, stride)
+    dws = summed(conv_wgrads([dw_r, *dws]))  # before dx, which the block below then finds in the second-level cache
     if needs_x and dx is None:
         o, o_mask, step = (o, None, config.stride) if w_d else (dy, y, 2 if thin else 1)
         epilogue = Epilogue(join="add", o=o, o_mask=o_mask, o_stride=step, mask=x if mask_x else None)
         dx, _ = conv(dz_r, w_r, stride, epilogue, tuple(x.shape[2:]))
-    return dx, summed(conv_wgrads([dw_r, *dws])), sums
+    return dx, dws, sums
 
 
 def _inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin) -> Inner:
