@@ -261,7 +261,8 @@ def _raw_shapes(x, weights, norms, config):
 # --- what a block keeps ----------------------------------------------------------------------------------------------
 
 # With memory="less" the backward makes again, of what is kept and by the kernels that made them, so bit for bit: z_r,
-# and y where it is the input of the next block of a row.
+# and y where it is the input of the next block of a row. A *lean* block that stores tensors keeps the raw outputs of R,
+# S and T alone, and makes the others again.
 
 
 def _drops_reduced(x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> bool:
@@ -271,35 +272,49 @@ def _drops_reduced(x: Tensor, weights: list[Tensor], norms: list[Norm], config: 
     return lean and not stores(x, weights, norms, config)
 
 
-def _kept_fwd(x, weights, norms, config, thin=False):
+def _kept(raws: list, x, weights, norms, config, lean) -> list:
+    """Of what `_fwd` leaves, or of its shapes, that which is kept."""
+    if lean and stores(x, weights, norms, config):
+        return raws[: 1 + len(_split(weights, config)[1])]
+    return raws[1:] if _drops_reduced(x, weights, norms, config) else raws
+
+
+def _kept_fwd(x, weights, norms, config, thin=False, lean=False):
     y, records, raws = _fwd(x, weights, norms, config, thin)
-    return y, records, raws[1:] if _drops_reduced(x, weights, norms, config) else raws
+    return y, records, _kept(raws, x, weights, norms, config, lean)
 
 
 def _kept_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
-    raws = _all_raws(x, weights, norms, raws, config)
+    raws = _all_raws(x, weights, norms, records, raws, config)
     return _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w)
 
 
-def _kept_shapes(x, weights, norms, config):
-    shapes = _raw_shapes(x, weights, norms, config)
-    return shapes[1:] if _drops_reduced(x, weights, norms, config) else shapes
+def _kept_shapes(x, weights, norms, config, lean=False):
+    return _kept(_raw_shapes(x, weights, norms, config), x, weights, norms, config, lean)
 
 
-def _all_raws(x: Tensor, weights: list[Tensor], norms: list[Norm], raws: list[Tensor], config: Config) -> list[Tensor]:
+def _all_raws(x, weights, norms, records, raws, config, lean=False) -> list[Tensor]:
     """The raws of `_fwd`, given those of `_kept_fwd`."""
+    (w_r,), w_st, (w_e,), w_d = _split(weights, config)
+    source, stride, stats = Operand("raw", x), pointwise(config.stride), Epilogue(stats=norms[0].training)
+    if lean and stores(x, weights, norms, config):
+        (record_r,), records_st, _, _ = _split(records, config)
+        finished = [bn_applied(raws[0], record_r)]
+        if config.kind in ("A", "C"):
+            finished.append(bn_applied(raws[1], records_st[0]))
+        finished.append(applied(join_of(records_st, raws[1:], config)))
+        z_e, _ = conv(Operand("raw", finished[-1]), w_e, pointwise(), stats)
+        return [*raws, *finished, z_e, *[conv(source, w, stride, stats)[0] for w in w_d]]
     if not _drops_reduced(x, weights, norms, config):
         return raws
-    z_r, _ = conv(Operand("raw", x), weights[0], pointwise(config.stride), Epilogue(stats=norms[0].training))
-    return [z_r, *raws]
+    return [conv(source, w_r, stride, stats)[0], *raws]
 
 
-def _output_again(
-    x: Tensor, weights: list[Tensor], norms: list[Norm], records: list[Tensor], raws: list[Tensor], config: Config
-) -> Tensor:
+def _output_again(x, weights, norms, records, raws, config, lean) -> Tensor:
     """The y of `_fwd`, given the raws of `_kept_fwd`."""
     _, records_st, (record_e,), record_d = _split(records, config)
     if stores(x, weights, norms, config):
+        raws = _all_raws(x, weights, norms, records, raws, config, lean)
         z_e, *z_d = raws[len(raws) - 1 - len(record_d) :]
         return bn_applied(z_e, record_e, "add_relu", *(z_d or [x]), *record_d)
     first = 0 if _drops_reduced(x, weights, norms, config) else 1
@@ -469,6 +484,7 @@ def _tail_fits(a: Tensor, s: Tensor, w_st: list[Tensor], w_e: Tensor, config: Co
 
 
 RUN = 4  # blocks, at least, from one kept input to the next
+AGAIN = 256 << 20  # bytes that the blocks of a row which store tensors keep of what they can make again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,10 +513,11 @@ def _by_block(items: list, counts: Iterable[int]) -> list[list]:
 def _row_fwd(x, weights, norms, config):
     """As `_kept_fwd` of each block; the input of one that keeps it is among its raws, before its own."""
     blocks, records, raws = [_by_block(items, config.counts) for items in (weights, norms)], [], []
-    for (block, thin), keeps, w, n in zip(config.of_blocks(), config.keeps_input(), *blocks):
+    lean, _ = _row_shapes(x, weights, norms, config)
+    for (block, thin), keeps, w, n, is_lean in zip(config.of_blocks(), config.keeps_input(), *blocks, lean):
         if keeps:
             raws.append(x)
-        x, block_records, block_raws = _kept_fwd(x, w, n, block, thin)
+        x, block_records, block_raws = _kept_fwd(x, w, n, block, thin, is_lean)
         records += block_records
         raws += block_raws
     return x, records, raws
@@ -508,7 +525,8 @@ def _row_fwd(x, weights, norms, config):
 
 def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
     blocks = [_by_block(items, config.counts) for items in (weights, norms, records, needs_w)]
-    raws = _by_block(raws, map(len, _row_shapes(x, weights, norms, config)))
+    lean, shapes = _row_shapes(x, weights, norms, config)
+    raws = _by_block(raws, map(len, shapes))
     kept = [own.pop(0) if keeps else None for own, keeps in zip(raws, config.keeps_input())]
     tensors = [x, *kept[1:], y]  # the inputs, then y
     dws, sums, masked = [], [], False
@@ -516,9 +534,9 @@ def _row_bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
         if tensors[i] is None:
             first = max(j for j in range(i) if tensors[j] is not None)
             for j in range(first, i):
-                of_block = *[items[j] for items in blocks[:3]], raws[j], config.blocks[j]
+                of_block = *[items[j] for items in blocks[:3]], raws[j], config.blocks[j], lean[j]
                 tensors[j + 1] = _output_again(tensors[j], *of_block)
-        source, own = tensors[i], _all_raws(tensors[i], w, n, raws[i], block)
+        source, own = tensors[i], _all_raws(tensors[i], w, n, r, raws[i], block, lean[i])
         # Masked, it spares the block below a read of its output.
         mask_x = i > 0 and _can_mask(source, own[0], w, block, needs, thin, stores(source, w, n, block))
         # dx takes the place of a gradient of ours, or of an output that was made for this
@@ -541,16 +559,20 @@ def _row_out_shape(x, weights, config):
 
 
 def _row_raw_shapes(x, weights, norms, config):
-    return list(itertools.chain(*_row_shapes(x, weights, norms, config)))
+    return list(itertools.chain(*_row_shapes(x, weights, norms, config)[1]))
 
 
-def _row_shapes(x, weights, norms, config):
-    """Those of the raws of each block."""
-    blocks, shapes = [_by_block(items, config.counts) for items in (weights, norms)], []
+def _row_shapes(x, weights, norms, config) -> tuple[list[bool], list[list[tuple[int, ...]]]]:
+    """(whether it is lean, the shapes of its raws) of each block: the first ones are not, as long as there is room."""
+    blocks, lean, shapes, room = [_by_block(items, config.counts) for items in (weights, norms)], [], [], AGAIN
     for block, keeps, w, n in zip(config.blocks, config.keeps_input(), *blocks):
-        shapes.append([tuple(x.shape)] * keeps + _kept_shapes(x, w, n, block))
+        full, least = (sum(map(math.prod, _kept_shapes(x, w, n, block, is_lean))) for is_lean in (False, True))
+        again = (full - least) * x.element_size()
+        lean.append(again > room)
+        room -= 0 if lean[-1] else again
+        shapes.append([tuple(x.shape)] * keeps + _kept_shapes(x, w, n, block, lean[-1]))
         x = x.new_empty(_out_shape(x, w, block), device="meta")
-    return shapes
+    return lean, shapes
 
 
 SCHEDULES["bottlenecks"] = Schedule("bottlenecks", _row_fwd, _row_bwd, _row_infer, _row_out_shape, _row_raw_shapes)
