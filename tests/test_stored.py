@@ -63,7 +63,7 @@ def test_a_step_against_float64(kinds, wiring, stride, thin, size, kernels, devi
     taken = []
     monkeypatch.setattr(bottleneck, "stores", lambda *of: taken.append(of) or True)
     if not thin:  # the second block makes again what the first keeps
-        monkeypatch.setattr(bottleneck, "AGAIN", 1 << 16)
+        monkeypatch.setattr(bottleneck, "AGAIN", 30_000)
     else:  # several blocks of positions to a program, and statistics finalised by a launch of their own
         monkeypatch.setattr(_apply, "TWICE", 1)
         tile = {"BLOCK_P": 16, "BLOCK_C": 16, "BLOCKS": 2, "num_warps": 1}
