@@ -634,8 +634,8 @@ def bottleneck(
 ) -> Tensor:
     """A P3D bottleneck block: y = relu(bn(E a) + r), a = pseudo3d_conv(relu(bn(R x))), r = x or bn(D x).
 
-    Equivalent to `reference.bottleneck`, which names each step; one autograd Function that stores x, y and the raw
-    outputs of R, S and T only.
+    Equivalent to `reference.bottleneck`, which names each step; one autograd Function. In training it stores x, y
+    and the raw outputs of R, S and T or, of more than 128 channels inside and where E a has up to 32 MiB, all tensors.
 
     Args:
         x: [N, Ci, T, H, W], float32, float16 or bfloat16, read in NDHWC memory (another layout is copied once).
