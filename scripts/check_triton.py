@@ -108,7 +108,7 @@ def compile_all() -> list[tuple[str, Code]]:
 
     import p3d_kernels as p3d
     from p3d_kernels import _backends
-    from p3d_kernels.ops import _conv, _fused, _gram, _head, _stem, _tape, _triton
+    from p3d_kernels.ops import _apply, _conv, _fused, _gram, _head, _stem, _tape, _triton
 
     class Card:
         """All that Triton asks a driver before it compiles."""
@@ -139,7 +139,8 @@ def compile_all() -> list[tuple[str, Code]]:
     _backends.interpreting = lambda: True  # so the kernels take tensors on the CPU
     for module in (_conv, _stem):
         module.sm_count = lambda device: H200
-    for module in (_conv, _gram, _head, _triton, sys.modules["p3d_kernels.ops.max_pool"]):  # ops.max_pool is the op
+    pools = sys.modules["p3d_kernels.ops.max_pool"]  # ops.max_pool is the op
+    for module in (_apply, _conv, _gram, _head, _triton, pools):
         module.dependent_launch = lambda device: {"PDL": True, "launch_pdl": True}
     for module in (_conv, _gram, _stem, _fused, _triton):
         module.input_precision = lambda dtype, device: "tf32" if dtype == torch.float32 else "ieee"

@@ -576,7 +576,9 @@ def _conv_tile(positions: int, ci: int, co: int, taps: int, dtype: torch.dtype, 
     if dtype == torch.float32:
         tile = block(min(positions, 64), 32, 64), block(co, 16, 64), block(ci, 16, 32), 4, 3
     elif positions < 64 * 64:
-        tile = 32 if positions < 64 * 16 else 64, block(co, 16, 64), block(ci, 16, 64), 4, 4
+        few = positions < 64 * 16  # of what is read raw then in steps of 64 ptxas 12.8 spills a gradient's addresses
+        block_ci = block(ci, 16, 128 if few and x.read == "raw" else 64)
+        tile = 32 if few else 64, block(co, 16, 64), block_ci, 4, 4
     elif taps == 1 and co > ci:  # expand, and dgrad of reduce: bound by the wide tensors
         single = x.b is None
         if ci <= 64:
