@@ -137,9 +137,9 @@ __device__ __forceinline__ void copy_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void bring(Ring& ring, const CUtensorMap& map, int channel, int position, int frame) {
+__device__ __forceinline__ void bring(Ring& ring, const CUtensorMap& map, int channel, int position) {
     ring.claim();
-    copy_box(ring.slot(), map, ring.full(), channel, position, frame);
+    copy_box(ring.slot(), map, ring.full(), channel, position, 0);
     ring.advance();
 }
 
@@ -159,12 +159,11 @@ __device__ __forceinline__ void produce_weights(const TrainMaps& maps, const Tra
     }
 }
 
-__device__ __forceinline__ void bring_source(Ring& ring, const TrainMaps& maps, const TrainArgs& a, int position,
-                                             int frame) {
+__device__ __forceinline__ void bring_source(Ring& ring, const TrainMaps& maps, const TrainArgs& a, int position) {
 #pragma unroll 1
     for (int c = 0; c < a.x.chunks; ++c) {
-        bring(ring, maps.a, c * kChunk, position, frame);
-        if (two_tensors(a.x.read)) bring(ring, maps.b, c * kChunk, position, frame);
+        bring(ring, maps.a, c * kChunk, position);
+        if (two_tensors(a.x.read)) bring(ring, maps.b, c * kChunk, position);
     }
 }
 
@@ -176,13 +175,13 @@ __device__ __forceinline__ void produce_operands(const TrainMaps& maps, const Tr
     if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
-            bring_source(ring, maps, a, units.position(turn, team), 0);
+            bring_source(ring, maps, a, units.position(turn, team));
     } else {
         for (int turn = 0; turn < a.turns; ++turn) {
             Piece piece(a, turn, team);
             if (!piece.exists(a)) break;
-            bring_source(ring, maps, a, piece.position, 0);
-            if constexpr (kForm == Form::pair) bring(ring, maps.down, 0, piece.position, 0);
+            bring_source(ring, maps, a, piece.position);
+            if constexpr (kForm == Form::pair) bring(ring, maps.down, 0, piece.position);
         }
     }
 }
@@ -231,21 +230,21 @@ __device__ __forceinline__ void produce_epilogue(const TrainMaps& maps, const Tr
     if (!a.has_below && !a.has_mask && !a.has_o) return;
     Ring ring = place.out(group);
     int team = Team::kParts == 2 ? 0 : group, part = Team::kParts == 2 ? group : 0;
-    auto slice = [&](int channel, int position, int frame) {
-        if (a.has_below) bring(ring, maps.below, channel, position, frame);
-        if (a.has_mask) bring(ring, maps.mask, channel, position, frame);
-        if (a.has_o) bring(ring, maps.o, channel, position, frame);
+    auto slice = [&](int channel, int position) {
+        if (a.has_below) bring(ring, maps.below, channel, position);
+        if (a.has_mask) bring(ring, maps.mask, channel, position);
+        if (a.has_o) bring(ring, maps.o, channel, position);
     };
     if constexpr (kForm == Form::narrow) {
         Units<kForm, kChunks> units(a);
         for (int turn = units.first; turn < a.turns; turn += units.step)
-            slice(part * kChunk, units.position(turn, team), 0);
+            slice(part * kChunk, units.position(turn, team));
     } else {
         for (int turn = 0; turn < a.turns; ++turn) {
             Piece piece(a, turn, team);
             if (!piece.exists(a)) break;
 #pragma unroll 1
-            for (int i = piece.first; i < piece.end; ++i) slice((first_slice(a) + i) * kChunk, piece.position, 0);
+            for (int i = piece.first; i < piece.end; ++i) slice((first_slice(a) + i) * kChunk, piece.position);
         }
     }
 }
@@ -401,7 +400,7 @@ struct Consumer {
 
     // Finishes a slice of a unit, stores it, and adds to the totals. `other`: the second product of a pair.
     __device__ __forceinline__ void store(const float (&d)[32], const float (&other)[32], int slice, int channel,
-                                          int position, int frame) {
+                                          int position) {
         Constants constants(place.epilogue, Team::kColumns * kChunk, slice);
         int below_slot = out.index;
         uint32_t below = a.has_below ? out.take() + mine : 0;
@@ -423,7 +422,7 @@ struct Consumer {
                 if (a.has_below) load_fragment(boxes[2], below ^ (32 * k));
             },
             position);
-        send(box, channel, position, frame);
+        send(box, channel, position);
         if (leader) {
             if (held >= 0) release(out, held);
             if (a.has_below && slot != below_slot) release(out, below_slot);
@@ -432,11 +431,11 @@ struct Consumer {
         held = a.has_o || a.has_mask || a.has_below ? slot : -1;
     }
 
-    __device__ __forceinline__ void send(uint32_t box, int channel, int position, int frame) {
+    __device__ __forceinline__ void send(uint32_t box, int channel, int position) {
         fence_proxy_async();
         __syncwarp();
         if (leader) {
-            store_box(maps.y, box + warp * 16 * 128, channel, position + 16 * warp, frame);
+            store_box(maps.y, box + warp * 16 * 128, channel, position + 16 * warp, 0);
             store_wait<1>();
         }
     }
@@ -552,7 +551,7 @@ struct Consumer {
                 }
                 store_fragment((box + mine) ^ (32 * k), y);
             }
-            send(box, part * kChunk, position, 0);
+            send(box, part * kChunk, position);
             if (leader) {
                 if (held >= 0) release(out, held);
                 if (a.has_mask) release(out, second_slot);
@@ -600,7 +599,7 @@ struct Consumer {
             if (kBack && a.c)
                 store_join(d, kept_x, kept_b, scale, position);
             else
-                store(d, d, part, part * kChunk, position, 0);
+                store(d, d, part, part * kChunk, position);
         }
     }
 
@@ -628,7 +627,7 @@ struct Consumer {
                 wgmma_wait<0>();
                 wgmma_pin(d);
                 if constexpr (kForm == Form::pair) wgmma_pin(other);
-                store(d, kForm == Form::pair ? other : d, slice, (first_slice(a) + slice) * kChunk, piece.position, 0);
+                store(d, kForm == Form::pair ? other : d, slice, (first_slice(a) + slice) * kChunk, piece.position);
             }
         }
     }
