@@ -333,8 +333,8 @@ def bn_bwd_apply(
     read: str = "bn_bwd",
     g_mask: Tensor | None = None,
     step: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """(dz, sums [4, C]) of a norm in training from the gradient g and its partial sums [R, 2, C].
+) -> tuple[Operand, Tensor]:
+    """(dz, stored, sums [4, C]) of a norm in training from the gradient g and its partial sums [R, 2, C].
 
     read: "bn_bwd" or "bn_bwd_open", see `Operand`. g, g_mask, step: as in `bn_sums`.
     """
@@ -349,7 +349,7 @@ def bn_bwd_apply(
         )
 
     plan_for(("bn_bwd_apply", *key), build)(sums, dz, g, g_mask, z, record, part)
-    return dz, sums
+    return Operand("raw", dz), sums
 
 
 TWICE = 1 << 22  # elements beyond which the programs of a forward pass are too many to combine statistics each

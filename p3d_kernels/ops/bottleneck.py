@@ -193,27 +193,22 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     z_e, *z_d = rest[len(rest) - 1 - len(w_d) :]
     step = 2 if thin else 1
     part_e, *part_d = bn_sums(dy, y, [z_e, *z_d], [record_e, *record_d], step)
-    dz_e, sums_e = _stored_gradient(dy, z_e, record_e, part_e, "bn_bwd_open", y, step)
+    dz_e, sums_e = bn_bwd_apply(dy, z_e, record_e, part_e, "bn_bwd_open", y, step)
     dw_e = WeightGrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
     v, parts = join_dgrad(dz_e, w_e, join_of(records_st, raws_st, config), config.kind)
     below = z_r, record_r
     da, part, dw_st, sums_st = st_bwd(
         v, parts, Operand("raw", a_r), w_st, norm_st, records_st, raws_st, config, below, True, needs_st, finished
     )
-    dz_r, sums_r = _stored_gradient(da, *below, part)
+    dz_r, sums_r = bn_bwd_apply(da, *below, part)
     o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
-        dz_d, sums_d = _stored_gradient(dy, z_d[0], record_d[0], part_d[0], "bn_bwd_open", y)
+        dz_d, sums_d = bn_bwd_apply(dy, z_d[0], record_d[0], part_d[0], "bn_bwd_open", y)
         dw_d = WeightGrad(dz_d, Operand("raw", x), pointwise(config.stride)) if needs_d[0] else None
         dws, sums = [*dws, dw_d], [*sums, sums_d]
         if needs_x:
             o, _ = conv(dz_d, w_d[0], pointwise(), None, tuple(dz_d.a.shape[2:]))
     return Inner(dz_r, o, dws, sums)
-
-
-def _stored_gradient(*arguments) -> tuple[Operand, Tensor]:
-    dz, sums = bn_bwd_apply(*arguments)
-    return Operand("raw", dz), sums
 
 
 def _reduce_fits(x: Tensor, weights: list[Tensor], config: Config, thin: bool) -> bool:
@@ -268,8 +263,8 @@ def _raw_shapes(x, weights, norms, config):
 def _drops_reduced(x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config) -> bool:
     """Whether z_r is dropped: not where x is much wider, of which it would be made."""
     (w_r,), _, _, _ = _split(weights, config)
-    lean = config.memory == "less" and w_r.size(1) <= 2 * w_r.size(0)
-    return lean and not stores(x, weights, norms, config)
+    drops = config.memory == "less" and w_r.size(1) <= 2 * w_r.size(0)
+    return drops and not stores(x, weights, norms, config)
 
 
 def _kept(raws: list, x, weights, norms, config, lean) -> list:

@@ -231,7 +231,7 @@ def st_bwd(
             sums[i] = bn_bwd_finalise(part, records[i], positions, norms[i].training)
             return Operand(read, g, raws[i], record_b=records[i], sums=sums[i])
         dz, sums[i] = bn_bwd_apply(g, raws[i], records[i], part, read)
-        return Operand("raw", dz)
+        return dz
 
     a_s = Operand("bn_relu", raws[0], record_a=records[0]) if finished is None else Operand("raw", finished[0])
     g_s, o = v, None  # gradient of relu(bn_s(z_s)); what T adds to dx
