@@ -287,10 +287,11 @@ void define_tape(py::module_& module) {
             py::arg("launch"))
         .def(
             "run",
-            [](const p3d::Tape& tape, const std::vector<uint64_t>& bases, int device, uintptr_t stream) {
+            [](p3d::Tape& tape, const std::vector<uint64_t>& bases, int device, uintptr_t stream) {
                 tape.run(bases, device, pointer<CUstream_st>(stream));
             },
-            py::arg("bases"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+            py::arg("bases"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("graph_runs", &p3d::Tape::graph_runs);
 }
 
 }  // namespace

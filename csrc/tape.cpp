@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace p3d {
@@ -11,6 +12,12 @@ namespace p3d {
 namespace {
 
 constexpr size_t kMostParameters = 128;
+
+// A graph costs about as much to make as three runs of its launches, and memory.
+constexpr size_t kLeastSteps = 8;    // of a tape that is worth one
+constexpr size_t kSeen = 3;          // runs with equal bases before it is made
+constexpr size_t kReplays = 4;       // bases that a tape remembers
+constexpr size_t kRunsACapture = 8;  // by graph, on average, or no more are made once every place had one
 
 template <typename Function>
 Function driver_function(const char* name, unsigned version) {
@@ -120,13 +127,87 @@ void Tape::check(uint64_t number) const {
     if (number >= addresses_.size()) throw std::out_of_range("a launch of an address that the tape does not have");
 }
 
-void Tape::run(const std::vector<uint64_t>& bases, int device, CUstream_st* stream) const {
+void Tape::run(const std::vector<uint64_t>& bases, int device, CUstream_st* stream) {
     if (bases.size() != bases_) throw std::out_of_range("a run of other bases than the tape has");
+    need_context(device);
+    if (steps_.size() >= kLeastSteps) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (CUgraphExec_st* graph = graph_for(bases, stream)) {
+            cudaError_t error = cudaGraphLaunch(graph, stream);
+            if (error != cudaSuccess)
+                throw std::runtime_error(std::string("a graph was not launched: ") + cudaGetErrorString(error));
+            ++graph_runs_;
+            return;
+        }
+    }
+    launch(bases, stream);
+}
+
+void Tape::launch(const std::vector<uint64_t>& bases, CUstream_st* stream) const {
     std::vector<uint64_t> addresses;
     addresses.reserve(addresses_.size());
     for (const auto& [base, offset] : addresses_) addresses.push_back(base < 0 ? 0 : bases[base] + offset);
-    need_context(device);
     for (const auto& step : steps_) step(addresses.data(), stream);
+}
+
+// The graph of a run with these bases, or nullptr where there is none, or not yet.
+CUgraphExec_st* Tape::graph_for(const std::vector<uint64_t>& bases, CUstream_st* stream) {
+    cudaStreamCaptureStatus status;
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) {
+        cudaGetLastError();  // whose capture it is then has the launches themselves
+        return nullptr;
+    }
+    ++runs_;
+    auto found = std::find_if(replays_.begin(), replays_.end(), [&](const Replay& r) { return r.bases == bases; });
+    if (found == replays_.end()) {
+        if (replays_.size() == kReplays) {
+            found = std::min_element(replays_.begin(), replays_.end(),
+                                     [](const Replay& a, const Replay& b) { return a.last < b.last; });
+            if (found->graph) cudaGraphExecDestroy(found->graph);  // what is still running is freed when it has ended
+            replays_.erase(found);
+        }
+        replays_.push_back({bases, nullptr, 0, 0});
+        found = replays_.end() - 1;
+    }
+    found->last = runs_;
+    bool pays = captures_ < kReplays || graph_runs_ >= kRunsACapture * captures_;
+    if (++found->seen >= kSeen && !found->graph && pays) {
+        ++captures_;
+        found->graph = captured(bases);
+    }
+    return found->graph;
+}
+
+// nullptr where the launches cannot be captured.
+CUgraphExec_st* Tape::captured(const std::vector<uint64_t>& bases) const {
+    // Relaxed: a capture of another thread's that is under way stays valid, whatever this one calls.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaStream_t side = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    if (cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking) == cudaSuccess) {
+        if (cudaStreamBeginCapture(side, cudaStreamCaptureModeRelaxed) == cudaSuccess) {
+            bool whole = true;
+            try {
+                launch(bases, side);
+            } catch (...) {
+                whole = false;  // launched by itself it says why
+            }
+            if (cudaStreamEndCapture(side, &graph) == cudaSuccess && whole)
+                cudaGraphInstantiateWithFlags(&executable, graph, 0);
+            if (graph) cudaGraphDestroy(graph);
+        }
+        cudaStreamDestroy(side);
+    }
+    cudaGetLastError();
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return executable;
+}
+
+Tape::~Tape() {
+    for (const Replay& replay : replays_)
+        if (replay.graph) cudaGraphExecDestroy(replay.graph);
 }
 
 }  // namespace p3d

@@ -4,10 +4,12 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+struct CUgraphExec_st;
 struct CUstream_st;
 
 namespace p3d {
@@ -30,6 +32,8 @@ struct TritonLaunch {
 // need one. -1: the device that the runtime would take.
 void need_context(int device = -1);
 
+// Runs its launches one by one or, where it meets the same base addresses again and again, as those of a training loop
+// are, as a CUDA graph of them: one launch costs the host what a kernel does.
 class Tape {
  public:
     // Launches with the addresses that a run has; throws std::runtime_error where that fails.
@@ -37,6 +41,9 @@ class Tape {
 
     // Of a run with `bases` base addresses; address i of a step is base + offset of addresses[i], or 0 where base < 0.
     Tape(size_t bases, std::vector<std::pair<int, uint64_t>> addresses);
+    ~Tape();
+    Tape(const Tape&) = delete;
+    Tape& operator=(const Tape&) = delete;
 
     void add(Step step);
     void add(TritonLaunch launch);  // throws std::runtime_error unless the kernel takes exactly these parameters
@@ -44,12 +51,26 @@ class Tape {
     void check(uint64_t number) const;  // throws std::out_of_range unless a step may use this number for an address
 
     // Launches everything on `device`, the current one, until a step throws. Threads may run one tape at a time.
-    void run(const std::vector<uint64_t>& bases, int device, CUstream_st* stream) const;
+    void run(const std::vector<uint64_t>& bases, int device, CUstream_st* stream);
+    size_t graph_runs() const { return graph_runs_; }  // of all runs, those that were one launch of a graph
 
  private:
+    struct Replay {  // of runs with these bases
+        std::vector<uint64_t> bases;
+        CUgraphExec_st* graph;  // nullptr before it pays
+        size_t seen, last;      // runs of its own; the number of the last among all
+    };
+
+    void launch(const std::vector<uint64_t>& bases, CUstream_st* stream) const;
+    CUgraphExec_st* graph_for(const std::vector<uint64_t>& bases, CUstream_st* stream);
+    CUgraphExec_st* captured(const std::vector<uint64_t>& bases) const;
+
     size_t bases_;
     std::vector<std::pair<int, uint64_t>> addresses_;
     std::vector<Step> steps_;
+    std::mutex mutex_;  // of what follows
+    std::vector<Replay> replays_;
+    size_t runs_ = 0, graph_runs_ = 0, captures_ = 0;
 };
 
 }  // namespace p3d

@@ -441,3 +441,76 @@ def test_a_replay_in_a_thread_that_has_launched_nothing(monkeypatch):
     thread.join()
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+def loop_of(net, monkeypatch, native: bool, held=lambda: None):
+    """Steps on other data in the same memory, as a training loop makes them; and its tapes."""
+    monkeypatch.setattr(_tape, "_tapes", {})
+    net, x = copy.deepcopy(net), torch.empty(2, 24, 4, 9, 10, device="cuda")
+    seen, hold = [], []
+    with monkeypatch.context() as context:
+        if not native:
+            context.setattr(Tape, "_compiled", lambda self: None)
+        for i in range(12):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(i)))
+            seen.append([t.cpu() for t in step(net, x)])
+            hold.append(held())
+    return [t for results in seen for t in results], [tape.native for tape in _tape._tapes.values()]
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("kinds, channels", CASES)
+def test_runs_with_equal_addresses_become_a_graph(kinds, channels, monkeypatch):
+    net = row(kinds, channels).cuda()
+    want, _ = loop_of(net, monkeypatch, False)
+    got, tapes = loop_of(net, monkeypatch, True)
+    assert len(tapes) == 2 and all(tape.graph_runs >= 6 for tape in tapes)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+def test_runs_with_other_addresses_each_time_do_not(monkeypatch):
+    net = row("ABC", 64).cuda()
+    want, _ = loop_of(net, monkeypatch, False)
+    got, tapes = loop_of(
+        net, monkeypatch, True, held=lambda: [torch.empty(n << 9, device="cuda") for n in range(1, 64)]
+    )
+    assert not any(tape.graph_runs for tape in tapes)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@gpu
+@pytest.mark.usefixtures("hopper")
+def test_graphs_are_made_for_few_addresses_and_again_for_others():
+    native, launches = extension(), 8
+
+    def place():  # batch mean and var, running mean and var, count of one channel
+        one, zero = (torch.full((1,), v, device="cuda") for v in (1.0, 0.0))
+        return [one, one, zero, zero.clone(), torch.zeros(1, dtype=torch.int64, device="cuda")]
+
+    places = [place() for _ in range(6)]
+    torch.cuda.synchronize()
+    tape = native.Tape(5, [(i, 0) for i in range(5)])
+    moves = NativePlan(lambda stream, *addresses: native.running_stats(list(addresses), [(1, 0.5)], stream))
+    for _ in range(launches):
+        moves.record(tape, range(5))
+    runs, stream = [0] * 6, torch.cuda.current_stream().cuda_stream
+
+    def run(turn, times):
+        before = tape.graph_runs
+        for i in range(times):
+            tape.run([t.data_ptr() for t in places[turn[i % len(turn)]]], 0, stream)
+            runs[turn[i % len(turn)]] += 1
+        return tape.graph_runs - before
+
+    assert run([0, 1], 20) == 2 * (10 - 2)  # the third with equal addresses is the first of a graph
+    assert run([0, 1, 2, 3], 20) == 5 + 5 + 3 + 3
+    assert run(range(6), 30) == 4  # more than it remembers: after the first turn none is found
+    assert run([4], 10) == 9 and run([5], 10) == 9
+    assert run([0], 3) == 1
+    assert run([1], 10) == 0  # of seven graphs, each has run less than eight times
+    assert runs == [int(p[4]) // launches for p in places]
+    for p, n in zip(places, runs):
+        assert p[2].item() == p[3].item() == (1 - 0.5 ** (launches * n) if n < 4 else 1.0)
