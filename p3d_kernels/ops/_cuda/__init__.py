@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backends, reference
-from ._tape import NativePlan, alloc, plan_for
-from ._triton import Operand
-from .max_pool import out_sizes
+from ... import _backends, reference
+from .._tape import NativePlan, alloc, plan_for
+from .._triton import Operand
+from ..max_pool import out_sizes
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
