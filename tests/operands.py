@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from p3d_kernels.ops import _cuda
+from p3d_kernels.ops._cuda._common import _TENSORS
 from p3d_kernels.ops._triton import Operand
 
 
@@ -22,7 +22,7 @@ def record(c, mean=0.0):
 def operand(read, shape, dtype, mean=0.0):
     """An operand of random tensors; `mean`: of those that a record normalises."""
     c = shape[1]
-    _, two, has_a, has_b, has_sums = _cuda._TENSORS[read]
+    _, two, has_a, has_b, has_sums = _TENSORS[read]
     a, b = activation(shape, dtype, mean * has_a), activation(shape, dtype, mean * has_b) if two else None
     sums = 0.3 * torch.randn(4, c, device="cuda") if has_sums else None
     return Operand(read, a, b, record(c, mean) if has_a else None, record(c, mean) if has_b else None, sums)

@@ -10,13 +10,14 @@ import torch
 import p3d_kernels as p3d
 from operands import activation, normalised, operand, record, value
 from p3d_kernels.ops import _conv, _cuda
+from p3d_kernels.ops._cuda._common import _TENSORS
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
-READS = tuple([read for read in _cuda._TENSORS if read != "masked"])
+READS = tuple([read for read in _TENSORS if read != "masked"])
 # N, T, H, W: one position; one frame; numbers off the 64 of a unit; frames of less than, exactly and more than 64
 # positions; more units than the card has warpgroups; runs that begin within a clip and runs that hold several.
 SIZES = [

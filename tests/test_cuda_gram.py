@@ -8,6 +8,7 @@ import torch
 from operands import activation, normalised, operand, record, value
 from p3d_kernels._norm import Norm
 from p3d_kernels.ops import _cuda, _gram
+from p3d_kernels.ops._cuda.gram import _thin
 from p3d_kernels.ops._triton import Operand
 from test_cuda_conv_train import DTYPES, SIZES, _check_sums
 from tolerance import check
@@ -25,7 +26,7 @@ def _tensors(read, size, m, co, dtype, mean=0.0, thin=False):
     """x, dy, y, record and w."""
     n, *dims = size
     x = operand(read, (n, m, *dims), dtype, mean)
-    dims = _cuda._thin(dims) if thin else dims
+    dims = _thin(dims) if thin else dims
     dy, y = (activation((n, co, *dims), dtype) for _ in range(2))
     return x, dy, y, record(co), (torch.randn(co, m, device="cuda") / co**0.5).to(dtype)
 
@@ -72,7 +73,7 @@ def _judge_pass(x, dy, y, rows, w):
 
 def _judge_end(x, kind, dtype, parts, thin=False):
     n, m, *dims = x.a.shape
-    v = torch.randn(parts, n, *(_cuda._thin(dims) if thin else dims), m, device="cuda").half().movedim(-1, 2)
+    v = torch.randn(parts, n, *(_thin(dims) if thin else dims), m, device="cuda").half().movedim(-1, 2)
     scales = 2.0 ** torch.randint(-3, 4, (parts, v[0, :, 0].numel(), m // 64), device="cuda")
     q, c = (torch.randn(m, m, device="cuda") / m**0.5).to(dtype), torch.randn(3, m, device="cuda")
     q_scale = 0.5 + torch.rand(m, device="cuda") if dtype == torch.float16 else None

@@ -9,13 +9,15 @@ from operands import operand as _operand
 from operands import rows as _rows
 from operands import value as _value
 from p3d_kernels.ops import _conv, _cuda
+from p3d_kernels.ops._cuda._common import _TENSORS
+from p3d_kernels.ops._cuda.conv_wgrad import _CENTRED
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
-READS = tuple(_cuda._TENSORS)
+READS = tuple(_TENSORS)
 EXACT = ("raw", "masked")  # what float64 rounds to the same values
 POINT, TIME = (1, 1, 1), (3, 1, 1)
 # N, T, H, W, Ci, Co: one position; numbers of them off the box; more boxes than blocks; each tile of dW, and several.
@@ -198,7 +200,7 @@ def test_the_op_takes_the_kernel_and_triton_agrees(totals, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("read", _cuda._CENTRED)
+@pytest.mark.parametrize("read", _CENTRED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("c", [64, 128, 192, 256, 512])
 def test_about_a_centre(c, dtype, read):
