@@ -7,9 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import _backends
 from .._triton import Operand
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _native():
+    """The extension, or RuntimeError with why there is none."""
+    native = _backends.native()
+    if isinstance(native, str):
+        raise RuntimeError(native)
+    return native
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected bfloat16 or float16, got {dtype}")
 
 
 def _check_activation(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -69,8 +83,7 @@ def _check_matrix(name: str, w: Tensor, shape: tuple[int, ...], dtype: torch.dty
 
 
 def _check_join(x: Tensor, o: Tensor | None, join: str) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
+    _check_dtype("x", x.dtype)
     if join not in ("relu", "relu_add", "add_relu", "mean_relu") or (join == "relu") != (o is None):
         raise ValueError(f"join, o: expected relu without o, or relu_add, add_relu or mean_relu with it, got {join!r}")
     _check_activation("x", x, x.shape, x.dtype)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
-from ._common import _DTYPES, _check_activation, _check_frames, _check_matrix, _check_rows, _conv_wgrad_out
+from ._common import (
+    _DTYPES,
+    _check_activation,
+    _check_dtype,
+    _check_frames,
+    _check_matrix,
+    _check_rows,
+    _conv_wgrad_out,
+    _native,
+)
 
 
 def _halved(size: tuple[int, int]) -> tuple[int, int]:
@@ -89,8 +98,7 @@ def conv_infer(
     """
     n, ci, *dims = x.shape
     co, dtype = w.size(0), x.dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"x: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x", dtype)
     if join not in _INFER_JOINS or _INFER_JOINS[join] != (o is not None):
         raise ValueError(f"join, o: expected none or relu, or with o relu_add, add_relu or mean_relu, got {join!r}")
     _check_activation("x", x, x.shape, dtype)
@@ -112,9 +120,7 @@ def conv_infer(
         return y
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         sizes = _conv_infer_sizes(x.shape, co, taps, stride, join, o_size, frames)
         with torch.cuda.device(x.device):
             rest = sizes, native.conv_infer_plan(sizes, tile), join, _DTYPES[dtype]

@@ -11,7 +11,16 @@ from torch import Tensor
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from .._triton import Operand
-from ._common import _DTYPES, _TENSORS, _check_activation, _check_matrix, _check_operand, _check_rows, _conv_wgrad_out
+from ._common import (
+    _DTYPES,
+    _TENSORS,
+    _check_activation,
+    _check_matrix,
+    _check_operand,
+    _check_rows,
+    _conv_wgrad_out,
+    _native,
+)
 
 _TRAIN_READS = tuple([read for read in _TENSORS if read != "masked"])
 
@@ -160,9 +169,7 @@ def conv_train(
             raw = n, *grid, ci, co, w.size(1), stride, transposed, o is not None, below is not None
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         with torch.cuda.device(device):
             return _train_plan(native, tiles, raw, tile, relu, _DTYPES[dtype])
 
@@ -244,9 +251,7 @@ def conv_pair(
     sizes = _conv_pair_sizes(x, w, down)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         return NativePlan(lambda stream, *addresses: native.conv_pair(*addresses, sizes, _DTYPES[dtype], stream))
 
     plan_for(("conv_pair", sizes, dtype, device), build)(*x.args(), w, record, down, w_down, record_down, y)

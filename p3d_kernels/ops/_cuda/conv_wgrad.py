@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from .._triton import Operand
-from ._common import _DTYPES, _TENSORS, _check_operand, _conv_wgrad_out
+from ._common import _DTYPES, _TENSORS, _check_dtype, _check_operand, _conv_wgrad_out, _native
 
 
 def _conv_wgrad_sizes(
@@ -73,8 +73,7 @@ def conv_wgrad(
     """
     n, ci, *dims = x.a.shape
     dtype, co, out = x.a.dtype, g.channels, _conv_wgrad_out(dims, stride)
-    if dtype not in _DTYPES:
-        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x.a", dtype)
     if totals and taps != (1, 1, 1):
         raise ValueError(f"totals: expected False with taps {taps}, got True")
     if centre is not None and (g is not x or x.read not in _CENTRED):
@@ -92,9 +91,7 @@ def conv_wgrad(
     sizes = _conv_wgrad_sizes(g, x, taps, stride, totals)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         plan = NativePlan(lambda stream, *addresses: native.conv_wgrad(*addresses, sizes, _DTYPES[dtype], stream))
         with torch.cuda.device(x.a.device):
             plan.rows = native.conv_wgrad_partials(sizes)

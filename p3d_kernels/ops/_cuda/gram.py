@@ -11,7 +11,16 @@ from torch import Tensor
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from .._triton import Operand
-from ._common import _DTYPES, _check_activation, _check_matrix, _check_operand, _check_rows, _conv_wgrad_out
+from ._common import (
+    _DTYPES,
+    _check_activation,
+    _check_dtype,
+    _check_matrix,
+    _check_operand,
+    _check_rows,
+    _conv_wgrad_out,
+    _native,
+)
 
 
 def _gram_sizes(x: Operand, ci: int, loads: int, sums: bool) -> tuple:
@@ -76,8 +85,7 @@ def gram_bwd(
         RuntimeError: the kernel cannot run (what `gram_bwd_why_not` says), or CUDA failed.
     """
     (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
-    if dtype not in _DTYPES:
-        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x.a", dtype)
     _check_operand("x", x, tuple(x.a.shape), dtype)
     if tuple(g.shape[2:]) == _thin(dims):
         dims = _thin(dims)
@@ -89,9 +97,7 @@ def gram_bwd(
     sizes = _gram_bwd_sizes(x, g, y)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         rest = sizes, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.gram_bwd(*addresses, *rest, stream))
         with torch.cuda.device(device):
@@ -127,8 +133,7 @@ def gram_add(
     Returns and Raises: as `gram_dgrad`.
     """
     (n, m, *dims), dtype, device = x.a.shape, x.a.dtype, x.a.device
-    if dtype not in _DTYPES:
-        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x.a", dtype)
     _check_operand("x", x, tuple(x.a.shape), dtype)
     thin = tuple(v.shape[3:]) != tuple(dims)
     of_v = _thin(dims) if thin else dims
@@ -144,9 +149,7 @@ def gram_add(
     sizes = _gram_sizes(x, m, v.size(0), sums_a or sums_b)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         rest = c.size(0), dims[-1] if thin else 0, sizes, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.gram_add(*addresses, *rest, stream))
         with torch.cuda.device(device):
@@ -212,8 +215,7 @@ def gram_dgrad(
     """
     (n, m, *dims), co, dtype, device = x.a.shape, g.size(1), x.a.dtype, g.device
     dims = _conv_wgrad_out(dims, (1, stride))
-    if dtype not in _DTYPES:
-        raise ValueError(f"x.a: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x.a", dtype)
     _check_operand("x", x, tuple(x.a.shape), dtype)
     for name, tensor in (("g", g), ("y", y)):
         if tensor is not None:
@@ -228,9 +230,7 @@ def gram_dgrad(
     tiles = _gram_tiles_sizes(x, g, sums_a or sums_b, stride)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         with torch.cuda.device(device):
             how, rows = native.conv_tiles_plan(*tiles, tile)
         sizes, width, *_ = tiles
@@ -280,8 +280,7 @@ def gram_raw(
         RuntimeError: the kernel cannot run (what `gram_raw_why_not` says), or CUDA failed.
     """
     (n, m, *dims), co, dtype, device = x.shape, g.size(1), x.dtype, g.device
-    if dtype not in _DTYPES:
-        raise ValueError(f"x: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x", dtype)
     _check_activation("x", x, x.shape, dtype)
     _check_activation("g", g, (n, co, *dims), dtype)
     _check_matrix("w", w, (co + m, m), dtype)
@@ -292,9 +291,7 @@ def gram_raw(
     sizes = _gram_raw_sizes(x, g)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         with torch.cuda.device(device):
             rest = c.size(0), sizes, native.gram_raw_plan(sizes, tile), _DTYPES[dtype]
         return NativePlan(lambda stream, *addresses: native.gram_raw(*addresses, *rest, stream))

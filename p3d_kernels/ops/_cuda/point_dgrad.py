@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
-from ._common import _DTYPES, _check_activation, _check_matrix
+from ._common import _DTYPES, _check_activation, _check_dtype, _check_matrix, _native
 
 
 def _point_dgrad_sizes(dz: Tensor, co: int, masks: int) -> tuple:
@@ -45,8 +45,7 @@ def point_dgrad(
         RuntimeError: the kernel cannot run (what `point_dgrad_why_not` says), or CUDA failed.
     """
     (n, ci, *dims), co, dtype = dz.shape, w.size(-1), dz.dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"dz: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("dz", dtype)
     _check_activation("dz", dz, dz.shape, dtype)
     _check_matrix("w", w, (ci, co), dtype)
     for name, tensor in (("o", o), ("o_mask", o_mask), ("mask", mask)):
@@ -58,9 +57,7 @@ def point_dgrad(
     sizes = _point_dgrad_sizes(dz, co, (o_mask is not None) + (mask is not None))
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         with torch.cuda.device(dz.device):
             rest = sizes, native.point_dgrad_plan(sizes, tile), _DTYPES[dtype]
         return NativePlan(lambda stream, *addresses: native.point_dgrad(*addresses, *rest, stream))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
-from ._common import _DTYPES, _check_activation, _conv_wgrad_out
+from ._common import _DTYPES, _check_activation, _check_dtype, _conv_wgrad_out, _native
 
 RAW_WGRADS = 4  # in a launch
 
@@ -64,8 +64,7 @@ def raw_wgrads(
     if not 1 <= len(wgrads) <= RAW_WGRADS:
         raise ValueError(f"wgrads: expected 1 to {RAW_WGRADS}, got {len(wgrads)}")
     dtype, device = wgrads[0].x.dtype, wgrads[0].x.device
-    if dtype not in _DTYPES:
-        raise ValueError(f"x: expected bfloat16 or float16, got {dtype}")
+    _check_dtype("x", dtype)
     for w in wgrads:
         n, _, *dims = w.x.shape
         out = _conv_wgrad_out(dims, w.stride)
@@ -77,9 +76,7 @@ def raw_wgrads(
     tiles = [(0, 0)] * len(wgrads) if tiles is None else list(tiles)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         with torch.cuda.device(device):
             chosen, pair = native.raw_wgrad_plan(sizes, tiles, blocks)
         plan = NativePlan(

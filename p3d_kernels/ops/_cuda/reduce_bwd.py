@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from .._triton import Operand
-from ._common import _DTYPES, _check_activation, _check_matrix, _check_operand, _conv_wgrad_out
+from ._common import _DTYPES, _check_activation, _check_matrix, _check_operand, _conv_wgrad_out, _native
 
 
 def reduce_bwd_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, co: int, thin: bool = False) -> str | None:
@@ -68,9 +68,7 @@ def reduce_bwd(
     sizes = _reduce_sizes(tuple(x.shape), co, thin)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         rest = *sizes, mask_x, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.reduce_bwd(*addresses, *rest, stream))
         with torch.cuda.device(device):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
-from ._common import _DTYPES, _check_activation, _check_rows
+from ._common import _DTYPES, _check_activation, _check_dtype, _check_rows, _native
 
 
 def _sizes(x_shape: tuple[int, ...], ci: int, co: int) -> tuple[int, int, int, int, int]:
@@ -60,9 +60,7 @@ def _plan(name: str, x: Tensor, ci: int, co: int, *form) -> NativePlan:
     """The launch of the extension's function `name`; its `rows` are those of the partial sums, of sizes and form."""
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         launch, sizes, dtype = getattr(native, name), _sizes(x.shape, ci, co), _DTYPES[x.dtype]
         plan = NativePlan(lambda stream, *addresses: launch(*addresses, *sizes, dtype, stream))
         with torch.cuda.device(x.device):
@@ -176,8 +174,7 @@ def spatial_wgrad(
         RuntimeError: the kernel cannot run (what `wgrad_why_not` says), or CUDA failed.
     """
     (n, co, t, h, w), ci = g.shape, a.size(1)
-    if g.dtype not in _DTYPES:
-        raise ValueError(f"g: expected bfloat16 or float16, got {g.dtype}")
+    _check_dtype("g", g.dtype)
     _check_activation("g", g, g.shape, g.dtype)
     _check_gradient(g, z, record, sums)
     _check_activation("a", a, (n, ci, t, h, w), g.dtype)

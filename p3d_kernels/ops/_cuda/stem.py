@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import _backends, reference
 from .._tape import NativePlan, alloc, plan_for
 from ..max_pool import out_sizes
-from ._common import _DTYPES, _check_activation, _check_rows
+from ._common import _DTYPES, _check_activation, _check_rows, _native
 
 STEM_COUTS = 64
 _FLOATS = {**_DTYPES, torch.float32: "float32"}
@@ -129,9 +129,7 @@ def stem_fwd(
     gamma_type = "float32" if gamma is None else _FLOATS[gamma.dtype]
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         shape = *x.shape, _padded(wiring)
         rest = *shape, x.stride(), _FLOATS[x.dtype], _FLOATS[w.dtype], gamma_type, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.stem_fwd(*addresses, *rest, stream))
@@ -178,9 +176,7 @@ def stem_relu(
     gamma_type = "float32" if gamma is None else _FLOATS[gamma.dtype]
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         types = _FLOATS[x.dtype], _FLOATS[w.dtype], gamma_type, _DTYPES[pooled.dtype]
         rest = *x.shape, _padded(wiring), x.stride(), *types
         return NativePlan(lambda stream, *addresses: native.stem_relu(*addresses, *rest, stream))
@@ -224,9 +220,7 @@ def stem_wgrad(
         return torch.zeros((1, 64 * x.size(1), STEM_COUTS), device=g.device)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         names = "clips", "channels", "frames", "height", "width", "padded"
         shape = dict(zip(names, (*x.shape, _padded(wiring))))
         types = {"x_type": _FLOATS[x.dtype], "w_type": _FLOATS[w.dtype], "dtype": _DTYPES[g.dtype]}
@@ -283,9 +277,7 @@ def stem_infer(
         return y
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         scale, bias = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
         rest = *x.shape, x.stride(), _PIXELS[x.dtype], _DTYPES[dtype], _padded(wiring), scale, bias
         return NativePlan(lambda stream, *addresses: native.stem_infer(*addresses, *rest, stream))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
-from ._common import _DTYPES, _check_activation, _check_frames, _check_join, _check_matrix, _check_rows
+from ._common import _DTYPES, _check_activation, _check_frames, _check_join, _check_matrix, _check_rows, _native
 
 
 def tail_why_not(
@@ -83,9 +83,7 @@ def tail_infer(
         return y, z
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         sizes = n, t, h * w, m, ci or 0, frames or 0, join, _DTYPES[x.dtype], w if thin else 0
         return NativePlan(lambda stream, *addresses: native.tail_infer(*addresses, *sizes, stream))
 

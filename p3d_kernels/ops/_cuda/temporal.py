@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from .._triton import Operand
-from ._common import _DTYPES, _check_join, _check_matrix, _check_operand, _check_rows
+from ._common import _DTYPES, _check_join, _check_matrix, _check_operand, _check_rows, _native
 
 
 def temporal_why_not(x_shape: tuple[int, ...], dtype: torch.dtype, join: str = "relu_add") -> str | None:
@@ -52,9 +52,7 @@ def temporal_infer(
         return y
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         sizes = n, t, h * width, m, join, _DTYPES[x.dtype]
         with torch.cuda.device(x.device):
             launch = getattr(native, _temporal_kernel(native, tuple(x.shape), join)[0])
@@ -113,9 +111,7 @@ def temporal_train(
     sizes = _temporal_train_sizes(x)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         rest = x.read, transposed, sizes, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.temporal_train(*addresses, *rest, stream))
         with torch.cuda.device(device):
@@ -185,9 +181,7 @@ def temporal_bwd(
     sizes = _temporal_bwd_sizes(dz, add, sums)
 
     def build() -> NativePlan:
-        native = _backends.native()
-        if isinstance(native, str):
-            raise RuntimeError(native)
+        native = _native()
         rest = dz.read, x.read, sizes, _DTYPES[dtype]
         plan = NativePlan(lambda stream, *addresses: native.temporal_bwd(*addresses, *rest, stream))
         with torch.cuda.device(device):
