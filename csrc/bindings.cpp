@@ -419,11 +419,7 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "conv_wgrad_why_not",
-        [](const ConvWgradSizes& sizes) {
-            const char* why = p3d::conv_wgrad_why_not(conv_wgrad_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
-        py::arg("sizes"));
+        [](const ConvWgradSizes& sizes) { return p3d::conv_wgrad_why_not(conv_wgrad_shape(sizes)); }, py::arg("sizes"));
 
     m.def(
         "conv_wgrad_partials",
@@ -464,11 +460,7 @@ PYBIND11_MODULE(_C, module) {
         py::arg("sizes"), py::arg("tiles"), py::arg("blocks"));
 
     m.def(
-        "raw_wgrad_why_not",
-        [](const RawWgradSizes& sizes) {
-            const char* why = p3d::raw_wgrad_why_not(raw_wgrad_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
+        "raw_wgrad_why_not", [](const RawWgradSizes& sizes) { return p3d::raw_wgrad_why_not(raw_wgrad_shape(sizes)); },
         py::arg("sizes"));
 
     m.def(
@@ -495,8 +487,7 @@ PYBIND11_MODULE(_C, module) {
         "conv_infer_why_not",
         [](const ConvInferSizes& sizes) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::conv_infer_plan(plan, conv_infer_shape(sizes), {});
         },
         py::arg("sizes"));
 
@@ -561,11 +552,7 @@ PYBIND11_MODULE(_C, module) {
         py::arg("dtype"), py::arg("stream"));
 
     m.def(
-        "conv_pair_why_not",
-        [](const ConvPairSizes& sizes) {
-            const char* why = p3d::conv_pair_why_not(conv_pair_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
+        "conv_pair_why_not", [](const ConvPairSizes& sizes) { return p3d::conv_pair_why_not(conv_pair_shape(sizes)); },
         py::arg("sizes"));
 
     m.def(
@@ -592,11 +579,7 @@ PYBIND11_MODULE(_C, module) {
         py::arg("dtype"), py::arg("stream"));
 
     m.def(
-        "gram_bwd_why_not",
-        [](const GramBwdSizes& sizes) {
-            const char* why = p3d::gram_bwd_why_not(gram_bwd_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
+        "gram_bwd_why_not", [](const GramBwdSizes& sizes) { return p3d::gram_bwd_why_not(gram_bwd_shape(sizes)); },
         py::arg("sizes"));
 
     m.def(
@@ -661,11 +644,7 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "conv_train_why_not",
-        [](const ConvTrainSizes& sizes) {
-            const char* why = p3d::conv_train_why_not(conv_train_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
-        py::arg("sizes"));
+        [](const ConvTrainSizes& sizes) { return p3d::conv_train_why_not(conv_train_shape(sizes)); }, py::arg("sizes"));
 
     m.def(
         "conv_train_partials",
@@ -676,8 +655,7 @@ PYBIND11_MODULE(_C, module) {
         "conv_tiles_why_not",
         [](const ConvTrainSizes& sizes, int64_t width, int stride, bool gram) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::conv_tiles_plan(plan, {conv_train_shape(sizes), width, stride, gram}, {});
         },
         py::arg("sizes"), py::arg("width"), py::arg("stride"), py::arg("gram"));
 
@@ -716,8 +694,7 @@ PYBIND11_MODULE(_C, module) {
         "point_dgrad_why_not",
         [](const PointDgradSizes& sizes) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::point_dgrad_plan(plan, point_dgrad_shape(sizes), {});
         },
         py::arg("sizes"));
 
@@ -786,8 +763,7 @@ PYBIND11_MODULE(_C, module) {
         "gram_raw_why_not",
         [](const GramRawSizes& sizes) {
             p3d::ConvInferPlan plan{};
-            const char* why = p3d::gram_raw_plan(plan, gram_raw_shape(sizes), {});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::gram_raw_plan(plan, gram_raw_shape(sizes), {});
         },
         py::arg("sizes"));
 
@@ -831,8 +807,7 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "reduce_bwd_why_not",
         [](int64_t positions, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width) {
-            const char* why = p3d::reduce_bwd_why_not({positions, in_channels, out_channels, height, width});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::reduce_bwd_why_not({positions, in_channels, out_channels, height, width});
         },
         py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"), py::arg("height"), py::arg("width"));
 
@@ -953,8 +928,7 @@ PYBIND11_MODULE(_C, module) {
         m.def(
             name,
             [why_not](int64_t clips, int64_t channels, int64_t frames, int64_t height, int64_t width, bool padded) {
-                const char* why = why_not({clips, channels, frames, height, width, padded});
-                return why ? std::optional<std::string>(why) : std::nullopt;
+                return why_not({clips, channels, frames, height, width, padded});
             },
             py::arg("clips"), py::arg("channels"), py::arg("frames"), py::arg("height"), py::arg("width"),
             py::arg("padded"));
@@ -979,8 +953,7 @@ PYBIND11_MODULE(_C, module) {
         m.def(
             name,
             [why_not](int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels) {
-                const char* why = why_not(conv_shape(frames, height, width, in_channels, out_channels));
-                return why ? std::optional<std::string>(why) : std::nullopt;
+                return why_not(conv_shape(frames, height, width, in_channels, out_channels));
             },
             py::arg("frames"), py::arg("height"), py::arg("width"), py::arg("in_channels"), py::arg("out_channels"));
     };
@@ -1040,8 +1013,7 @@ PYBIND11_MODULE(_C, module) {
     m.def(
         "tail_infer_why_not",
         [](int64_t clips, int64_t time, int64_t frame, int64_t channels, int64_t down_channels, int64_t pooled_time) {
-            const char* why = p3d::tail_infer_why_not({clips, time, frame, channels, down_channels, pooled_time});
-            return why ? std::optional<std::string>(why) : std::nullopt;
+            return p3d::tail_infer_why_not({clips, time, frame, channels, down_channels, pooled_time});
         },
         py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"), py::arg("down_channels"),
         py::arg("pooled_time"));
@@ -1075,8 +1047,7 @@ PYBIND11_MODULE(_C, module) {
         m.def(
             name,
             [why_not](int64_t clips, int64_t time, int64_t frame, int64_t channels) {
-                const char* why = why_not({clips, time, frame, channels});
-                return why ? std::optional<std::string>(why) : std::nullopt;
+                return why_not({clips, time, frame, channels});
             },
             py::arg("clips"), py::arg("time"), py::arg("frame"), py::arg("channels"));
     };
@@ -1105,10 +1076,7 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "temporal_train_why_not",
-        [](const TemporalTrainSizes& sizes) {
-            const char* why = p3d::temporal_train_why_not(temporal_train_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
+        [](const TemporalTrainSizes& sizes) { return p3d::temporal_train_why_not(temporal_train_shape(sizes)); },
         py::arg("sizes"));
 
     m.def(
@@ -1141,10 +1109,7 @@ PYBIND11_MODULE(_C, module) {
 
     m.def(
         "temporal_bwd_why_not",
-        [](const TemporalBwdSizes& sizes) {
-            const char* why = p3d::temporal_bwd_why_not(temporal_bwd_shape(sizes));
-            return why ? std::optional<std::string>(why) : std::nullopt;
-        },
+        [](const TemporalBwdSizes& sizes) { return p3d::temporal_bwd_why_not(temporal_bwd_shape(sizes)); },
         py::arg("sizes"));
 
     m.def(
