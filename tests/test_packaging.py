@@ -61,6 +61,14 @@ def test_linters_are_pinned(project):
         assert [name for name in dev if re.fullmatch(tool + r"==[\d.]+", name)], f"{tool} is not pinned"
 
 
+def test_every_folder_of_modules_is_packaged(project):
+    setuptools = pytest.importorskip("setuptools")
+    found = setuptools.find_packages(str(ROOT), **project["tool"]["setuptools"]["packages"]["find"])
+    assert {ROOT.joinpath(*name.split(".")) for name in found} == {
+        path.parent for path in (ROOT / "p3d_kernels").rglob("*.py")
+    }
+
+
 def test_cmake_lists_every_source():
     listed = set(re.findall(r"csrc/\w+\.(?:cu|cpp)", (ROOT / "CMakeLists.txt").read_text()))
     there = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix in (".cu", ".cpp")}
