@@ -10,7 +10,6 @@ each raw and finished, and BN is a pass of its own (`_apply.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -482,8 +481,7 @@ RUN = 4  # blocks, at least, from one kept input to the next
 AGAIN = 256 << 20  # bytes that the blocks of a row which store tensors keep of what they can make again
 
 
-@dataclasses.dataclass(frozen=True)
-class RowConfig:
+class RowConfig(NamedTuple):
     """What distinguishes two rows of blocks beside their tensors."""
 
     blocks: tuple[Config, ...]
