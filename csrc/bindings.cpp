@@ -320,6 +320,33 @@ PYBIND11_MODULE(_C, module) {
         py::arg("addresses"), py::arg("norms"), py::arg("stream"));
 
     m.def(
+        "bn_bwd",
+        [](uintptr_t g, uintptr_t mask, uintptr_t z, uintptr_t record, uintptr_t dz, uintptr_t sums, int64_t positions,
+           int64_t channels, const std::string& dtype_name, uintptr_t stream) {
+            p3d::BnBwd p{};
+            p.shape = {positions, channels};
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.mask = pointer<const void>(mask);
+            p.z = pointer<const void>(z);
+            p.record = pointer<const float>(record);
+            p.dz = pointer<void>(dz);
+            p.sums = pointer<float>(sums);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::bn_bwd(p));
+        },
+        py::arg("g"), py::arg("mask"), py::arg("z"), py::arg("record"), py::arg("dz"), py::arg("sums"),
+        py::arg("positions"), py::arg("channels"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "bn_bwd_why_not",
+        [](int64_t positions, int64_t channels) {
+            const char* why = p3d::bn_bwd_why_not({positions, channels});
+            return why ? std::optional<std::string>(why) : std::nullopt;
+        },
+        py::arg("positions"), py::arg("channels"));
+
+    m.def(
         "spatial_conv",
         [](uintptr_t x, uintptr_t w, uintptr_t y, uintptr_t affine, uintptr_t out_affine, uintptr_t partials,
            int64_t frames, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,

@@ -1781,3 +1781,57 @@ def temporal_bwd(
     dw = alloc((splits, m * 3 * m), device)
     plan(*dz.args(), *x.args(), w, dx, part, dw)
     return dx, part, dw
+
+
+def _bn_bwd_sizes(z: Tensor) -> tuple[int, int]:
+    return z.numel() // z.size(1), z.size(1)
+
+
+def bn_bwd_why_not(z: Tensor) -> str | None:
+    """Why `bn_bwd` cannot run for tensors like z, or None."""
+    if z.dtype not in _DTYPES:
+        return f"bn_bwd: dtype {z.dtype} (expected bfloat16 or float16)"
+    native = _backends.native()
+    return native if isinstance(native, str) else native.bn_bwd_why_not(*_bn_bwd_sizes(z))
+
+
+def bn_bwd(
+    g: Tensor,  # [N, C, T, H, W]
+    z: Tensor,  # like g
+    record: Tensor,  # [4, C] or more rows: mean, scale, bias, invstd
+    g_mask: Tensor | None = None,  # like g
+) -> tuple[Tensor, Tensor]:
+    """dz of u = (z - mean) scale + bias in training, from the gradient g of u, with its sums; P positions.
+
+        dz = scale (g - c0 - (z - mean) c1),  c0 = sum g / P,  c1 = invstd^2 sum g (z - mean) / P
+
+    With g_mask g counts where that is not <= 0, else 0. Everything is read once; float32 sums.
+
+    Returns:
+        dz [N, C, T, H, W] channels_last_3d, rounded once, and float32 [4, C], rows c0, c1, invstd sum g (z - mean),
+        sum g. Runs of the same shape on the same card give the same bits.
+
+    Raises:
+        ValueError: layout, shape, dtype or alignment differ from the above.
+        RuntimeError: the kernel cannot run (what `bn_bwd_why_not` says), or CUDA failed.
+    """
+    dtype, channels = z.dtype, z.size(1)
+    if dtype not in _DTYPES:
+        raise ValueError(f"z: expected bfloat16 or float16, got {dtype}")
+    for name, tensor in (("g", g), ("z", z), ("g_mask", g_mask)):
+        if tensor is not None:
+            _check_activation(name, tensor, z.shape, dtype)
+    _check_rows("record", record, 4, channels)
+    dz, sums = alloc(tuple(z.shape), z.device, dtype), alloc((4, channels), z.device)
+    if z.numel() == 0:
+        return dz, sums.zero_()
+    sizes = *_bn_bwd_sizes(z), _DTYPES[dtype]
+
+    def build() -> NativePlan:
+        native = _backends.native()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        return NativePlan(lambda stream, *addresses: native.bn_bwd(*addresses, *sizes, stream))
+
+    plan_for(("bn_bwd", *sizes, z.device), build)(g, g_mask, z, record, dz, sums)
+    return dz, sums
