@@ -500,6 +500,32 @@ void define_reduce_bwd(Module& m) {
         py::arg("positions"), py::arg("in_channels"), py::arg("out_channels"), py::arg("height"), py::arg("width"));
 }
 
+void define_bn_bwd(Module& m) {
+    m.def(
+        "bn_bwd",
+        [](uintptr_t g, uintptr_t mask, uintptr_t z, uintptr_t record, uintptr_t dz, uintptr_t sums, int64_t positions,
+           int64_t channels, const std::string& dtype_name, uintptr_t stream) {
+            p3d::BnBwd p{};
+            p.shape = {positions, channels};
+            p.dtype = dtype(dtype_name);
+            p.g = pointer<const void>(g);
+            p.mask = pointer<const void>(mask);
+            p.z = pointer<const void>(z);
+            p.record = pointer<const float>(record);
+            p.dz = pointer<void>(dz);
+            p.sums = pointer<float>(sums);
+            p.stream = pointer<CUstream_st>(stream);
+            check(p3d::bn_bwd(p));
+        },
+        py::arg("g"), py::arg("mask"), py::arg("z"), py::arg("record"), py::arg("dz"), py::arg("sums"),
+        py::arg("positions"), py::arg("channels"), py::arg("dtype"), py::arg("stream"));
+
+    m.def(
+        "bn_bwd_why_not",
+        [](int64_t positions, int64_t channels) { return p3d::bn_bwd_why_not({positions, channels}); },
+        py::arg("positions"), py::arg("channels"));
+}
+
 // (N, T, H * W, C)
 using TemporalTrainSizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
@@ -595,6 +621,7 @@ void define_training(Module& m) {
     define_point_dgrad(m);
     define_gram(m);
     define_reduce_bwd(m);
+    define_bn_bwd(m);
     define_temporal_train(m);
     define_temporal_bwd(m);
 }

@@ -399,6 +399,34 @@ constexpr int kRunningNorms = 64;  // that one launch moves
 
 const char* running_stats(const RunningNorm* norms, int count, CUstream_st* stream);
 
+// The backward of a normalisation in training, with no ReLU of its own, in one launch:
+//
+//     dz[p,c] = scale[c] * (g[p,c] - c0[c] - (z[p,c] - mean[c]) * c1[c])
+//
+//     c0 = sum over p of g[p] / P,   c1 = invstd^2 * sum over p of g[p] * (z[p] - mean) / P
+//
+// rounded once. With `mask` g counts where that is not <= 0, else 0.
+struct BnBwdShape {
+    int64_t positions, channels;  // P = N * T * H * W, C
+};
+
+struct BnBwd {
+    BnBwdShape shape;
+    DType dtype;          // of g, mask, z and dz; sums are float32
+    const void* g;        // [P, C]  16-byte aligned, as all pointers are
+    const void* mask;     // [P, C]; or nullptr
+    const void* z;        // [P, C]
+    const float* record;  // [4, C] rows mean, scale, bias, invstd
+    void* dz;             // [P, C]
+    float* sums;          // [4, C] rows c0, c1, invstd * sum of g (z - mean), sum of g
+    CUstream_st* stream;
+};
+
+const char* bn_bwd(const BnBwd& p);
+
+// Why bn_bwd cannot run this shape on the current device.
+const char* bn_bwd_why_not(const BnBwdShape& shape);
+
 // A stem: conv 1x7x7 of stride (1, 2, 2) and padding (0, 3, 3), no bias, to 64 channels; pool (2, 3, 3) of stride 2.
 struct StemShape {
     int64_t clips, channels, frames, height, width;  // N, Ci from 1 to 4, T, H, W

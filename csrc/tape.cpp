@@ -152,11 +152,9 @@ void Tape::launch(const std::vector<uint64_t>& bases, CUstream_st* stream) const
 
 // The graph of a run with these bases, or nullptr where there is none, or not yet.
 CUgraphExec_st* Tape::graph_for(const std::vector<uint64_t>& bases, CUstream_st* stream) {
-    cudaStreamCaptureStatus status;
-    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) {
-        cudaGetLastError();  // whose capture it is then has the launches themselves
-        return nullptr;
-    }
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) cudaGetLastError();
+    if (status != cudaStreamCaptureStatusNone) return nullptr;  // whose capture it is has the launches themselves
     ++runs_;
     auto found = std::find_if(replays_.begin(), replays_.end(), [&](const Replay& r) { return r.bases == bases; });
     if (found == replays_.end()) {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from . import _backends
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-@dataclasses.dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """One batch normalisation over [N, T, H, W], exactly as `torch.nn.BatchNorm3d` defines it.
 
     u = (z - mean) / sqrt(var + eps) * weight + bias, a channel at a time. With `training` the mean and biased variance
@@ -129,20 +128,24 @@ def remember(norm: Norm) -> None:
 
 
 def update_running(
-    norms: list[Norm], means: list[Tensor], variances: list[Tensor], in_one_launch: bool = False
+    norms: list[Norm],
+    means: list[Tensor] | list[int],
+    variances: list[Tensor] | list[int],
+    holder: Tensor | None = None,
 ) -> None:
     """Move the running statistics of `norms` towards this batch's means and unbiased variances ([C], float32).
 
     Called once an op's forward has succeeded, with every norm of the op: nothing is half-updated. Inside `together`
-    they move at its end. in_one_launch: what the function of that name said of these norms.
+    they move at its end. holder: a tensor that holds the means and variances, which are then given by their addresses;
+    for norms that may move `in_one_launch`.
     """
     live = [(n, m, v) for n, m, v in zip(norms, means, variances) if n.updates]
     if torch.compiler.is_compiling():
         _move_by_foreach(live)
     elif _waiting.moves is None:
-        _move([(live, in_one_launch)])
+        _move([(live, holder)])
     else:
-        _waiting.moves.append((live, in_one_launch))
+        _waiting.moves.append((live, holder))
 
 
 def in_one_launch(norms: Iterable[Norm], x: Tensor) -> bool:
@@ -160,25 +163,26 @@ def in_one_launch(norms: Iterable[Norm], x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _move(moves: list[tuple[list[tuple[Norm, Tensor, Tensor]], bool]]) -> None:
-    """The (norm, mean, variance) of each op, and whether it may be done in one launch, in the order of the ops."""
+def _move(moves: list[tuple[list[tuple], Tensor | None]]) -> None:
+    """The (norm, mean, variance) of each op and who holds these, as `update_running` has them, in the order of ops."""
     everything = [one for live, _ in moves for one in live]
     if len({id(n.running_mean) for n, _, _ in everything}) < len(everything):  # shared: by one op after the other
-        groups = [([one], way) for live, way in moves for one in live]
+        groups = [([one], holder is not None) for live, holder in moves for one in live]
     else:
-        groups = [([one for live, its_way in moves if its_way == way for one in live], way) for way in (True, False)]
+        groups = [([one for live, h in moves if (h is not None) == way for one in live], way) for way in (True, False)]
     for live, way in groups:
         if live:
             (_move_in_one_launch if way else _move_by_foreach)(live)
 
 
-def _move_in_one_launch(live: list[tuple[Norm, Tensor, Tensor]]) -> None:
-    tensors = [t for n, m, v in live for t in (m, v, n.running_mean, n.running_var, n.num_batches_tracked)]
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    sizes = [(m.numel(), n.momentum) for n, m, _ in live]
+def _move_in_one_launch(live: list[tuple[Norm, int, int]]) -> None:
+    tensors = [t for n, _, _ in live for t in (n.running_mean, n.running_var, n.num_batches_tracked)]
+    own = iter([0 if t is None else t.data_ptr() for t in tensors])
+    addresses = [a for (_, m, v), *moved in zip(live, own, own, own) for a in (m, v, *moved)]
+    sizes = [(n.running_mean.numel(), n.momentum) for n, _, _ in live]
     with torch.cuda.device(tensors[0].device):
         _backends.native().running_stats(addresses, sizes, torch.cuda.current_stream().cuda_stream)
-    increment_version([t for i, t in enumerate(tensors) if i % 5 > 1 and t is not None])
+    increment_version([t for t in tensors if t is not None])
 
 
 @torch.no_grad()

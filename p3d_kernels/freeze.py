@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 
@@ -100,7 +99,7 @@ class _FrozenStage(nn.Sequential):
         """
         blocks = self.frozen()
         if thinned:
-            blocks[0] = blocks[0]._replace(config=dataclasses.replace(blocks[0].config, stride=1))
+            blocks[0] = blocks[0]._replace(config=blocks[0].config._replace(stride=1))
         return _run(x, blocks, self[0].dtype, thin, into, frames)
 
 

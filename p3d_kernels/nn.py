@@ -108,12 +108,13 @@ _PLAIN = frozenset(
 
 def hooked(module: nn.Module) -> bool:
     """Whether something is to run when `module` itself is called: a hook, or a `forward` of the instance's own."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 

@@ -103,7 +103,8 @@ def test_one_launch_moves_running_statistics_as_foreach_does():
         batch = [torch.randn(2, m.num_features, device="cuda") for m in modules]
         norms, version = [Norm.of(m) for m in modules], modules[0].running_mean._version
         assert in_one_launch(norms, x)
-        update_running(norms, [b[0] for b in batch], [b[1] for b in batch], True)
+        addresses = [[b[i].data_ptr() for b in batch] for i in (0, 1)]
+        update_running(norms, *addresses, holder=batch[0])
         assert modules[0].running_mean._version > version
         update_running([Norm.of(t) for t in twins], [b[0] for b in batch], [b[1] for b in batch])
     for module, twin in zip(modules, twins):

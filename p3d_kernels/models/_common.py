@@ -57,7 +57,7 @@ def run_stages(x: Tensor, stages: list[nn.Module], pool: nn.Module) -> Tensor:
         thin = row is not None and after is not None and after[0].stride == 2 and stage[-1].downsample is None
         if thinned:
             arguments, config = row[0]
-            row[0] = arguments, dataclasses.replace(config, stride=1)
+            row[0] = arguments, config._replace(stride=1)
         x = bottlenecks(x, row, thin) if thin or thinned else stage(x)
         x = pool(x) if i + 1 < len(stages) else x
         thinned = thin

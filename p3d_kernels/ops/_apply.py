@@ -12,10 +12,14 @@ Statistics, the centred form and rounding are those of `_triton.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .._norm import Norm
+from . import _cuda
+from ._conv import cuda_allowed
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     _UNALIGNED,
@@ -350,6 +354,23 @@ def bn_bwd_apply(
 
     plan_for(("bn_bwd_apply", *key), build)(sums, dz, g, g_mask, z, record, part)
     return Operand("raw", dz), sums
+
+
+def bn_bwd_open(
+    g: Tensor, g_mask: Tensor | None, zs: list[Tensor], records: list[Tensor], step: int = 1
+) -> Iterator[tuple[Operand, Tensor]]:
+    """(dz, stored, sums [4, C]) of the norm of each of one or two raw tensors, made when it is asked for.
+
+    The norms have no ReLU of their own. g, g_mask, step: as in `bn_sums`. Where a tensor and its gradient fit in the
+    card's shared memory one kernel reads them once, and g for each tensor; else sums are a pass of their own.
+    """
+    if step == 1 and cuda_allowed(g) and _cuda.bn_bwd_why_not(zs[0]) is None:
+        for z, record in zip(zs, records):
+            dz, sums = _cuda.bn_bwd(g, z, record, g_mask)
+            yield Operand("raw", dz), sums
+        return
+    for z, record, part in zip(zs, records, bn_sums(g, g_mask, zs, records, step)):
+        yield bn_bwd_apply(g, z, record, part, "bn_bwd_open", g_mask, step)
 
 
 TWICE = 1 << 22  # elements beyond which the programs of a forward pass are too many to combine statistics each

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ from ._tape import Layout, keep, taped
 from ._triton import bn_finalise, input_precision, ndhwc, why_not
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """What distinguishes two calls of a fused op beside their tensors."""
 
     kind: str
@@ -151,8 +151,11 @@ def taped_fwd(
     """
     outputs, kept, layout = taped((name, call), pass_, [*inputs, *_stats(norms)])
     if any(norm.updates for norm in norms):
-        batch = layout.cut(kept, rows)
-        update_running(norms, batch[::2], batch[1::2], call.in_one_launch)
+        if call.in_one_launch:
+            batch, holder = layout.addresses(kept, rows), kept
+        else:
+            batch, holder = layout.cut(kept, rows), None
+        update_running(norms, batch[::2], batch[1::2], holder)
     return outputs, kept, layout
 
 

@@ -10,7 +10,6 @@ each raw and finished, and BN is a pass of its own (`_apply.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._apply import applied, bn_applied, bn_apply, bn_bwd_apply, bn_sums
+from ._apply import applied, bn_applied, bn_apply, bn_bwd_apply, bn_bwd_open
 from ._conv import Epilogue, WeightGrad, conv, conv_wgrads, cuda_allowed, pointwise, taps_of
 from ._fused import MEMORY, SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
@@ -191,9 +190,8 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     z_r, *rest = raws
     raws_st, (a_r, *finished) = rest[: len(w_st)], rest[len(w_st) : len(rest) - 1 - len(w_d)]
     z_e, *z_d = rest[len(rest) - 1 - len(w_d) :]
-    step = 2 if thin else 1
-    part_e, *part_d = bn_sums(dy, y, [z_e, *z_d], [record_e, *record_d], step)
-    dz_e, sums_e = bn_bwd_apply(dy, z_e, record_e, part_e, "bn_bwd_open", y, step)
+    of_wide = bn_bwd_open(dy, y, [z_e, *z_d], [record_e, *record_d], 2 if thin else 1)
+    dz_e, sums_e = next(of_wide)
     dw_e = WeightGrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
     v, parts = join_dgrad(dz_e, w_e, join_of(records_st, raws_st, config), config.kind)
     below = z_r, record_r
@@ -203,7 +201,7 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     dz_r, sums_r = bn_bwd_apply(da, *below, part)
     o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
-        dz_d, sums_d = bn_bwd_apply(dy, z_d[0], record_d[0], part_d[0], "bn_bwd_open", y)
+        dz_d, sums_d = next(of_wide)
         dw_d = WeightGrad(dz_d, Operand("raw", x), pointwise(config.stride)) if needs_d[0] else None
         dws, sums = [*dws, dw_d], [*sums, sums_d]
         if needs_x:
@@ -482,8 +480,7 @@ RUN = 4  # blocks, at least, from one kept input to the next
 AGAIN = 256 << 20  # bytes that the blocks of a row which store tensors keep of what they can make again
 
 
-@dataclasses.dataclass(frozen=True)
-class RowConfig:
+class RowConfig(NamedTuple):
     """What distinguishes two rows of blocks beside their tensors."""
 
     blocks: tuple[Config, ...]

@@ -4,6 +4,7 @@ A tensor's "affine" is float32 [3, C], rows mean, scale and bias: u = (z - mean)
 [N, C, T, H, W] in channels_last_3d memory, bfloat16 or float16; everything is 16-byte aligned.
 """
 
+from .bn_bwd import bn_bwd, bn_bwd_why_not
 from .conv_infer import conv_infer, conv_infer_why_not
 from .conv_train import conv_pair, conv_pair_why_not, conv_tiles_why_not, conv_train, conv_train_why_not
 from .conv_wgrad import conv_wgrad, conv_wgrad_why_not
@@ -37,6 +38,8 @@ __all__ = [
     "RAW_WGRADS",
     "RawWgrad",
     "STEM_COUTS",
+    "bn_bwd",
+    "bn_bwd_why_not",
     "conv_infer",
     "conv_infer_why_not",
     "conv_pair",
