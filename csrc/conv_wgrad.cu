@@ -380,11 +380,8 @@ __device__ __forceinline__ void finish_all(const WgradArgs& a, const WgradShared
             }
         }
         next -= groups;
-        // The other lanes' accesses come before the arrival of one: a release covers what __syncwarp has shown it. All
-        // lanes would be some hundred arrivals a stage.
         fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.finished(slot.index));
+        barrier_arrive(shared.finished(slot.index));
     }
 }
 
@@ -471,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.stages; ++i) {
             barrier_init(shared.copied(i), 1);
-            barrier_init(shared.finished(i), Shape::kFinishers);
+            barrier_init(shared.finished(i), 32 * Shape::kFinishers);
             barrier_init(shared.emptied(i), 4 * Shape::kConsumers);
         }
         barrier_init_fence();
