@@ -75,7 +75,7 @@ void define_conv_wgrad(Module& m) {
         py::arg("sizes"));
 }
 
-// (N, T, H, W, Ci, Co, taps, stride, g on the grid of x), and (rows, splits) of a tile
+// (N, T, H, W, Ci, Co, taps, stride, g on the grid of x), and (columns, splits) of a tile
 using RawWgradSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, bool>;
 using RawWgradTile = std::array<int, 2>;
 
@@ -87,7 +87,7 @@ void define_raw_wgrad(Module& m) {
     m.def(
         "raw_wgrad",
         [](const Addresses& addresses, const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles,
-           int blocks, const std::string& dtype_name, uintptr_t stream) {  // of each g, x, partials; (rows, splits)
+           int blocks, const std::string& dtype_name, uintptr_t stream) {  // of each g, x, partials; (columns, splits)
             if (addresses.size() != 3 * sizes.size() || tiles.size() != sizes.size())
                 throw py::value_error("addresses, tiles: expected three and one of each size");
             std::vector<p3d::RawWgrad> p(sizes.size());
@@ -109,10 +109,10 @@ void define_raw_wgrad(Module& m) {
             std::vector<p3d::RawWgradShape> shapes;
             std::vector<p3d::RawWgradTile> plan;
             for (const auto& size : sizes) shapes.push_back(raw_wgrad_shape(size));
-            for (const auto& [rows, splits] : tiles) plan.push_back({rows, splits});
+            for (const auto& [columns, splits] : tiles) plan.push_back({columns, splits});
             check(p3d::raw_wgrad_plan(plan.data(), blocks, shapes.data(), int(shapes.size())));
             std::vector<RawWgradTile> found;
-            for (const auto& tile : plan) found.push_back({tile.rows, tile.splits});
+            for (const auto& tile : plan) found.push_back({tile.columns, tile.splits});
             return std::make_pair(found, blocks);
         },
         py::arg("sizes"), py::arg("tiles"), py::arg("blocks"));

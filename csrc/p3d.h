@@ -155,18 +155,18 @@ const char* conv_wgrad(const ConvWgrad& p);
 const char* conv_wgrad_why_not(const ConvWgradShape& shape);
 int conv_wgrad_partials(const ConvWgradShape& shape);
 
-// Up to four weight gradients like those of conv_wgrad, of raw operands and without totals, in one launch.
+// Up to five weight gradients like those of conv_wgrad and of 1x3x3, of raw operands and without totals, in one launch.
 struct RawWgradShape {
     int64_t clips, time, height, width;  // N, T, H, W of x
-    int64_t in_channels, out_channels;   // Ci, a multiple of 128, or of 3x1x1 of 64; Co, of 128
-    int taps;                            // 1, or 3 of 3x1x1
+    int64_t in_channels, out_channels;   // Ci, Co, multiples of 128
+    int taps;                            // 1, 3 of 3x1x1, or 9 of 1x3x3
     int stride;                          // in space
     bool g_strided;                      // as in ConvWgradShape
 };
 
 struct RawWgradTile {
-    int rows;    // couts of a tile: 128, or of 1x1x1 256
-    int splits;  // R, the rows of the partials, each of a part of the positions
+    int columns;  // channels of a tile, 128 or 256, of all gradients of a launch the same
+    int splits;   // R, the rows of the partials, each of a part of the positions
 };
 
 struct RawWgrad {
@@ -177,7 +177,7 @@ struct RawWgrad {
     float* partials;    // [R, Co * taps * Ci]
 };
 
-constexpr int kRawWgrads = 4;  // in a launch
+constexpr int kRawWgrads = 5;  // in a launch
 
 const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUstream_st* stream);
 

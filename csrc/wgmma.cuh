@@ -189,6 +189,7 @@ P3D_OUTER_WGMMA(wgmma_outer, 112, 14, 56, 57, 1)
 P3D_OUTER_WGMMA(wgmma_outer, 128, 16, 64, 65, 1)
 P3D_OUTER_WGMMA(wgmma_outer, 168, 21, 84, 85, 1)
 P3D_OUTER_WGMMA(wgmma_outer, 192, 24, 96, 97, 1)
+P3D_OUTER_WGMMA(wgmma_outer, 256, 32, 128, 129, 1)
 P3D_OUTER_WGMMA(wgmma_back, 64, 8, 32, 33, 0)
 P3D_OUTER_WGMMA(wgmma_back, 128, 16, 64, 65, 0)
 

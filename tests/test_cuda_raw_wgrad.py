@@ -7,7 +7,7 @@ import torch
 
 from operands import operand, rows
 from p3d_kernels.ops import _conv, _cuda
-from p3d_kernels.ops._conv import Geometry, WeightGrad, conv_wgrads, pointwise, temporal
+from p3d_kernels.ops._conv import Geometry, WeightGrad, conv_wgrads, pointwise, spatial, temporal
 from p3d_kernels.ops._cuda import RawWgrad
 from p3d_kernels.ops._triton import Operand
 from tolerance import check
@@ -15,7 +15,7 @@ from tolerance import check
 pytestmark = pytest.mark.usefixtures("hopper")
 
 DTYPES = (torch.bfloat16, torch.float16)
-POINT, TIME = (1, 1, 1), (3, 1, 1)
+POINT, TIME, SPACE = TAPS = (1, 1, 1), (3, 1, 1), (1, 3, 3)
 # N, T, H, W, Ci, Co: one position; numbers of them off the box; more boxes than stages; several tiles, an odd number.
 SHAPES = [
     (1, 1, 1, 1, 128, 128),
@@ -26,7 +26,7 @@ SHAPES = [
     (4, 1, 5, 5, 512, 1024),
     (32, 2, 10, 10, 256, 256),
 ]
-TILES = [(128, 1, 1), (128, 2, 1), (128, 1, 3), (128, 2, 5), (256, 1, 1), (256, 2, 4)]  # couts, blocks, splits
+TILES = [(128, 1, 1), (128, 2, 1), (128, 1, 3), (128, 2, 5), (256, 1, 1), (256, 2, 4)]  # channels, blocks, splits
 
 
 def _names(value):
@@ -42,10 +42,13 @@ def _problem(shape, taps=POINT, stride=1, dtype=torch.bfloat16, strided=False):
 
 def _judge(wgrad, part):
     g, x, taps, (_, stride) = wgrad
-    if taps == TIME:
-        padded = torch.nn.functional.pad(x.double(), (0, 0, 0, 0, 1, 1))
-        expected = [rows(g.double()) @ rows(padded[:, :, k : k + x.size(2)]).T for k in range(3)]
-        expected = torch.stack(expected, 1)
+    if taps != POINT:
+        (t, h, w), (_, _, *size) = taps, x.shape
+        padded = torch.nn.functional.pad(x.double(), (w // 2,) * 2 + (h // 2,) * 2 + (t // 2,) * 2)
+        for axis, (count, length) in enumerate(zip(taps, size), 2):
+            padded = torch.stack([padded.narrow(axis, k, length) for k in range(count)], -1)
+        padded = padded.flatten(5).unbind(-1)  # of each tap
+        expected = torch.stack([rows(g.double()) @ rows(v).T for v in padded], 1)
     else:
         x = x[..., ::stride, ::stride]
         g = g if g.shape[2:] == x.shape[2:] else g[..., ::stride, ::stride]
@@ -58,7 +61,7 @@ def _judge(wgrad, part):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("taps", [POINT, TIME], ids=str)
+@pytest.mark.parametrize("taps", TAPS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=_names)
 def test_one(shape, taps, dtype):
     wgrad = _problem(shape, taps, dtype=dtype)
@@ -69,12 +72,14 @@ def test_one(shape, taps, dtype):
 @pytest.mark.parametrize("tile", TILES, ids=_names)
 @pytest.mark.parametrize("shape", [SHAPES[i] for i in (1, 4, 5, 6)], ids=_names)
 def test_every_tile(shape, tile):
-    couts, blocks, splits = tile
-    for taps in (POINT, TIME) if couts == 128 else (POINT,):
+    channels, blocks, splits = tile
+    if shape[4] % channels or shape[5] % (128 * blocks):
+        with pytest.raises(RuntimeError, match="no such tile"):
+            _cuda.raw_wgrads([_problem(shape)], [(channels, splits)], blocks)
+        return
+    for taps in TAPS:
         wgrad = _problem(shape, taps)
-        if blocks == 2 and taps == POINT and shape[4] % 256:
-            continue
-        (part,) = _cuda.raw_wgrads([wgrad], [(couts, splits)], blocks)
+        (part,) = _cuda.raw_wgrads([wgrad], [(channels, splits)], blocks)
         assert part.size(0) <= splits
         _judge(wgrad, part)
 
@@ -90,11 +95,13 @@ def test_stride_2(size, dtype):
 
 
 @pytest.mark.gpu
-def test_taps_of_frames_side_by_side():
-    """Clips of one frame, many to a box, and long ones."""
-    for shape in ((37, 1, 3, 5, 64, 128), (37, 3, 1, 1, 64, 128), (2, 70, 3, 3, 192, 128)):
-        wgrad = _problem(shape, TIME)
-        _judge(wgrad, *_cuda.raw_wgrads([wgrad]))
+@pytest.mark.parametrize("splits", [0, 3])
+def test_taps_of_padding(splits):
+    """Frames and clips that some taps do not reach at all, of few positions, and long ones: also as more splits."""
+    for n, t, h, w in ((37, 1, 3, 5), (37, 3, 1, 1), (2, 70, 3, 3), (3, 2, 1, 9), (3, 2, 70, 1), (2, 1, 2, 130)):
+        for taps in (TIME, SPACE):
+            wgrad = _problem((n, t, h, w, 128, 128), taps)
+            _judge(wgrad, *_cuda.raw_wgrads([wgrad], [(0, splits)]))
 
 
 @pytest.mark.gpu
@@ -106,6 +113,7 @@ def test_several(dtype):
         _problem((32, 2, 10, 10, 256, 1024), dtype=dtype),
         _problem((32, 2, 10, 10, 256, 256), TIME, dtype=dtype),
         _problem((32, 1, 10, 10, 256, 512), stride=2, dtype=dtype),
+        _problem((32, 2, 10, 10, 256, 256), SPACE, dtype=dtype),
     ]
     for some in (wgrads, wgrads[:2], wgrads[1:3], wgrads[::-1]):
         parts = _cuda.raw_wgrads(some)
@@ -121,8 +129,12 @@ def test_several(dtype):
 
 @pytest.mark.gpu
 def test_more_tiles_than_multiprocessors():
-    wgrads = [_problem((32, 1, 5, 5, 1024, 2048)), _problem((32, 1, 5, 5, 2048, 512)), _problem((2, 1, 5, 5, 512, 512))]
-    for tiles, blocks in ((None, 0), ([(128, 1)] * 3, 1), ([(128, 1)] * 3, 2)):
+    wgrads = [
+        _problem((32, 1, 5, 5, 512, 512), SPACE),
+        _problem((32, 1, 5, 5, 1024, 2048)),
+        _problem((32, 1, 5, 5, 2048, 512)),
+    ]
+    for tiles, blocks in ((None, 0), *(([(columns, 1)] * 3, blocks) for columns in (128, 256) for blocks in (1, 2))):
         for wgrad, part in zip(wgrads, _cuda.raw_wgrads(wgrads, tiles, blocks), strict=True):
             _judge(wgrad, part)
 
@@ -153,15 +165,17 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.gpu
 def test_the_op_takes_the_kernel(monkeypatch):
     wide, narrow = (operand("raw", (4, c, 2, 9, 7), torch.bfloat16) for c in (256, 128))
-    calls = [WeightGrad(narrow, wide, pointwise()), None, WeightGrad(narrow, narrow, temporal())]
+    places = pointwise(), temporal(), spatial()
+    calls = [WeightGrad(narrow, wide, places[0]), None, *(WeightGrad(narrow, narrow, place) for place in places[1:])]
     theirs = [None if c is None else _conv._conv_wgrad(c.g, c.x, *c.geometry) for c in calls]
     monkeypatch.setattr(_cuda, "conv_wgrad", None)
+    monkeypatch.setattr(_cuda, "spatial_wgrad", None)
     monkeypatch.setattr(_conv, "_conv_wgrad", None)
     ours = conv_wgrads(calls)
     alone = _conv.conv_wgrad(*calls[0])
-    for splits, part in ((ours[0], theirs[0]), (ours[2], theirs[2]), (alone, theirs[0])):
+    for splits, part in ((ours[0], theirs[0]), (ours[2], theirs[2]), (ours[3], theirs[3]), (alone, theirs[0])):
         check(splits.part.double().sum(0).float(), part.double().sum(0), torch.float32, kind="wgrad", name="dw")
-    assert ours[1] is None and (ours[2].taps, ours[2].ci) == (3, 128)
+    assert ours[1] is None and (ours[2].taps, ours[2].ci) == (3, 128) and (ours[3].taps, ours[3].ci) == (9, 128)
 
 
 def _zeros(*shape):
@@ -173,15 +187,18 @@ def test_several_without_the_kernel(device):
     last = {"memory_format": torch.channels_last_3d}
     x, g = (Operand("raw", torch.randn(1, c, 2, 3, 3, device=device).to(**last)) for c in (16, 32))
     kept = torch.ones(3)
-    splits, same, none = conv_wgrads([WeightGrad(g, x, Geometry(TIME, (1, 1))), kept, None])
-    assert same is kept and none is None and (splits.taps, splits.ci) == (3, 16)
-    _judge(RawWgrad(g.a, x.a, TIME, (1, 1)), splits.part)
+    time, same, none, space = conv_wgrads(
+        [WeightGrad(g, x, Geometry(TIME, (1, 1))), kept, None, WeightGrad(g, x, spatial())]
+    )
+    assert same is kept and none is None and (time.taps, time.ci) == (3, 16) and (space.taps, space.ci) == (9, 16)
+    for taps, splits in ((TIME, time), (SPACE, space)):
+        _judge(RawWgrad(g.a, x.a, taps, (1, 1)), splits.part)
 
 
 def test_reasons_that_need_no_card():
     x = _zeros(1, 128, 2, 4, 4)
     assert "float32" in _cuda.raw_wgrad_why_not(RawWgrad(x.float(), x.float(), POINT, (1, 1)))
-    assert "(1, 3, 3)" in _cuda.raw_wgrad_why_not(RawWgrad(x, x, (1, 3, 3), (1, 1)))
+    assert "(3, 3, 3)" in _cuda.raw_wgrad_why_not(RawWgrad(x, x, (3, 3, 3), (1, 1)))
     assert "no positions" in _cuda.raw_wgrad_why_not(RawWgrad(x[:0], x[:0], POINT, (1, 1)))
 
 
@@ -190,15 +207,16 @@ def test_reasons():
     def why(ci, co, taps=POINT, stride=1):
         return _cuda.raw_wgrad_why_not(_problem((2, 3, 4, 4, ci, co), taps, stride))
 
-    assert why(128, 128) is None and why(64, 128, TIME) is None and why(128, 256, stride=2) is None
-    assert "multiples of 128" in why(192, 128) and "128 up to" in why(128, 64) and "stride" in why(64, 128, TIME, 2)
+    assert why(128, 128) is None and why(128, 128, SPACE) is None and why(128, 256, stride=2) is None
+    assert "multiples of 128" in why(192, 128) and "128 up to" in why(128, 64, TIME)
+    assert "stride" in why(128, 128, TIME, 2) and "stride" in why(128, 128, SPACE, 2)
     with pytest.raises(RuntimeError, match="no such tile"):
         _cuda.raw_wgrads([_problem((2, 3, 4, 4, 128, 128))], [(256, 0)])
 
 
 def test_arguments_are_checked_before_any_launch():
     x = _zeros(1, 128, 2, 4, 4)
-    with pytest.raises(ValueError, match="wgrads: expected 1 to 4, got 0"):
+    with pytest.raises(ValueError, match="wgrads: expected 1 to 5, got 0"):
         _cuda.raw_wgrads([])
     with pytest.raises(ValueError, match="x: expected bfloat16"):
         _cuda.raw_wgrads([RawWgrad(x.float(), x.float(), POINT, (1, 1))])

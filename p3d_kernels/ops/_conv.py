@@ -11,8 +11,8 @@ needs in its backward. No tensor has a pass of its own for these.
 
 `spatial_fwd`, `spatial_dgrad` and `spatial_wgrad` are 1x3x3 on the CUDA kernels where these fit; `conv` has one for
 inference and three for 1x1x1 and 3x1x1 in training, `conv_wgrad` one for 1x1x1 and 3x1x1, and `conv_wgrads` one for
-several of these at once, of raw operands. `spatial_wgrad` leaves what it reads of the gradient (`spatial_finished`) for
-`spatial_dgrad`.
+several weight gradients at once, of raw operands. `spatial_wgrad` leaves what it reads of the gradient
+(`spatial_finished`) for `spatial_dgrad`.
 """
 
 from __future__ import annotations
@@ -745,7 +745,7 @@ def conv_wgrad(
 
 
 class WeightGrad(NamedTuple):
-    """A call of `conv_wgrad` that is still to be made."""
+    """A call of `conv_wgrad` or `spatial_wgrad` that is still to be made."""
 
     g: Operand
     x: Operand
@@ -755,13 +755,14 @@ class WeightGrad(NamedTuple):
 def conv_wgrads(gradients: list) -> list:
     """Each `WeightGrad` as its `Splits`, in place, all else as it is.
 
-    Those of raw operands are made by few launches: together they need fewer splits each to fill the card.
+    Those of raw operands are made by few launches: together they need fewer splits each to fill the card. 1x3x3: by
+    `spatial_wgrad`, if it is not among these.
     """
     done, raws = list(gradients), []
     for i, call in enumerate(gradients):
         if isinstance(call, WeightGrad):
             if (raw := _raw_wgrad(*call)) is None:
-                done[i] = conv_wgrad(*call)
+                done[i] = spatial_wgrad(call.g, call.x) if call.geometry == spatial() else conv_wgrad(*call)
             else:
                 raws.append((i, call, raw))
     for at in range(0, len(raws), _cuda.RAW_WGRADS):

@@ -32,6 +32,7 @@ from ._conv import (
     conv_wgrad,
     cuda_allowed,
     pointwise,
+    spatial,
     spatial_dgrad,
     spatial_finished,
     spatial_fwd,
@@ -218,8 +219,8 @@ def st_bwd(
 ) -> tuple[Tensor | None, Tensor | None, list[Splits | WeightGrad | None], list[Tensor]]:
     """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`.
 
-    dws are still to be summed over splits. finished: of a stored `st_fwd`; the gradients are then stored, too, and that
-    of T's weight is still to be made of these.
+    dws are still to be summed over splits. finished: of a stored `st_fwd`; then the gradients are stored, too, and dws
+    still to be made of them.
     """
     positions = v.numel() // v.size(1)
     dims = tuple(v.shape[2:])
@@ -248,7 +249,9 @@ def st_bwd(
         if needs_w[1] and finished is not None:
             dws[1] = WeightGrad(dz_t, x if config.kind == "B" else a_s, temporal())
     dz_s = gradient(g_s, part_s, 0)
-    if needs_w[0]:
+    if needs_w[0] and finished is not None:
+        dws[0] = WeightGrad(dz_s, x, spatial())
+    elif needs_w[0]:
         room = spatial_finished(dz_s, x) if needs_x else None
         dws[0] = spatial_wgrad(dz_s, x, room)
         dz_s = dz_s if room is None else Operand("raw", room)

@@ -12,11 +12,11 @@ from ... import _backends
 from .._tape import NativePlan, alloc, plan_for
 from ._common import _DTYPES, _check_activation, _check_dtype, _conv_wgrad_out, _native
 
-RAW_WGRADS = 4  # in a launch
+RAW_WGRADS = 5  # in a launch
 
 
 class RawWgrad(NamedTuple):
-    """A weight gradient of a 1x1x1 or 3x1x1 convolution, of two tensors as they are."""
+    """A weight gradient of a 1x1x1, 3x1x1 or 1x3x3 convolution, of two tensors as they are."""
 
     g: Tensor  # [N, Co, To, Ho, Wo], or, of 1x1x1, on the grid of x
     x: Tensor  # [N, Ci, T, H, W]
@@ -27,15 +27,15 @@ class RawWgrad(NamedTuple):
         n, ci, *dims = self.x.shape
         out = _conv_wgrad_out(dims, self.stride)
         space = self.stride[1] if out != tuple(dims) else 1
-        return n, *dims, ci, self.g.size(1), self.taps[0], space, tuple(self.g.shape[2:]) != out
+        return n, *dims, ci, self.g.size(1), math.prod(self.taps), space, tuple(self.g.shape[2:]) != out
 
 
 def raw_wgrad_why_not(w: RawWgrad) -> str | None:
     """Why `raw_wgrads` cannot run this gradient, or None."""
     if w.x.dtype not in _DTYPES:
         return f"raw_wgrad: dtype {w.x.dtype} (expected bfloat16 or float16)"
-    if w.taps not in ((1, 1, 1), (3, 1, 1)) or w.stride[0] != 1:
-        return f"raw_wgrad: taps {w.taps}, stride {w.stride} (expected 1x1x1 or 3x1x1, stride 1 in time)"
+    if w.taps not in ((1, 1, 1), (3, 1, 1), (1, 3, 3)) or w.stride[0] != 1:
+        return f"raw_wgrad: taps {w.taps}, stride {w.stride} (expected 1x1x1, 3x1x1 or 1x3x3, stride 1 in time)"
     if w.x.numel() == 0:
         return "raw_wgrad: no positions"
     native = _backends.native()
@@ -47,11 +47,11 @@ def raw_wgrad_why_not(w: RawWgrad) -> str | None:
 def raw_wgrads(
     wgrads: Sequence[RawWgrad], tiles: Sequence[tuple[int, int]] | None = None, blocks: int = 0
 ) -> list[Tensor]:
-    """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of up to four gradients in one launch, each in parts.
+    """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of up to five gradients in one launch, each in parts.
 
-    What `conv_wgrad` does for raw operands of 128 couts and more. Together they need fewer parts each to fill the card.
-    float32 accumulation. `tiles`: (couts, 128 or of 1x1x1 256, and parts) of each, `blocks` of a cluster, 1 or 2; 0:
-    any.
+    What `conv_wgrad` and `spatial_wgrad` do, for raw operands of 128 channels and more. Together they need fewer parts
+    each to fill the card. float32 accumulation. `tiles`: (channels, 128 or 256 and the same of all, and parts) of each,
+    `blocks` of a cluster, 1 or 2; 0: any.
 
     Returns:
         of each, float32 [R, Co * taps * Ci], each row [Co, taps, Ci], the sum over a part of the positions. Runs of the
