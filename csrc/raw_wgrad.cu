@@ -50,21 +50,22 @@ struct Problem {
 
 struct Problems {
     Problem of[kRawWgrads];
-    int count;
+    int count, stages;
 };
 
 template <int kColumnChunks>
 struct Tile {
     static constexpr int kRows = 2, kColumns = kColumnChunks;  // of 64
-    static constexpr int kResidents = kColumns > 2 ? 1 : 2;    // blocks of a multiprocessor
+    static constexpr int kResidents = kColumns > 2 ? 1 : 2;    // blocks of a multiprocessor, at most
     static constexpr int kStageBytes = (kRows + kColumns) * kBoxBytes;
     // A row of sums on its way out. 32 bytes more than a multiple of 128: a warp's stores of eight rows meet no bank
     // twice.
     static constexpr int kStagedRow = kColumns * kChunk * 4 + 32;
-    static constexpr int kRoom = (kSharedLimit + 1024) / kResidents - 1024;
-    static constexpr int kStages = std::min(kMaxRing, kRoom / (kStageBytes + 16));
-    static constexpr int kShared = kStages * (kStageBytes + 16);
-    static_assert(kStages > 2 && kRows * kChunk * kStagedRow <= kStages * kStageBytes, "the tile fits in the ring");
+    static constexpr int stages(int residents) {
+        return std::min(kMaxRing, ((kSharedLimit + 1024) / residents - 1024) / (kStageBytes + 16));
+    }
+    static_assert(stages(kResidents) > 2 && kRows * kChunk * kStagedRow <= stages(kResidents) * kStageBytes,
+                  "the tile fits in the ring");
 };
 
 // The positions of one axis of which a tap reads others, `step` on.
@@ -199,14 +200,14 @@ __global__ void __launch_bounds__(kThreads, Shape::kResidents)
     const Problem& a = problems.of[i];
     extern __shared__ __align__(1024) char memory[];
     uint32_t slots = shared_address(memory);
-    Ring ring(slots, slots + Shape::kStages * Shape::kStageBytes, Shape::kStageBytes, Shape::kStages);
+    Ring ring(slots, slots + problems.stages * Shape::kStageBytes, Shape::kStageBytes, problems.stages);
     if (threadIdx.x == 0) {
         prefetch_map(a.g), prefetch_map(a.x);
-        for (int i = 0; i < Shape::kStages; ++i)  // emptied by the warps that multiply, of both blocks
+        for (int i = 0; i < ring.count; ++i)  // emptied by the warps that multiply, of both blocks
             barrier_init(ring.barriers + 16 * i, 1), barrier_init(ring.barriers + 16 * i + 8, a.paired ? 16 : 8);
         barrier_init_fence();
     }
-    for (int box = 0; box < Shape::kStages * (Shape::kRows + Shape::kColumns); ++box)
+    for (int box = 0; box < ring.count * (Shape::kRows + Shape::kColumns); ++box)
         for (int byte = a.box_bytes + 16 * int(threadIdx.x); byte < kBoxBytes; byte += 16 * kThreads)
             store_shared(slots + box * kBoxBytes + byte, uint4{});
     fence_proxy_async();
@@ -288,24 +289,33 @@ bool divide(Division& d, const RawWgradShape& s, int columns, int pair, const Gr
 int residents(int columns) { return columns == 256 ? Tile<4>::kResidents : Tile<2>::kResidents; }
 
 // About how many cycles a launch with tiles of so many columns takes. A turn multiplies in 1100, or 640 for a tile of
-// 128 by 128, of which two share a multiprocessor; the second-level cache gives 4700 bytes a cycle. A block starts in
-// 3500 and stores its tile at 20 bytes; all multiprocessors then sum 2300 bytes of partial sums.
+// 128 by 128, of which two may share a multiprocessor; the second-level cache gives 4700 bytes a cycle. A block starts
+// in 3500 and stores its tile at 20 bytes; all multiprocessors then sum 2300 bytes of partial sums.
 double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of, int count, int columns, int pair,
               int64_t processors) {
     int64_t blocks = 0, room = residents(columns) * processors;
     for (int i = 0; i < count; ++i) blocks += of[i].blocks;
     int64_t at_once = std::min(blocks, room);
-    double multiplied = columns == 256 ? 1100 : at_once > processors ? 1280 : 640;
+    double alone = columns == 256 ? 1140 : 680, fixed = 3500 + 2 * kChunk * columns * 4 / 20.0;
     double brought = (2 + double(columns / kChunk) / pair) * kBoxBytes * double(at_once) / 4700;
-    double turn = std::max(multiplied, brought) + 40, fixed = 3500 + 2 * kChunk * columns * 4 / 20.0;
-    double longest = 0, work = 0, sums = 0;
+    double turn = std::max(alone * (at_once > processors ? 2 : 1), brought);
+    double work = 0, sums = 0;
+    int64_t most = 0;
     for (int i = 0; i < count; ++i) {
-        longest = std::max(longest, double(of[i].turns) * turn + fixed);
+        most = std::max(most, of[i].turns);
         work += double(grids[i].boxes * of[i].row_tiles * of[i].column_tiles) * turn + double(of[i].blocks) * fixed;
         if (of[i].splits > 1 || shapes[i].taps > 1)
             sums += double(of[i].splits) * double(shapes[i].out_channels * shapes[i].taps * shapes[i].in_channels) * 4;
     }
-    return (blocks <= room ? longest : work / double(at_once) + longest / 2) + (pair > 1 ? 1000 : 0) + sums / 2300;
+    double last = double(most) * turn + fixed, tail = (double(most) * alone + fixed) / 2;
+    return (blocks <= room ? last : work / double(room) + tail) + (pair > 1 ? 1000 : 0) + sums / 2300;
+}
+
+const char* multiprocessors(int& count) {
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const RawWgradShape& s, int64_t channels,
@@ -318,6 +328,15 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Ra
                             cuuint64_t(2 * channels * frame)};
     cuuint32_t boxes[] = {kChunk, cuuint32_t(grid.box_width), cuuint32_t(grid.box_height), cuuint32_t(grid.box_frames)};
     return tensor_map("raw_wgrad", map, base, dtype, 4, sizes, strides, boxes);
+}
+
+// The more stages, the fewer blocks to a multiprocessor.
+template <typename Shape>
+cudaError_t launch(Problems& problems, DType dtype, int64_t blocks, int processors, int cluster, CUstream_st* stream) {
+    problems.stages = Shape::stages(blocks > processors ? Shape::kResidents : 1);
+    auto kernel = dtype == DType::bf16 ? raw_wgrad_kernel<__nv_bfloat16, Shape> : raw_wgrad_kernel<__half, Shape>;
+    int shared = problems.stages * (Shape::kStageBytes + 16);
+    return launch_dependent(kernel, dim3(unsigned(blocks)), kThreads, shared, stream, dim3(cluster), problems);
 }
 
 }  // namespace
@@ -343,10 +362,8 @@ const char* raw_wgrad_why_not(const RawWgradShape& s) {
 
 // Of the tiles and clusters, each with more and more splits of the gradient whose blocks take longest, what ends first.
 const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape* shapes, int count) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = multiprocessors(processors)) return error;
     if (count < 1 || count > kRawWgrads)
         return fail("raw_wgrad: expected 1 to %d gradients, got %d", kRawWgrads, count);
     std::vector<Grid> grids;
@@ -433,15 +450,10 @@ const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUs
         to.paired = blocks == 2;
         begin += of.blocks;
     }
-    auto launch = [&](auto kernel, int shared) {
-        return launch_dependent(kernel, dim3(unsigned(begin)), kThreads, shared, stream, dim3(blocks), problems);
-    };
-    bool wide = columns == 256, brain = dtype == DType::bf16;
-    cudaError_t error =
-        wide ? launch(brain ? raw_wgrad_kernel<__nv_bfloat16, Tile<4>> : raw_wgrad_kernel<__half, Tile<4>>,
-                      Tile<4>::kShared)
-             : launch(brain ? raw_wgrad_kernel<__nv_bfloat16, Tile<2>> : raw_wgrad_kernel<__half, Tile<2>>,
-                      Tile<2>::kShared);
+    int processors;
+    if (const char* reason = multiprocessors(processors)) return reason;
+    cudaError_t error = columns == 256 ? launch<Tile<4>>(problems, dtype, begin, processors, blocks, stream)
+                                       : launch<Tile<2>>(problems, dtype, begin, processors, blocks, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
