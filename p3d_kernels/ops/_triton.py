@@ -562,12 +562,13 @@ def _sum_plan(gradients: list[Splits]) -> Plan:
 
 
 def split_blocks(splits: int, size: int, elements: int) -> tuple[int, int]:
-    """(BLOCK_S, STAGES) of `sum_of_splits` of `size` elements: blocks of about `elements`, 64 KB of them under way.
+    """(BLOCK_S, STAGES) of `sum_of_splits` of `size` elements: blocks of about `elements`, 32 KB of them under way.
 
-    One stage, of rows that are longer than this: they go to registers.
+    Six programs of eight warps then share a multiprocessor, and a block's gradients are one wave. One stage, of rows
+    that are longer than this: they go to registers.
     """
     block_s = block(min(splits, max(1, elements // size)), 1, 64)
-    return block_s, min(cdiv(splits, block_s), 16384 // (block_s * size)) + 1
+    return block_s, min(cdiv(splits, block_s), 8192 // (block_s * size)) + 1
 
 
 def _sum_tile(splits: int, taps: int, ci: int) -> tuple[int, int, int, int]:
