@@ -64,8 +64,6 @@ struct Tile {
     static constexpr int stages(int residents) {
         return std::min(kMaxRing, ((kSharedLimit + 1024) / residents - 1024) / (kStageBytes + 16));
     }
-    static_assert(stages(kResidents) > 2 && kRows * kChunk * kStagedRow <= stages(kResidents) * kStageBytes,
-                  "the tile fits in the ring");
 };
 
 // The positions of one axis of which a tap reads others, `step` on.
@@ -258,8 +256,8 @@ struct Grid {
 
     // Lengths of a box along an axis, the longest first.
     template <typename Try>
-    static void along(int64_t size, int64_t most, const Try& consider) {
-        int64_t longest = std::min(size, most), parts = ceil_divide(size, longest);
+    static void along(int64_t size, int64_t room, const Try& consider) {
+        int64_t longest = std::min(size, room), parts = ceil_divide(size, longest);
         consider(longest);
         for (int64_t n = parts + 1; n < parts + 4 && n < size; ++n) consider(ceil_divide(size, n));
         for (int64_t power = kUnit / 2; power > 0; power /= 2)
@@ -288,9 +286,9 @@ bool divide(Division& d, const RawWgradShape& s, int columns, int pair, const Gr
 
 int residents(int columns) { return columns == 256 ? Tile<4>::kResidents : Tile<2>::kResidents; }
 
-// About how many cycles a launch with tiles of so many columns takes. A turn multiplies in 1100, or 640 for a tile of
-// 128 by 128, of which two may share a multiprocessor; the second-level cache gives 4700 bytes a cycle. A block starts
-// in 3500 and stores its tile at 20 bytes; all multiprocessors then sum 2300 bytes of partial sums.
+// About how many cycles a launch with tiles of so many columns takes. A turn takes 1140, or 680 for a tile of 128 by
+// 128, of which two may share a multiprocessor; the second-level cache gives 4700 bytes a cycle. A block starts in 3500
+// and stores its tile at 20 bytes, a cluster costs 1000; all multiprocessors then sum 2300 bytes of partial sums.
 double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of, int count, int columns, int pair,
               int64_t processors) {
     int64_t blocks = 0, room = residents(columns) * processors;
@@ -333,7 +331,10 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Ra
 // The more stages, the fewer blocks to a multiprocessor.
 template <typename Shape>
 cudaError_t launch(Problems& problems, DType dtype, int64_t blocks, int processors, int cluster, CUstream_st* stream) {
-    problems.stages = Shape::stages(blocks > processors ? Shape::kResidents : 1);
+    constexpr int kFewest = Shape::stages(Shape::kResidents);
+    static_assert(kFewest > 2 && Shape::kRows * kChunk * Shape::kStagedRow <= kFewest * Shape::kStageBytes,
+                  "the tile fits in the ring");
+    problems.stages = blocks > processors ? kFewest : Shape::stages(1);
     auto kernel = dtype == DType::bf16 ? raw_wgrad_kernel<__nv_bfloat16, Shape> : raw_wgrad_kernel<__half, Shape>;
     int shared = problems.stages * (Shape::kStageBytes + 16);
     return launch_dependent(kernel, dim3(unsigned(blocks)), kThreads, shared, stream, dim3(cluster), problems);
