@@ -1,7 +1,8 @@
-"""Weight gradients of 1x1x1 and 3x1x1 convolutions of raw tensors, several a launch: csrc/raw_wgrad.cu."""
+"""Weight gradients of 1x1x1, 3x1x1 and 1x3x3 convolutions of raw tensors, several a launch: csrc/raw_wgrad.cu."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
