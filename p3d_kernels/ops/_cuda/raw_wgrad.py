@@ -87,6 +87,6 @@ def raw_wgrads(
         return plan
 
     plan = plan_for(("raw_wgrads", *sizes, *tiles, blocks, dtype, device), build)
-    parts = [alloc((rows, w.g.size(1) * w.taps[0] * w.x.size(1)), device) for rows, w in zip(plan.rows, wgrads)]
+    parts = [alloc((rows, w.g.size(1) * math.prod(w.taps) * w.x.size(1)), device) for rows, w in zip(plan.rows, wgrads)]
     plan(*[tensor for w, part in zip(wgrads, parts) for tensor in (w.g, w.x, part)])
     return parts
