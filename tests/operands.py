@@ -1,4 +1,4 @@
-"""Random operands (`ops._triton.Operand`) for the tests of CUDA kernels, and what they read, in float64."""
+"""What the tests of CUDA kernels share: sizes, random operands (`ops._triton.Operand`), what they read in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import torch
 
 from p3d_kernels.ops._cuda._common import _TENSORS
 from p3d_kernels.ops._triton import Operand
+
+DTYPES = (torch.bfloat16, torch.float16)
+# N, T, H, W: one position; numbers off the rows of any tile; one frame.
+ODD_SIZES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 1, 9, 5)]
+# Of kernels whose teams walk in units of 64 positions of a frame: more of these than the card has teams; runs that hold
+# several clips, and runs that begin within one.
+RUN_SIZES = [(17, 8, 11, 13), (300, 7, 3, 3), (9, 4, 20, 20)]
+# Of those of T: also two frames; frames of exactly and more than 64 positions; fewer steps than teams.
+TEMPORAL_SIZES = [*ODD_SIZES, (1, 2, 8, 8), (1, 5, 13, 10), *RUN_SIZES, (11, 8, 40, 40)]
+# Of kernels by tiles of rows: also clips of two frames and of one.
+TILE_SIZES = [*ODD_SIZES, (5, 2, 10, 10), (32, 1, 5, 5)]
 
 
 def activation(shape, dtype, mean=0.0):
@@ -65,3 +76,33 @@ def max_of_pairs(y: torch.Tensor, frames: int) -> torch.Tensor:
     """y [N, C, T, H, W] max-pooled to `frames` frames by windows of two, by PyTorch."""
     t = y.size(2)
     return torch.nn.functional.max_pool3d(y, (min(2, t), 1, 1), (2, 1, 1), ceil_mode=2 * frames > t)
+
+
+def assert_replays(run, times=1):
+    """What `run` leaves, tensors and None, is equal bit for bit in a graph that has it `times`, whenever that runs."""
+    first = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [run() for _ in range(times)]
+    for _ in range(3):
+        graph.replay()
+        for again in results:
+            for a, b in zip(first, again, strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+
+def assert_nan_at(y, at, taps=1):
+    """All channels of y [N, C, T, H, W] are NaN at n, t, h, w, and at the frames beside it that `taps` reach."""
+    n, t, h, w = at
+    there = y[n, :, max(t - taps // 2, 0) : t + taps // 2 + 1, h, w]
+    assert there.isnan().all() and y.isnan().sum() == there.numel()
+
+
+def assert_nan_of_open(run, o, mask, at):
+    """A NaN of o at n, t, h, w is in what `run` leaves, and alone, unless the mask there is zero or less."""
+    n, t, h, w = at
+    o[n, 7, t, h, w] = torch.nan
+    for value, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
+        mask[n, 7, t, h, w] = value
+        y = run()
+        assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()

@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import record
+from operands import DTYPES, TILE_SIZES, assert_nan_at, assert_replays, record
 from p3d_kernels._norm import Norm
 from p3d_kernels.ops import _conv, _cuda, _gram
 from p3d_kernels.ops._triton import Operand
-from test_cuda_conv_train import DTYPES, _check_statistics, _check_sums, _expected, _like, _weight
+from test_cuda_conv_train import _check_statistics, _check_sums, _expected, _like, _weight
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-# N, T, H, W: one position; one frame; numbers off the rows of a tile; clips of one and two frames; more tiles than the
-# card has room for at once.
-SIZES = [(1, 1, 1, 1), (2, 3, 7, 5), (3, 1, 9, 5), (5, 2, 10, 10), (32, 1, 5, 5), (41, 8, 11, 13)]
+SIZES = [*TILE_SIZES, (41, 8, 11, 13)]  # the last: more tiles than the card has room for at once
 CHANNELS = [(64, 64), (256, 256), (512, 192), (192, 1024)]  # Ci, Co
 TILES = [(0, 0, 0), (64, 64, 1), (128, 128, 1), (128, 256, 1)]
 
@@ -84,15 +82,14 @@ def test_a_mean_of_300_deviations():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES[1:3], ids=str)
 def test_a_nan_stays_where_it_is(tile):
-    size, (n, t, h, w) = (2, 4, 9, 7), (0, 1, 2, 3)
+    size, (n, t, h, w) = (2, 4, 9, 7), (at := (0, 1, 2, 3))
     for taps in (1, 3):
-        times = slice(0, 3) if taps == 3 else slice(1, 2)
         for transposed in (False, True):
             x = _like(size, 256)
             x[n, 5, t, h, w] = torch.nan
             of = Operand("raw", x)
             y, _ = _cuda.conv_train(of, _weight(of, 256, taps, transposed), transposed, tile=tile)
-            assert y[n, :, times, h, w].isnan().all() and y.isnan().sum() == 256 * taps
+            assert_nan_at(y, at, taps)
         below = _like(size, 256), record(256)
         below[0][n, 9, t, h, w] = torch.nan
         dz = Operand("raw", _like(size, 256))
@@ -112,14 +109,7 @@ def test_runs_are_equal_and_a_graph_replays_them(tile):
         if tile[1] < 256:
             cases += [(_weight(x, 256, taps, True), {"transposed": True, **a}) for a in _gradients(size, 256)]
         for w, arguments in cases:
-            first = _cuda.conv_train(x, w, tile=tile, **arguments)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = [_cuda.conv_train(x, w, tile=tile, **arguments) for _ in range(3)]
-            for _ in range(3):
-                graph.replay()
-                for again in results:
-                    assert torch.equal(first[0], again[0]) and (first[1] is None or torch.equal(first[1], again[1]))
+            assert_replays(lambda w=w, arguments=arguments: _cuda.conv_train(x, w, tile=tile, **arguments), 3)
 
 
 @pytest.mark.gpu
@@ -211,8 +201,7 @@ def test_a_nan_in_either_of_two_tensors_stays_where_it_is():
     for which in (0, 1):
         arguments = _beside((2, 4, 9, 7), 256, 512)
         arguments[which][1, 70, 2, 3, 4] = torch.nan
-        da = _cuda.gram_raw(*arguments)
-        assert da[1, :, 2, 3, 4].isnan().all() and da.isnan().sum() == 256
+        assert_nan_at(_cuda.gram_raw(*arguments), (1, 2, 3, 4))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 import p3d_kernels as p3d
-from operands import activation, normalised, operand, record, value
+from operands import (
+    DTYPES,
+    ODD_SIZES,
+    RUN_SIZES,
+    activation,
+    assert_nan_at,
+    assert_nan_of_open,
+    assert_replays,
+    normalised,
+    operand,
+    record,
+    value,
+)
 from p3d_kernels.ops import _conv, _cuda
 from p3d_kernels.ops._cuda._common import _TENSORS
 from p3d_kernels.ops._triton import Operand
@@ -16,20 +28,9 @@ from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-DTYPES = (torch.bfloat16, torch.float16)
 READS = tuple([read for read in _TENSORS if read != "masked"])
-# N, T, H, W: one position; one frame; numbers off the 64 of a unit; frames of less than, exactly and more than 64
-# positions; more units than the card has warpgroups; runs that begin within a clip and runs that hold several.
-SIZES = [
-    (1, 1, 1, 1),
-    (2, 3, 7, 5),
-    (3, 1, 9, 5),
-    (1, 5, 8, 8),
-    (1, 2, 13, 10),
-    (17, 8, 11, 13),
-    (300, 7, 3, 3),
-    (9, 4, 20, 20),
-]
+# Frames of less than, exactly and more than 64 positions; more units than the card has warpgroups.
+SIZES = [*ODD_SIZES, (1, 5, 8, 8), (1, 2, 13, 10), *RUN_SIZES]
 NARROW = [(64, 64), (256, 64), (192, 64), (128, 128), (512, 128), (64, 128)]  # Ci, Co
 WIDE = [(64, 256), (128, 512), (128, 256), (64, 768)]
 
@@ -196,8 +197,7 @@ def test_a_nan_in_either_of_a_pair_stays_where_it_is():
         arguments = _pair_arguments("bn_relu", (2, 4, 9, 7), 256)
         tensor = arguments[2] if of_down else arguments[0].a
         tensor[1, 5, 2, 3, 4] = torch.nan
-        y = _cuda.conv_pair(*arguments)
-        assert y[1, :, 2, 3, 4].isnan().all() and y.isnan().sum() == 256
+        assert_nan_at(_cuda.conv_pair(*arguments), (1, 2, 3, 4))
     arguments = _pair_arguments("bn_relu", (2, 4, 9, 7), 256)
     arguments[5][1] = 0  # a scale of zero
     _judge_pair(*arguments)
@@ -258,22 +258,18 @@ def test_a_mean_of_300_deviations():
 
 @pytest.mark.gpu
 def test_a_nan_stays_where_it_is():
-    size, at = (2, 4, 9, 7), (0, 1, 2, 3)
+    size, (n, t, h, w) = (2, 4, 9, 7), (at := (0, 1, 2, 3))
     for ci, co in ((128, 64), (64, 256), (128, 256)):
         x = _x("bn_relu", size, ci)
-        n, t, h, w = at
         x.a[n, 5, t, h, w] = torch.nan
         y, _ = _cuda.conv_train(x, _weight(x, co), record=record(co), o=_like(size, co), relu=True)
-        assert y[n, :, t, h, w].isnan().all() and y.isnan().sum() == co
-        g = _x("bn_bwd", size, ci)
-        o, mask = _like(size, co), _like(size, co)
-        o[n, 7, t, h, w] = torch.nan
-        for positive, seen in ((-1.0, 0), (1.0, 1), (torch.nan, 1)):
-            mask[n, 7, t, h, w] = positive
-            y, _ = _cuda.conv_train(g, _weight(g, co, 1, True), transposed=True, o=o, o_mask=mask)
-            assert y.isnan().sum() == seen == y[n, 7, t, h, w].isnan()
+        assert_nan_at(y, at)
+        g, o, mask = _x("bn_bwd", size, ci), _like(size, co), _like(size, co)
+        arguments = {"transposed": True, "o": o, "o_mask": mask}
+        w_t = _weight(g, co, 1, True)
+        assert_nan_of_open(lambda g=g, w=w_t, a=arguments: _cuda.conv_train(g, w, **a)[0], o, mask, at)
     x = _x("raw", size, 64)
-    x.a[at[0], 5, at[1], at[2], at[3]] = torch.nan
+    x.a[n, 5, t, h, w] = torch.nan
     assert _cuda.conv_train(x, _weight(x, 64), stats=True)[1][:, 1:].isnan().any(0).all()
 
 
@@ -296,14 +292,7 @@ def _runs(size):
 @pytest.mark.gpu
 def test_runs_are_equal_and_a_graph_replays_them():
     for run in _runs((37, 4, 21, 13)):
-        first = run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            again = run()
-        for _ in range(3):
-            graph.replay()
-            for a, b in zip(first, again):
-                assert (a is None and b is None) or torch.equal(a, b)
+        assert_replays(run)
 
 
 @pytest.mark.gpu

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from operands import DTYPES, assert_nan_at, assert_replays
 from p3d_kernels.ops import _cuda
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-DTYPES = (torch.bfloat16, torch.float16)
 # N, M, T, H, W: odd and tiny sizes, one frame, frames of less than, exactly and more than 64 positions, fewer steps
 # than the card has multiprocessors, runs that begin within a clip and runs that hold several.
 SHAPES = [
@@ -98,7 +98,7 @@ def test_nan_stays_where_it_is(m):
         arguments[0][0, 1, 0, 2, 3] = torch.nan
         y = _cuda.temporal_infer(*arguments)
         assert torch.equal(y.isnan(), _in_float64(*arguments).isnan())
-        assert y.isnan()[0, :, :2, 2, 3].all() and y.isnan().sum() == 2 * m
+        assert_nan_at(y, (0, 0, 2, 3), 3)
 
 
 @pytest.mark.gpu
@@ -106,13 +106,7 @@ def test_nan_stays_where_it_is(m):
 def test_runs_are_equal_and_a_graph_replays_them(m):
     for join in JOINS:
         arguments = _arguments((37, m, 4, 21, 13), torch.bfloat16, *join)
-        first = _cuda.temporal_infer(*arguments)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            again = _cuda.temporal_infer(*arguments)
-        for _ in range(3):
-            graph.replay()
-            assert torch.equal(first, again)
+        assert_replays(lambda a=arguments: (_cuda.temporal_infer(*a),))
 
 
 @pytest.mark.gpu

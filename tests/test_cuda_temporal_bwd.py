@@ -5,29 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import normalised, operand, rows, value
+from operands import DTYPES, TEMPORAL_SIZES, assert_nan_at, assert_replays, operand, rows, value
 from p3d_kernels._norm import Norm
 from p3d_kernels.ops import _cuda, pseudo3d
 from p3d_kernels.ops._fused import Config
 from p3d_kernels.ops._triton import Operand, sum_splits
+from test_cuda_conv_train import _check_sums
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-DTYPES = (torch.bfloat16, torch.float16)
-# N, T, H, W: one position; one frame; two; frames of less than, exactly and more than 64 positions; fewer steps than
-# the card has teams; runs that begin within a clip and runs that hold several.
-SIZES = [
-    (1, 1, 1, 1),
-    (2, 3, 7, 5),
-    (3, 1, 9, 5),
-    (1, 2, 8, 8),
-    (1, 5, 13, 10),
-    (17, 8, 11, 13),
-    (300, 7, 3, 3),
-    (9, 4, 20, 20),
-    (11, 8, 40, 40),
-]
 # Of kind A and the port's C; of the author's C; of B in both wirings; of a B whose input is no block's.
 FORMS = [
     ("bn_bwd", "bn_relu", False, True),
@@ -68,17 +55,13 @@ def _judge(arguments):
     check(result, expected_dw * scale, dx.dtype, kind="wgrad", name="dw")
     assert (part is not None) == sums
     if sums:
-        g = torch.where(normalised(x.a, x.record_a) <= 0, 0, dx.double())
-        centred = x.a.double() - x.record_a[0].double().view(1, -1, 1, 1, 1)
-        for total, terms in zip(part.double().sum(0), (g, g * centred)):
-            size = terms.abs().sum((0, 2, 3, 4))
-            assert ((total - terms.sum((0, 2, 3, 4))).abs() <= 1e-5 * size + 1e-12).all()
+        _check_sums(part, dx, x.a, x.record_a)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", TEMPORAL_SIZES, ids=str)
 def test_against_float64(size, channels, dtype):
     for form in FORMS[1:3]:
         _judge(_arguments(form, size, channels, dtype))
@@ -117,8 +100,7 @@ def test_a_nan_stays_where_it_is(channels):
         dz.a[0, 5, at, 2, 3] = torch.nan
         dz.b[0, 5, at, 2, 3] = 100.0  # open
         dx, part, dw = _cuda.temporal_bwd(dz, x, *rest)
-        assert dx[0, :, max(at - 1, 0) : at + 2, 2, 3].isnan().all()
-        assert dx.isnan().sum() == channels * len(range(max(at - 1, 0), min(at + 2, 4)))
+        assert_nan_at(dx, (0, at, 2, 3), 3)
         dw = dw.view(-1, channels, 3, channels).sum(0).isnan()
         assert dw[5, :taps].all() and dw.sum() == taps * channels
         dz, x, *rest = _arguments(form, (2, 4, 9, 7), channels)
@@ -134,14 +116,7 @@ def test_a_nan_stays_where_it_is(channels):
 def test_runs_are_equal_and_a_graph_replays_them(channels):
     for form in FORMS[1:4]:
         arguments = _arguments(form, (37, 4, 21, 13), channels)
-        first = _cuda.temporal_bwd(*arguments)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            again = _cuda.temporal_bwd(*arguments)
-        for _ in range(3):
-            graph.replay()
-            for a, b in zip(first, again):
-                assert (a is None and b is None) or torch.equal(a, b)
+        assert_replays(lambda a=arguments: _cuda.temporal_bwd(*a))
 
 
 @pytest.mark.gpu

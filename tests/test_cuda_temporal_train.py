@@ -5,33 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import operand, record
+from operands import DTYPES, TEMPORAL_SIZES, assert_nan_at, assert_replays, record
 from p3d_kernels.ops import _conv, _cuda, pseudo3d
 from p3d_kernels.ops._triton import Operand
-from test_cuda_conv_train import _check_statistics, _expected, _weight
+from test_cuda_conv_train import _check_statistics, _expected, _weight, _x
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
-
-DTYPES = (torch.bfloat16, torch.float16)
-# N, T, H, W: one position; one frame; two; frames of less than, exactly and more than 64 positions; fewer steps than
-# the card has teams; runs that begin within a clip and runs that hold several.
-SIZES = [
-    (1, 1, 1, 1),
-    (2, 3, 7, 5),
-    (3, 1, 9, 5),
-    (1, 2, 8, 8),
-    (1, 5, 13, 10),
-    (17, 8, 11, 13),
-    (300, 7, 3, 3),
-    (9, 4, 20, 20),
-    (11, 8, 40, 40),
-]
-
-
-def _x(read, size, channels, dtype=torch.bfloat16, mean=0.0):
-    n, *dims = size
-    return operand(read, (n, channels, *dims), dtype, mean)
 
 
 def _judge(x, w, transposed=False, stats=True):
@@ -47,7 +27,7 @@ def _judge(x, w, transposed=False, stats=True):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", TEMPORAL_SIZES, ids=str)
 def test_against_float64(size, channels, dtype):
     x = _x("bn_relu", size, channels, dtype)
     _judge(x, _weight(x, channels, 3))
@@ -89,8 +69,7 @@ def test_a_nan_stays_where_it_is(channels):
         x = _x("bn_relu", (2, 4, 9, 7), channels)
         x.a[1, 5, at, 2, 3] = torch.nan
         y, part = _cuda.temporal_train(x, _weight(x, channels, 3), stats=True)
-        times = slice(max(at - 1, 0), at + 2)
-        assert y[1, :, times, 2, 3].isnan().all() and y.isnan().sum() == channels * len(range(*times.indices(4)))
+        assert_nan_at(y, (1, at, 2, 3), 3)
         assert part[:, 1:].isnan().any(0).all() and not part[:, 0].isnan().any()
 
 
@@ -99,14 +78,7 @@ def test_a_nan_stays_where_it_is(channels):
 def test_runs_are_equal_and_a_graph_replays_them(channels):
     x = _x("bn_relu", (37, 4, 21, 13), channels)
     w = _weight(x, channels, 3)
-    first = _cuda.temporal_train(x, w, stats=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        again = _cuda.temporal_train(x, w, stats=True)
-    for _ in range(3):
-        graph.replay()
-        for a, b in zip(first, again):
-            assert torch.equal(a, b)
+    assert_replays(lambda: _cuda.temporal_train(x, w, stats=True))
 
 
 @pytest.mark.gpu
