@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._norm import Norm
 from . import _cuda
-from ._conv import cuda_allowed
+from ._conv import cuda_allowed, tap_row
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     _UNALIGNED,
@@ -38,7 +38,9 @@ from ._triton import (
     relu,
     tl,
     triton,
+    variances,
     write_record,
+    write_totals,
 )
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def strided_row(p, H, W, Ho, Wo, STEP: tl.constexpr):
     """The row in [frames, H, W] of position p in [frames, Ho, Wo], its every STEP-th row and column."""
     row = p
     if STEP != 1:
-        row = (p // (Wo * Ho) * H + p // Wo % Ho * STEP) * W + p % Wo * STEP
+        row, _ = tap_row(p // (Wo * Ho), 0, p // Wo % Ho, p % Wo, 0, 0, 0, 1, H, W, 1, 1, 1, 1, STEP, False)
     return row
 
 
@@ -103,8 +105,7 @@ def bn_apply_kernel(
     v, other = load_pair(z, o, p, strided_row(p, H, W, Ho, Wo, STEP), P, c, c_mask, C)
     if part is not None:
         count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-        var = m2 / count
-        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+        var, unbiased = variances(count, m2)
         first = c_mask & (tile == 0)  # all programs make the record, one stores it
         mean, scale, shift = write_record(record, mean, var, unbiased, scale, shift, eps, c, first, C)
     else:
@@ -130,7 +131,10 @@ def bn_apply_kernel(
 
 @triton.jit
 def masked_gradient(g, g_mask, offsets, mask):
-    """g at `offsets` in float32, zero unless g_mask, if there is one, is positive there."""
+    """g at `offsets` in float32, zero unless g_mask, if there is one, is positive there.
+
+    What `read_operand` does in more instructions, as it zeroes what `mask` leaves out again.
+    """
     v = tl.load(g + offsets, mask=mask, other=0.0).to(tl.float32)
     if g_mask is not None:
         v = tl.where(tl.load(g_mask + offsets, mask=mask, other=0.0) <= 0, 0.0, v)
@@ -226,24 +230,16 @@ def bn_bwd_apply_kernel(
     bias = tl.load(record + 2 * C + c, mask=c_mask, other=0.0)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
     sum_g, sum_gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-    sum_g, sum_gz = sum_g.to(tl.float32), sum_gz.to(tl.float32)
-    c0 = sum_g / P
-    c1 = invstd * invstd * (sum_gz / P)
     first = c_mask & (tile == 0)
-    tl.store(sums + c, c0, mask=first)
-    tl.store(sums + C + c, c1, mask=first)
-    tl.store(sums + 2 * C + c, invstd * sum_gz, mask=first)
-    tl.store(sums + 3 * C + c, sum_g, mask=first)
+    c0, c1 = write_totals(sums, sum_g, sum_gz, invstd, P, c, first, C)
     for i in range(BLOCKS):
         p = (tile * BLOCKS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & c_mask[None, :]
         offsets = p.to(tl.int64)[:, None] * C + c[None, :]
         g_row, there = p, mask
         if STEP != 1:
-            h = p // W % H
-            w = p % W
-            g_row = (p // (W * H) * Ho + h // STEP) * Wo + w // STEP
-            there = mask & ((h % STEP == 0) & (w % STEP == 0))[:, None]
+            g_row, exists = tap_row(p // (W * H), 0, p // W % H, p % W, 0, 0, 0, 1, Ho, Wo, 1, 1, 1, 1, STEP, True)
+            there = mask & exists[:, None]
         v = masked_gradient(g, g_mask, g_row.to(tl.int64)[:, None] * C + c[None, :], there)
         d = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if not OPEN:

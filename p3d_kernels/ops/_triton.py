@@ -299,6 +299,12 @@ def load_affine(weight, bias, c, c_mask, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def variances(count, m2):
+    """(biased, unbiased) of `combine_stats`."""
+    return m2 * (1.0 / count), m2 / tl.maximum(count - 1.0, 1.0)  # the quotient is there already
+
+
+@triton.jit
 def write_record(record, mean, var, unbiased, scale, shift, eps, c, c_mask, C: tl.constexpr):
     """The record [5, C] of float64 statistics and `load_affine`; returns its rows mean, scale and bias."""
     invstd = tl.rsqrt(var + eps)
@@ -311,6 +317,23 @@ def write_record(record, mean, var, unbiased, scale, shift, eps, c, c_mask, C: t
     tl.store(record + 3 * C + c, invstd.to(tl.float32), mask=c_mask)
     tl.store(record + 4 * C + c, unbiased.to(tl.float32), mask=c_mask)
     return rounded, scale.to(tl.float32), shift.to(tl.float32)
+
+
+@triton.jit
+def write_totals(sums, sum_g, sum_gz, invstd, P, c, mask, C: tl.constexpr, TRAINING: tl.constexpr = True):
+    """The sums [4, C] of `combine_sums` over P positions; returns their rows c0 and c1, zero unless TRAINING."""
+    sum_g = sum_g.to(tl.float32)
+    sum_gz = sum_gz.to(tl.float32)
+    c0 = tl.zeros_like(sum_g)
+    c1 = tl.zeros_like(sum_g)
+    if TRAINING:
+        c0 = sum_g / P
+        c1 = invstd * invstd * (sum_gz / P)
+    tl.store(sums + c, c0, mask=mask)
+    tl.store(sums + C + c, c1, mask=mask)
+    tl.store(sums + 2 * C + c, invstd * sum_gz, mask=mask)
+    tl.store(sums + 3 * C + c, sum_g, mask=mask)
+    return c0, c1
 
 
 @triton.jit
@@ -366,8 +389,7 @@ def bn_finalise_kernel(
     scale, shift = load_affine(weight, bias, c, c_mask, BLOCK_C)
     if TRAINING:
         count, mean, m2 = combine_stats(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-        var = m2 * (1.0 / count)  # a quotient that is there already
-        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+        var, unbiased = variances(count, m2)
     else:
         mean = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float64)
         var = tl.load(running_var + c, mask=c_mask, other=1.0).to(tl.float64)
@@ -401,18 +423,8 @@ def bn_bwd_finalise_kernel(
     c_mask = c < C
     begin(PDL)
     invstd = tl.load(record + 3 * C + c, mask=c_mask, other=0.0)
-    g, gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
-    sum_g = g.to(tl.float32)
-    sum_gz = gz.to(tl.float32)
-    c0 = tl.zeros_like(sum_g)
-    c1 = tl.zeros_like(sum_g)
-    if TRAINING:
-        c0 = sum_g / P
-        c1 = invstd * invstd * (sum_gz / P)
-    tl.store(sums + c, c0, mask=c_mask)
-    tl.store(sums + C + c, c1, mask=c_mask)
-    tl.store(sums + 2 * C + c, invstd * sum_gz, mask=c_mask)
-    tl.store(sums + 3 * C + c, sum_g, mask=c_mask)
+    sum_g, sum_gz = combine_sums(part, R, c, c_mask, C, BLOCK_R, BLOCK_C, UNROLL)
+    write_totals(sums, sum_g, sum_gz, invstd, P, c, c_mask, C, TRAINING)
 
 
 @triton.jit
