@@ -217,10 +217,8 @@ const char* make_plan(Plan& plan, const BnBwdShape& s) {
     if (s.positions < 1 || s.positions >= 1 << 30 || s.channels < 16 || s.channels % 16)
         return fail("bn_bwd: expected 1 to 2^30 - 1 positions of a multiple of 16 channels, got %lld of %lld",
                     Long(s.positions), Long(s.channels));
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     for (int width : {64, 32, 16})
         for (int blocks = 1; blocks <= kMostBlocks; ++blocks) {
             int64_t all = s.channels / width * blocks, rows = (s.positions + blocks - 1) / blocks;

@@ -951,10 +951,9 @@ const char* run(const ConvInfer& p, const void* o_mask = nullptr, const void* ma
 }  // namespace
 
 const char* conv_infer_plan(ConvInferPlan& plan, const ConvInferShape& shape, const ConvInferTile& wish) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? conv_infer_plan(plan, shape, wish, processors) : cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
+    return conv_infer_plan(plan, shape, wish, processors);
 }
 
 const char* conv_infer(const ConvInfer& p) {

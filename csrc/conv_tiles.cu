@@ -717,10 +717,9 @@ const char* plan_why_not(const ConvTilesShape& s, const ConvInferPlan& plan) {
 }  // namespace
 
 const char* conv_tiles_plan(ConvInferPlan& plan, const ConvTilesShape& shape, const ConvInferTile& wish) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? conv_tiles_plan(plan, shape, wish, processors) : cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
+    return conv_tiles_plan(plan, shape, wish, processors);
 }
 
 int conv_tiles_partials(const ConvTilesShape& shape, const ConvInferPlan& plan) {

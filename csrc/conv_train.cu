@@ -746,21 +746,13 @@ struct TrainPlan {
     int blocks, in_slots, out_slots;
 };
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How a shape is divided, or why it cannot run.
 const char* train_plan(TrainPlan& plan, const ConvTrainShape& s, const char* op = "conv_train", bool pair = false) {
     using Long = long long;
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (s.taps != 1) return fail("%s: taps: expected 1, got %d", op, s.taps);
-    if (std::min({s.clips, s.time, s.frame}) < 1 ||
-        double(s.clips) * double(s.time) * double(ceil_divide(s.frame, kUnit)) > double(1 << 24) ||
-        double(s.clips) * double(s.time) * double(s.frame) > 2147000000.0)
-        return fail("%s: expected 1 to 2^24 units of up to 64 positions of a frame, got N, T, H * W = %lld, %lld, %lld",
-                    op, Long(s.clips), Long(s.time), Long(s.frame));
+    if (const char* reason = units_why_not(op, s.clips, s.time, s.frame)) return reason;
     for (int64_t channels : {s.in_channels, s.out_channels})
         if (channels < kChunk || channels % kChunk || channels > 8192)
             return fail("%s: channels: expected multiples of 64 up to 8192, got %lld -> %lld", op, Long(s.in_channels),

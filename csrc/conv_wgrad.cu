@@ -23,9 +23,7 @@
 #include <iterator>
 
 #include "p3d.h"
-#include "spatial_plan.h"
-#include "tile.cuh"
-#include "wgmma.cuh"
+#include "rows.cuh"
 
 namespace p3d {
 namespace {
@@ -533,20 +531,12 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // multiprocessor about 24 bytes, and all of them 2700 of partial sums.
 const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
     using Long = long long;
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (s.taps != 1 && s.taps != 3) return fail("conv_wgrad: taps: expected 1 or 3, got %d", s.taps);
     if (s.stride < 1 || s.stride > 2 || (s.taps == 3 && s.stride != 1))
         return fail("conv_wgrad: stride: expected 1, or 2 of 1x1x1, got %d of %d taps", s.stride, s.taps);
-    for (int64_t size : {s.clips, s.time, s.height, s.width})
-        if (size < 1 || size >= 1 << 30)
-            return fail("conv_wgrad: expected N, T, H, W from 1 to 2^30 - 1, got %lld, %lld, %lld, %lld", Long(s.clips),
-                        Long(s.time), Long(s.height), Long(s.width));
-    if (double(s.clips) * double(s.time) * double(s.height) * double(s.width) > 2147000000.0)
-        return fail("conv_wgrad: expected N T H W below 2^31, got N, T, H, W = %lld, %lld, %lld, %lld", Long(s.clips),
-                    Long(s.time), Long(s.height), Long(s.width));
+    if (const char* reason = clip_sizes_why_not("conv_wgrad", s)) return reason;
     for (int64_t channels : {s.in_channels, s.out_channels})
         if (channels < kChunk || channels % kChunk || channels > 16384)
             return fail("conv_wgrad: channels: expected multiples of 64 up to 16384, got %lld -> %lld",
@@ -597,8 +587,6 @@ const char* wgrad_plan(WgradPlan& best, const ConvWgradShape& s) {
 // channels.
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const ConvWgradShape& s, int64_t channels,
                        bool strided, const WgradPlan& plan) {
-    auto encode = tensor_map_encoder();
-    if (!encode) return "conv_wgrad: the driver has no cuTensorMapEncodeTiled (needs CUDA 12)";
     Grid grid = grid_of(s);
     int64_t across = 1, down = grid.width, frame = grid.width * grid.height;  // positions to the next w, h, f
     if (strided && s.stride > 1) across = s.stride, down = s.stride * s.width, frame = s.height * s.width;
@@ -607,12 +595,7 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Co
     cuuint64_t strides[] = {cuuint64_t(2 * channels * across), cuuint64_t(2 * channels * down),
                             cuuint64_t(2 * channels * frame)};
     cuuint32_t boxes[] = {kChunk, cuuint32_t(plan.box_width), cuuint32_t(plan.box_height), 1};
-    cuuint32_t steps[] = {1, 1, 1, 1};
-    auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    CUresult result =
-        encode(&map, type, 4, const_cast<void*>(base), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? nullptr : fail("conv_wgrad: cuTensorMapEncodeTiled failed with %d", int(result));
+    return tensor_map("conv_wgrad", map, base, dtype, 4, sizes, strides, boxes);
 }
 
 template <typename T, typename Shape>
@@ -632,11 +615,8 @@ const char* launch(const WgradMaps& maps, const WgradArgs& args, const WgradPlan
 }
 
 const char* check_operand(const char* name, const WgradOperand& o) {
-    bool backward = o.read == Read::bn_bwd || o.read == Read::bn_bwd_open;
-    if (!o.a || two_tensors(o.read) != bool(o.b) || (joins(o.read) || o.read == Read::bn_relu) != bool(o.affine_a) ||
-        (joins(o.read) || backward) != bool(o.affine_b) || backward != bool(o.sums))
-        return fail("conv_wgrad: %s: expected the tensors of its read, no more and no fewer", name);
-    return nullptr;
+    if (has_tensors(o)) return nullptr;
+    return fail("conv_wgrad: %s: expected the tensors of its read, no more and no fewer", name);
 }
 
 }  // namespace

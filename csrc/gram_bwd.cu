@@ -469,15 +469,11 @@ struct GramPlan {
     int x_slots, g_slots, shared;
 };
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How a shape is divided, or why it cannot run.
 const char* gram_plan(GramPlan& plan, const GramBwdShape& s) {
     using Long = long long;
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (std::min({s.frames, s.height, s.width}) < 1 ||
         double(s.frames) * double(s.height) * double(s.width) > 2147000000.0)
         return fail("gram_bwd: expected 1 to 2147000000 positions, got N * T, H, W = %lld, %lld, %lld", Long(s.frames),

@@ -2,6 +2,8 @@
 // are loaded as fragments (rows.cuh) and a read (p3d.h) is applied there, by constants a channel in shared memory.
 #pragma once
 
+#include <algorithm>
+
 #include "rows.cuh"
 
 namespace p3d {
@@ -205,12 +207,22 @@ __device__ __forceinline__ void apply(Read read, Fragments& x, const Fragments& 
 
 // Why x is no operand of this read; nullptr if it is.
 inline const char* check_operand(const char* op, const WgradOperand& x, Read read) {
-    bool backward = read == Read::bn_bwd || read == Read::bn_bwd_open;
     if (x.read != read || read == Read::masked || read == Read::scaled)
         return fail("%s: x: expected the read of the shape, and not masked", op);
-    if (!x.a || two_tensors(read) != bool(x.b) || (joins(read) || read == Read::bn_relu) != bool(x.affine_a) ||
-        (joins(read) || backward) != bool(x.affine_b) || backward != bool(x.sums))
-        return fail("%s: x: expected the tensors of its read, no more and no fewer", op);
+    if (!has_tensors(x)) return fail("%s: x: expected the tensors of its read, no more and no fewer", op);
+    return nullptr;
+}
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Why a kernel takes no clips of so many frames of so many positions, in units of a frame; nullptr if it does.
+inline const char* units_why_not(const char* op, int64_t clips, int64_t time, int64_t frame) {
+    using Long = long long;
+    if (std::min({clips, time, frame}) < 1 ||
+        double(clips) * double(time) * double(ceil_divide(frame, kUnit)) > double(1 << 24) ||
+        double(clips) * double(time) * double(frame) > 2147000000.0)
+        return fail("%s: expected 1 to 2^24 units of up to 64 positions of a frame, got N, T, H * W = %lld, %lld, %lld",
+                    op, Long(clips), Long(time), Long(frame));
     return nullptr;
 }
 

@@ -385,10 +385,8 @@ struct ReducePlan {
 
 const char* reduce_plan(ReducePlan& plan, const ReduceBwdShape& s) {
     using Long = long long;
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (s.positions < 1 || s.positions > 2147000000)
         return fail("reduce_bwd: expected 1 to 2147000000 positions, got %lld", Long(s.positions));
     if (s.out_channels != kChunk && s.out_channels != 2 * kChunk)

@@ -195,10 +195,9 @@ __global__ void __launch_bounds__(Warpgroups<kPass>::kThreads, 1)
 // ---- Host.
 
 inline const char* plan_here(SpatialPlan& plan, const ConvShape& shape, Pass pass) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? spatial_plan(plan, shape, pass, processors) : cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
+    return spatial_plan(plan, shape, pass, processors);
 }
 
 // Weights as [outer, taps, inner], read in boxes of 64 x 1 x 64.

@@ -46,6 +46,18 @@ inline const char* fail(const char* format, Values... values) {
     return message;
 }
 
+// Why no kernel takes positions [N, T, H, W] of a shape, `most` of them or, in words, `limit`; nullptr if one does.
+template <typename Shape>
+inline const char* clip_sizes_why_not(const char* op, const Shape& s, double most = 2147000000.0,
+                                      const char* limit = "below 2^31") {
+    long long n = s.clips, t = s.time, h = s.height, w = s.width;
+    if (std::min({n, t, h, w}) < 1 || std::max({n, t, h, w}) >= 1 << 30)
+        return fail("%s: expected N, T, H, W from 1 to 2^30 - 1, got %lld, %lld, %lld, %lld", op, n, t, h, w);
+    if (double(n) * double(t) * double(h) * double(w) > most)
+        return fail("%s: expected N T H W %s, got N, T, H, W = %lld, %lld, %lld, %lld", op, limit, n, t, h, w);
+    return nullptr;
+}
+
 // How spatial_infer.cuh divides a shape. A tile is some rows of one frame. N of its kernels, streamed and resident:
 constexpr int kBoxSizes[2][4] = {{216, 112, 64, 48}, {216, 208, 128, 64}};
 constexpr int kTemporalSizes[] = {208, 112, 64};  // of T, resident

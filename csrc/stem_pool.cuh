@@ -67,10 +67,8 @@ struct PoolPlan {
 // A row takes the matrix unit as long as its columns, and an item as long as its rows and some more until its first
 // products. `all_frames`: a last frame that the pool drops is a pair, too.
 inline const char* pool_plan(PoolPlan& best, const char* op, const StemShape& s, bool all_frames) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     StemSizes sizes;
     if (const char* reason = stem_sizes(sizes, op, s)) return reason;
     auto [height, width, pooled_frames, pooled_height, pooled_width] = sizes;

@@ -115,10 +115,8 @@ const char* stem_relu(const StemRelu& p) {
         return "stem_relu: expected float32, float16 or bfloat16 pixels, weights and gamma, got uint8";
     StemSizes sizes;
     if (const char* reason = stem_sizes(sizes, "stem_relu", p.shape)) return reason;
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     int64_t positions = p.shape.clips * sizes.pooled_frames * sizes.pooled_height * sizes.pooled_width;
     auto divided = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
     int64_t rows = divided(positions, kRows), share = divided(rows, kBlocks * processors) * kRows;
@@ -144,7 +142,8 @@ const char* stem_relu(const StemRelu& p) {
     args.share = share;
     std::copy(p.strides, p.strides + 5, args.strides);
     auto* kernel = p.dtype == DType::bf16 ? stem_relu_kernel<__nv_bfloat16> : stem_relu_kernel<__half>;
-    error = launch_dependent(kernel, dim3(unsigned(divided(positions, share))), kThreads, 0, p.stream, args);
+    cudaError_t error =
+        launch_dependent(kernel, dim3(unsigned(divided(positions, share))), kThreads, 0, p.stream, args);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

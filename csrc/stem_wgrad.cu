@@ -450,10 +450,8 @@ struct StemWgradPlan {
 
 // The tile that covers a row in the least time; blocks take equal numbers of them.
 const char* wgrad_plan(StemWgradPlan& plan, const StemShape& s) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (const char* reason = stem_sizes(plan.sizes, "stem_wgrad", s)) return reason;
     int64_t width = plan.sizes.out_width, rows = (plan.sizes.out_height + 1) / 2, best = -1;
     for (int n : {64, 80}) {

@@ -587,10 +587,8 @@ const char* tail_infer(const TailInfer& p) {
     if (bool(p.w_d) != bool(p.shape.down_channels) || bool(p.w_d) != bool(p.affine_d))
         return "tail_infer: expected w_d, affine_d and down_channels, or none of them";
     if (p.shape.pooled_time && (p.w_r || p.thin_width)) return "tail_infer: expected all of y pooled, and no w_r";
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
 
     int64_t clips = p.shape.clips, length = p.shape.time * p.shape.frame, m = p.shape.channels;
     TailMaps maps{};

@@ -5,8 +5,6 @@
 // frames again. Boxes are 64 positions by 64 channels (rows.cuh).
 #pragma once
 
-#include <algorithm>
-
 #include "reads.cuh"
 
 namespace p3d {
@@ -62,19 +60,12 @@ __device__ __forceinline__ void multiply_boxes(float (&d)[32], uint32_t x, uint3
 
 // ---- Host.
 
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The order of a shape but for the length of a run, or why no kernel takes it.
 inline const char* order_of(Order& order, const char* op, int64_t clips, int64_t time, int64_t frame,
                             int64_t channels) {
-    using Long = long long;
     if (channels != 64 && channels != 128)
-        return fail("%s: channels: expected 64 or 128, got %lld", op, Long(channels));
-    if (std::min({clips, time, frame}) < 1 ||
-        double(clips) * double(time) * double(ceil_divide(frame, kUnit)) > double(1 << 24) ||
-        double(clips) * double(time) * double(frame) > 2147000000.0)
-        return fail("%s: expected 1 to 2^24 units of up to 64 positions of a frame, got N, T, H * W = %lld, %lld, %lld",
-                    op, Long(clips), Long(time), Long(frame));
+        return fail("%s: channels: expected 64 or 128, got %lld", op, static_cast<long long>(channels));
+    if (const char* reason = units_why_not(op, clips, time, frame)) return reason;
     order.limit = int(frame), order.time = int(time);
     order.columns = int(ceil_divide(frame, kUnit));
     order.steps = int(clips * time * order.columns);

@@ -12,10 +12,8 @@ const char* plan_temporal(BoxPlan& plan, const TemporalShape& s) {
     if (std::min({s.clips, s.time, s.frame}) < 1 || std::max({s.clips, s.time, s.frame}) > 1 << 29)
         return fail("temporal_boxes: expected N, T, H * W from 1 to 2^29, got %lld, %lld, %lld", Long(s.clips),
                     Long(s.time), Long(s.frame));
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (!box_plan(plan, as_frames(s), 3, processors))
         return fail("temporal_boxes: no tile for N, T, H * W = %lld, %lld, %lld", Long(s.clips), Long(s.time),
                     Long(s.frame));

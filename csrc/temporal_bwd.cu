@@ -572,10 +572,8 @@ struct BwdPlan {
 // How a shape is divided, or why it cannot run. A step takes a team about 2000 cycles, and a cycle brings 2700 bytes of
 // partial sums to and from memory.
 const char* bwd_plan(BwdPlan& plan, const TemporalBwdShape& s) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     if (const char* reason = order_of(plan.order, "temporal_bwd", s.clips, s.time, s.frame, s.channels)) return reason;
     plan.chunks = int(s.channels / kChunk);
     plan.teams = 3 - plan.chunks;

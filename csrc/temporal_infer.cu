@@ -247,10 +247,8 @@ const char* temporal_infer_why_not(const TemporalShape& s) {
 const char* temporal_infer(const TemporalInfer& p) {
     if (const char* reason = temporal_infer_why_not(p.shape)) return reason;
     if ((p.join == Join::relu) != !p.o) return "temporal_infer: expected o with every join but relu";
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
 
     int64_t frames = p.shape.clips * p.shape.time, m = p.shape.channels;
     TemporalMaps maps{};

@@ -345,10 +345,8 @@ struct TemporalPlan {
 
 // How a shape is divided, or why it cannot run.
 const char* plan_train(TemporalPlan& plan, const TemporalTrainShape& s) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
     Order& order = plan.order;
     if (const char* reason = order_of(order, "temporal_train", s.clips, s.time, s.frame, s.channels)) return reason;
     int teams = s.channels == 64 ? Roles<1>::kTeams : Roles<2>::kTeams;

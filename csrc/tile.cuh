@@ -264,6 +264,13 @@ __host__ __device__ constexpr bool joins(Read read) {
     return read == Read::join_port || read == Read::join_b || read == Read::join_c;
 }
 
+// Whether an operand has the tensors of its read, no more and no fewer.
+inline bool has_tensors(const WgradOperand& x) {
+    bool backward = x.read == Read::bn_bwd || x.read == Read::bn_bwd_open;
+    return x.a && two_tensors(x.read) == bool(x.b) && (joins(x.read) || x.read == Read::bn_relu) == bool(x.affine_a) &&
+           (joins(x.read) || backward) == bool(x.affine_b) && backward == bool(x.sums);
+}
+
 // pack(relu(a), relu(b)); NaN stays NaN.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_relu(float a, float b) {
@@ -321,6 +328,16 @@ template <typename... Args>
 cudaError_t launch_dependent(void (*kernel)(Args...), dim3 grid, int threads, int shared, cudaStream_t stream,
                              const Args&... args) {
     return launch_dependent(kernel, grid, threads, shared, stream, dim3(1), args...);
+}
+
+// ---- The card.
+
+// How many multiprocessors the current device has, or why nobody knows.
+inline const char* count_processors(int& processors) {
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // ---- Tensor maps, which the driver encodes.
