@@ -209,13 +209,7 @@ inline const char* conv_infer_sizes_why_not(const ConvInferShape& s) {
                     s.taps_space);
     if (s.stride < 1 || s.stride > (s.taps_space == 3 ? 2 : 1 << 15))
         return fail("conv_infer: stride: expected 1 or 2, or more of one tap in space, got %d", s.stride);
-    for (int64_t size : {s.clips, s.time, s.height, s.width})
-        if (size < 1 || size >= 1 << 30)
-            return fail("conv_infer: expected N, T, H, W from 1 to 2^30 - 1, got %lld, %lld, %lld, %lld", Long(s.clips),
-                        Long(s.time), Long(s.height), Long(s.width));
-    if (double(s.clips) * double(s.time) * double(s.height) * double(s.width) > 2147000000.0)
-        return fail("conv_infer: expected N T H W below 2^31, got N, T, H, W = %lld, %lld, %lld, %lld", Long(s.clips),
-                    Long(s.time), Long(s.height), Long(s.width));
+    if (const char* reason = clip_sizes_why_not("conv_infer", s)) return reason;
     for (int64_t channels : {s.in_channels, s.out_channels})
         if (channels < kChunk || channels % kChunk || channels > 16384)
             return fail("conv_infer: channels: expected multiples of 64 up to 16384, got %lld -> %lld",

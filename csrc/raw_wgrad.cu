@@ -347,13 +347,7 @@ const char* raw_wgrad_why_not(const RawWgradShape& s) {
     if (s.taps != 1 && s.taps != 3 && s.taps != 9) return fail("raw_wgrad: taps: expected 1, 3 or 9, got %d", s.taps);
     if (s.stride < 1 || s.stride > 2 || (s.taps != 1 && s.stride != 1))
         return fail("raw_wgrad: stride: expected 1, or 2 of 1x1x1, got %d of %d taps", s.stride, s.taps);
-    for (int64_t size : {s.clips, s.time, s.height, s.width})
-        if (size < 1 || size >= 1 << 30)
-            return fail("raw_wgrad: expected N, T, H, W from 1 to 2^30 - 1, got %lld, %lld, %lld, %lld", Long(s.clips),
-                        Long(s.time), Long(s.height), Long(s.width));
-    if (double(s.clips) * double(s.time) * double(s.height) * double(s.width) > 1e9)
-        return fail("raw_wgrad: expected N T H W up to 10^9, got N, T, H, W = %lld, %lld, %lld, %lld", Long(s.clips),
-                    Long(s.time), Long(s.height), Long(s.width));
+    if (const char* reason = clip_sizes_why_not("raw_wgrad", s, 1e9, "up to 10^9")) return reason;
     for (int64_t channels : {s.in_channels, s.out_channels})
         if (channels < 1 || channels % (2 * kChunk) || channels > 16384)
             return fail("raw_wgrad: channels: expected multiples of 128 up to 16384, got %lld -> %lld",
