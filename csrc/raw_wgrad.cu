@@ -309,13 +309,6 @@ double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of
     return (blocks <= room ? last : work / double(room) + tail) + (pair > 1 ? 1000 : 0) + sums / 2300;
 }
 
-const char* multiprocessors(int& count) {
-    int device;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const RawWgradShape& s, int64_t channels,
                        bool strided, const Grid& grid) {
     int64_t across = 1, down = grid.width, frame = grid.width * grid.height;  // positions to the next w, h, f
@@ -358,7 +351,7 @@ const char* raw_wgrad_why_not(const RawWgradShape& s) {
 // Of the tiles and clusters, each with more and more splits of the gradient whose blocks take longest, what ends first.
 const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape* shapes, int count) {
     int processors;
-    if (const char* error = multiprocessors(processors)) return error;
+    if (const char* error = count_processors(processors)) return error;
     if (count < 1 || count > kRawWgrads)
         return fail("raw_wgrad: expected 1 to %d gradients, got %d", kRawWgrads, count);
     std::vector<Grid> grids;
@@ -446,7 +439,7 @@ const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUs
         begin += of.blocks;
     }
     int processors;
-    if (const char* reason = multiprocessors(processors)) return reason;
+    if (const char* reason = count_processors(processors)) return reason;
     cudaError_t error = columns == 256 ? launch<Tile<4>>(problems, dtype, begin, processors, blocks, stream)
                                        : launch<Tile<2>>(problems, dtype, begin, processors, blocks, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -509,10 +509,9 @@ const char* wgrad_plan(WgradPlan& best, const ConvShape& s, int processors) {
 }
 
 const char* wgrad_plan(WgradPlan& plan, const ConvShape& s) {
-    int device, processors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    return error == cudaSuccess ? wgrad_plan(plan, s, processors) : cudaGetErrorString(error);
+    int processors;
+    if (const char* error = count_processors(processors)) return error;
+    return wgrad_plan(plan, s, processors);
 }
 
 // A packed tensor [F, H, W, C] in boxes of `rows` rows a frame.
