@@ -87,7 +87,7 @@ void define_raw_wgrad(Module& m) {
     m.def(
         "raw_wgrad",
         [](const Addresses& addresses, const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles,
-           int blocks, const std::string& dtype_name, uintptr_t stream) {  // of each g, x, partials; (columns, splits)
+           const std::string& dtype_name, uintptr_t stream) {  // of each g, x, partials; (columns, splits)
             if (addresses.size() != 3 * sizes.size() || tiles.size() != sizes.size())
                 throw py::value_error("addresses, tiles: expected three and one of each size");
             std::vector<p3d::RawWgrad> p(sizes.size());
@@ -97,25 +97,24 @@ void define_raw_wgrad(Module& m) {
                         pointer<const void>(addresses[3 * i]),
                         pointer<const void>(addresses[3 * i + 1]),
                         pointer<float>(addresses[3 * i + 2])};
-            check(p3d::raw_wgrad(p.data(), int(p.size()), blocks, dtype(dtype_name), pointer<CUstream_st>(stream)));
+            check(p3d::raw_wgrad(p.data(), int(p.size()), dtype(dtype_name), pointer<CUstream_st>(stream)));
         },
-        py::arg("addresses"), py::arg("sizes"), py::arg("tiles"), py::arg("blocks"), py::arg("dtype"),
-        py::arg("stream"));
+        py::arg("addresses"), py::arg("sizes"), py::arg("tiles"), py::arg("dtype"), py::arg("stream"));
 
     m.def(
         "raw_wgrad_plan",
-        [](const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles, int blocks) {
+        [](const std::vector<RawWgradSizes>& sizes, const std::vector<RawWgradTile>& tiles) {
             if (tiles.size() != sizes.size()) throw py::value_error("tiles: expected one of each size");
             std::vector<p3d::RawWgradShape> shapes;
             std::vector<p3d::RawWgradTile> plan;
             for (const auto& size : sizes) shapes.push_back(raw_wgrad_shape(size));
             for (const auto& [columns, splits] : tiles) plan.push_back({columns, splits});
-            check(p3d::raw_wgrad_plan(plan.data(), blocks, shapes.data(), int(shapes.size())));
+            check(p3d::raw_wgrad_plan(plan.data(), shapes.data(), int(shapes.size())));
             std::vector<RawWgradTile> found;
             for (const auto& tile : plan) found.push_back({tile.columns, tile.splits});
-            return std::make_pair(found, blocks);
+            return found;
         },
-        py::arg("sizes"), py::arg("tiles"), py::arg("blocks"));
+        py::arg("sizes"), py::arg("tiles"));
 
     m.def(
         "raw_wgrad_why_not", [](const RawWgradSizes& sizes) { return p3d::raw_wgrad_why_not(raw_wgrad_shape(sizes)); },

@@ -179,10 +179,10 @@ struct RawWgrad {
 
 constexpr int kRawWgrads = 5;  // in a launch
 
-const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUstream_st* stream);
+const char* raw_wgrad(const RawWgrad* p, int count, DType dtype, CUstream_st* stream);
 
-// The tiles, and the blocks of a cluster, 1 or 2, for these gradients together on the current device; in place of 0.
-const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape* shapes, int count);
+// The tiles for these gradients together on the current device; in place of 0.
+const char* raw_wgrad_plan(RawWgradTile* tiles, const RawWgradShape* shapes, int count);
 
 // Why raw_wgrad cannot run this shape; nullptr if it can.
 const char* raw_wgrad_why_not(const RawWgradShape& shape);

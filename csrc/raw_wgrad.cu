@@ -5,9 +5,8 @@
 // A block owns a tile of dW, 128 couts by 128 or 256 channels of one tap, and a run of the positions. One thread has
 // the copy engine bring these in boxes of 64 channels; two warpgroups multiply, each half of the couts. Nothing is done
 // to an element, so what binds is the matrix unit, with tiles of 128 channels shared memory, and bytes: those from the
-// second-level cache, which a cluster of two blocks saves, neighbours in couts, that bring each box of X for both; and
-// those of partial sums, one tile from each block. Several gradients share a launch: together they fill the card with
-// fewer splits of each.
+// second-level cache, and those of partial sums, one tile from each block. Several gradients share a launch: together
+// they fill the card with fewer splits of each.
 //
 // Positions have the coordinates (w, h, f), and a box covers up to 64 of them:
 //   1x1x1            w = all positions
@@ -24,7 +23,6 @@
 
 #include "p3d.h"
 #include "rows.cuh"
-#include "spatial_infer.cuh"
 
 namespace p3d {
 namespace {
@@ -45,7 +43,6 @@ struct Problem {
     int f_boxes;
     int row_tiles, tiles;  // of a tap of dW
     int splits;
-    bool paired;
 };
 
 struct Problems {
@@ -84,7 +81,6 @@ struct Job {
     int split, first, count;
     Axis w, h;
 
-    // Tiles one below the other follow one another: a pair has two of those.
     __device__ __forceinline__ Job(const Problem& a, int part, int tile)
         : tap(int(a.order >> part / a.splits * 4) & 15),
           split(part % a.splits),
@@ -98,16 +94,6 @@ struct Job {
     }
 };
 
-// copy_box to both blocks of the cluster, at the same place and with the same barrier of each.
-__device__ __forceinline__ void copy_box_to_both(uint32_t target, const CUtensorMap& map, uint32_t barrier, int i0,
-                                                 int i1, int i2, int i3) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(target),
-        "l"(&map), "r"(barrier), "r"(i0), "r"(i1), "r"(i2), "r"(i3), "h"(uint16_t(3))
-        : "memory");
-}
-
 // Copies a multiple of 16 bytes to memory.
 __device__ __forceinline__ void store_bytes(float* target, uint32_t source, int bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes)
@@ -118,8 +104,6 @@ template <typename Shape>
 __device__ __forceinline__ void produce(const Problem& a, Ring ring, const Job<Shape>& job) {
     if (job.count == 0) return;
     int bytes = (Shape::kRows + Shape::kColumns) * a.box_bytes;
-    int share = a.paired ? Shape::kColumns / 2 : Shape::kColumns,
-        begin = a.paired ? blockIdx.x % 2 * share : 0;  // of X
     int line = job.first / job.w.boxes, frame = line / job.h.boxes;
     int w = job.w.first + (job.first - line * job.w.boxes) * a.box_width;
     int h = job.h.first + (line - frame * job.h.boxes) * a.box_height;
@@ -127,18 +111,14 @@ __device__ __forceinline__ void produce(const Problem& a, Ring ring, const Job<S
     for (int i = 0; i < job.count; ++i, ring.advance()) {
         uint32_t full = ring.full(), target = ring.slot();
         barrier_wait(full + 8, ring.parity ^ 1);
-        barrier_expect(full, bytes);  // the other block's half of X comes by itself
+        barrier_expect(full, bytes);
 #pragma unroll
         for (int k = 0; k < Shape::kRows; ++k)
             copy_box(target + k * kBoxBytes, a.g, full, job.cout + k * kChunk, w, h, f);
         target += Shape::kRows * kBoxBytes;
-        for (int k = begin; k < begin + share; ++k) {
-            int channel = job.channel + k * kChunk;
-            if (a.paired)
-                copy_box_to_both(target + k * kBoxBytes, a.x, full, channel, w + job.w.step, h + job.h.step, f);
-            else
-                copy_box(target + k * kBoxBytes, a.x, full, channel, w + job.w.step, h + job.h.step, f);
-        }
+#pragma unroll
+        for (int k = 0; k < Shape::kColumns; ++k)
+            copy_box(target + k * kBoxBytes, a.x, full, job.channel + k * kChunk, w + job.w.step, h + job.h.step, f);
         if ((w += a.box_width) < job.w.end) continue;
         w = job.w.first;
         if ((h += a.box_height) < job.h.end) continue;
@@ -164,7 +144,7 @@ __device__ __forceinline__ void consume(const Problem& a, Ring ring, const Job<S
         for (int k = 0; k < kUnit / 16; ++k) wgmma_outer<T>(d, g + k * 128, x + k * 128);
         wgmma_commit();
         wgmma_wait<1>();  // the stage before has been read
-        if (last >= 0 && lane <= a.paired) barrier_arrive_at(ring.barriers + 16 * last + 8, lane);
+        if (last >= 0 && lane == 0) release(ring, last);
         last = slot;
     }
     wgmma_wait<0>();
@@ -201,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kResidents)
     Ring ring(slots, slots + problems.stages * Shape::kStageBytes, Shape::kStageBytes, problems.stages);
     if (threadIdx.x == 0) {
         prefetch_map(a.g), prefetch_map(a.x);
-        for (int i = 0; i < ring.count; ++i)  // emptied by the warps that multiply, of both blocks
-            barrier_init(ring.barriers + 16 * i, 1), barrier_init(ring.barriers + 16 * i + 8, a.paired ? 16 : 8);
+        for (int i = 0; i < ring.count; ++i)  // emptied by the warps that multiply
+            barrier_init(ring.barriers + 16 * i, 1), barrier_init(ring.barriers + 16 * i + 8, kConsumers / 32);
         barrier_init_fence();
     }
     for (int box = 0; box < ring.count * (Shape::kRows + Shape::kColumns); ++box)
@@ -210,7 +190,6 @@ __global__ void __launch_bounds__(kThreads, Shape::kResidents)
             store_shared(slots + box * kBoxBytes + byte, uint4{});
     fence_proxy_async();
     __syncthreads();
-    if (a.paired) cluster_sync();
     dependency_wait();
     int block = blockIdx.x - a.begin, part = block / a.tiles;
     Job<Shape> job(a, part, block - part * a.tiles);
@@ -219,7 +198,6 @@ __global__ void __launch_bounds__(kThreads, Shape::kResidents)
         consume<T>(a, ring, job, warp);
     else if (threadIdx.x == kConsumers)
         produce(a, ring, job);
-    if (a.paired) cluster_sync();  // nobody leaves while the other block may still free a stage here
 }
 
 // ---- Host.
@@ -275,28 +253,28 @@ struct Division {
     int64_t row_tiles, column_tiles, turns, splits, blocks;
 };
 
-bool divide(Division& d, const RawWgradShape& s, int columns, int pair, const Grid& grid, int64_t splits) {
+bool divide(Division& d, const RawWgradShape& s, int columns, const Grid& grid, int64_t splits) {
     d.row_tiles = s.out_channels / (2 * kChunk);
     d.column_tiles = s.in_channels / columns;
     d.turns = ceil_divide(grid.most, splits);
     d.splits = ceil_divide(grid.most, d.turns);
     d.blocks = s.taps * d.splits * d.row_tiles * d.column_tiles;
-    return s.in_channels % columns == 0 && d.row_tiles % pair == 0;
+    return s.in_channels % columns == 0;
 }
 
 int residents(int columns) { return columns == 256 ? Tile<4>::kResidents : Tile<2>::kResidents; }
 
-// About how many cycles a launch with tiles of so many columns takes. A turn takes 1140, or 680 for a tile of 128 by
-// 128, of which two may share a multiprocessor; the second-level cache gives 4700 bytes a cycle. A block starts in 3500
-// and stores its tile at 20 bytes, a cluster costs 1000; all multiprocessors then sum 2300 bytes of partial sums.
-double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of, int count, int columns, int pair,
+// About how many cycles a launch with tiles of so many columns takes. A turn takes 1140, or of 128 columns 590, and
+// 1360 for two blocks that share a multiprocessor; the second-level cache gives 4700 or 5700 bytes a cycle. A block
+// starts in 3500 and stores its tile at 20 bytes; all multiprocessors then sum 2300 bytes of partial sums.
+double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of, int count, int columns,
               int64_t processors) {
     int64_t blocks = 0, room = residents(columns) * processors;
     for (int i = 0; i < count; ++i) blocks += of[i].blocks;
     int64_t at_once = std::min(blocks, room);
-    double alone = columns == 256 ? 1140 : 680, fixed = 3500 + 2 * kChunk * columns * 4 / 20.0;
-    double brought = (2 + double(columns / kChunk) / pair) * kBoxBytes * double(at_once) / 4700;
-    double turn = std::max(alone * (at_once > processors ? 2 : 1), brought);
+    double alone = columns == 256 ? 1140 : at_once > processors ? 1360 : 590;
+    double brought = double((2 + columns / kChunk) * kBoxBytes * at_once) / (columns == 256 ? 4700 : 5700);
+    double turn = std::max(alone, brought), fixed = 3500 + 2 * kChunk * columns * 4 / 20.0;
     double work = 0, sums = 0;
     int64_t most = 0;
     for (int i = 0; i < count; ++i) {
@@ -306,7 +284,7 @@ double cycles(const RawWgradShape* shapes, const Grid* grids, const Division* of
             sums += double(of[i].splits) * double(shapes[i].out_channels * shapes[i].taps * shapes[i].in_channels) * 4;
     }
     double last = double(most) * turn + fixed, tail = (double(most) * alone + fixed) / 2;
-    return (blocks <= room ? last : work / double(room) + tail) + (pair > 1 ? 1000 : 0) + sums / 2300;
+    return (blocks <= room ? last : work / double(room) + tail) + sums / 2300;
 }
 
 const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const RawWgradShape& s, int64_t channels,
@@ -323,14 +301,14 @@ const char* tensor_map(CUtensorMap& map, const void* base, DType dtype, const Ra
 
 // The more stages, the fewer blocks to a multiprocessor.
 template <typename Shape>
-cudaError_t launch(Problems& problems, DType dtype, int64_t blocks, int processors, int cluster, CUstream_st* stream) {
+cudaError_t launch(Problems& problems, DType dtype, int64_t blocks, int processors, CUstream_st* stream) {
     constexpr int kFewest = Shape::stages(Shape::kResidents);
     static_assert(kFewest > 2 && Shape::kRows * kChunk * Shape::kStagedRow <= kFewest * Shape::kStageBytes,
                   "the tile fits in the ring");
     problems.stages = blocks > processors ? kFewest : Shape::stages(1);
     auto kernel = dtype == DType::bf16 ? raw_wgrad_kernel<__nv_bfloat16, Shape> : raw_wgrad_kernel<__half, Shape>;
     int shared = problems.stages * (Shape::kStageBytes + 16);
-    return launch_dependent(kernel, dim3(unsigned(blocks)), kThreads, shared, stream, dim3(cluster), problems);
+    return launch_dependent(kernel, dim3(unsigned(blocks)), kThreads, shared, stream, problems);
 }
 
 }  // namespace
@@ -348,8 +326,8 @@ const char* raw_wgrad_why_not(const RawWgradShape& s) {
     return nullptr;
 }
 
-// Of the tiles and clusters, each with more and more splits of the gradient whose blocks take longest, what ends first.
-const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape* shapes, int count) {
+// Of the tiles, each with more and more splits of the gradient whose blocks take longest, what ends first.
+const char* raw_wgrad_plan(RawWgradTile* tiles, const RawWgradShape* shapes, int count) {
     int processors;
     if (const char* error = count_processors(processors)) return error;
     if (count < 1 || count > kRawWgrads)
@@ -361,40 +339,37 @@ const char* raw_wgrad_plan(RawWgradTile* tiles, int& blocks, const RawWgradShape
     }
     double best = -1;
     RawWgradTile found[kRawWgrads];
-    int found_blocks = 0;
-    for (int columns : {256, 128})
-        for (int pair : {1, 2}) {
-            Division of[kRawWgrads];
-            bool fits = !blocks || blocks == pair;
-            for (int i = 0; i < count && fits; ++i)
-                fits = (!tiles[i].columns || tiles[i].columns == columns) &&
-                       divide(of[i], shapes[i], columns, pair, grids[i], std::max(1, tiles[i].splits));
-            while (fits) {
-                double cost = cycles(shapes, grids.data(), of, count, columns, pair, processors);
-                if (best < 0 || cost < best) {
-                    best = cost, found_blocks = pair;
-                    for (int i = 0; i < count; ++i) found[i] = {columns, int(of[i].splits)};
-                }
-                int64_t all = 0;
-                int next = -1;
-                for (int i = 0; i < count; ++i) {
-                    all += of[i].blocks;
-                    if (!tiles[i].splits && (next < 0 || of[i].turns > of[next].turns)) next = i;
-                }
-                if (next < 0 || of[next].turns == 1) break;
-                // One turn less, at least.
-                int64_t splits = ceil_divide(grids[next].most, of[next].turns - 1), others = all - of[next].blocks;
-                divide(of[next], shapes[next], columns, pair, grids[next], splits);
-                fits = others + of[next].blocks <= residents(columns) * processors;
+    for (int columns : {256, 128}) {
+        Division of[kRawWgrads];
+        bool fits = true;
+        for (int i = 0; i < count && fits; ++i)
+            fits = (!tiles[i].columns || tiles[i].columns == columns) &&
+                   divide(of[i], shapes[i], columns, grids[i], std::max(1, tiles[i].splits));
+        while (fits) {
+            double cost = cycles(shapes, grids.data(), of, count, columns, processors);
+            if (best < 0 || cost < best) {
+                best = cost;
+                for (int i = 0; i < count; ++i) found[i] = {columns, int(of[i].splits)};
             }
+            int64_t all = 0;
+            int next = -1;
+            for (int i = 0; i < count; ++i) {
+                all += of[i].blocks;
+                if (!tiles[i].splits && (next < 0 || of[i].turns > of[next].turns)) next = i;
+            }
+            if (next < 0 || of[next].turns == 1) break;
+            // One turn less, at least.
+            int64_t splits = ceil_divide(grids[next].most, of[next].turns - 1), others = all - of[next].blocks;
+            divide(of[next], shapes[next], columns, grids[next], splits);
+            fits = others + of[next].blocks <= residents(columns) * processors;
         }
+    }
     if (best < 0) return "raw_wgrad: no such tile";
-    blocks = found_blocks;
     std::copy(found, found + count, tiles);
     return nullptr;
 }
 
-const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUstream_st* stream) {
+const char* raw_wgrad(const RawWgrad* p, int count, DType dtype, CUstream_st* stream) {
     if (count < 1 || count > kRawWgrads)
         return fail("raw_wgrad: expected 1 to %d gradients, got %d", kRawWgrads, count);
     // Blocks start in this order, those that take least last: of taps at the edges of a frame.
@@ -411,9 +386,9 @@ const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUs
         Grid grid(s);
         Division of;
         bool planned = (columns == 128 || columns == 256) && from->tile.columns == columns && from->tile.splits > 0 &&
-                       (blocks == 1 || blocks == 2) && divide(of, s, columns, blocks, grid, from->tile.splits);
+                       divide(of, s, columns, grid, from->tile.splits);
         if (!planned || of.splits != from->tile.splits || begin + of.blocks > 1 << 30)
-            return "raw_wgrad: expected tiles and blocks as raw_wgrad_plan makes them";
+            return "raw_wgrad: expected tiles as raw_wgrad_plan makes them";
         Problem& to = problems.of[problems.count++];
         if (const char* error = tensor_map(to.g, from->g, dtype, s, s.out_channels, s.g_strided, grid)) return error;
         if (const char* error = tensor_map(to.x, from->x, dtype, s, s.in_channels, true, grid)) return error;
@@ -435,13 +410,12 @@ const char* raw_wgrad(const RawWgrad* p, int count, int blocks, DType dtype, CUs
         to.row_tiles = int(of.row_tiles);
         to.tiles = int(of.row_tiles * of.column_tiles);
         to.splits = int(of.splits);
-        to.paired = blocks == 2;
         begin += of.blocks;
     }
     int processors;
     if (const char* reason = count_processors(processors)) return reason;
-    cudaError_t error = columns == 256 ? launch<Tile<4>>(problems, dtype, begin, processors, blocks, stream)
-                                       : launch<Tile<2>>(problems, dtype, begin, processors, blocks, stream);
+    cudaError_t error = columns == 256 ? launch<Tile<4>>(problems, dtype, begin, processors, stream)
+                                       : launch<Tile<2>>(problems, dtype, begin, processors, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

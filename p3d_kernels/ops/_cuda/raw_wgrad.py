@@ -45,14 +45,12 @@ def raw_wgrad_why_not(w: RawWgrad) -> str | None:
     return native.raw_wgrad_why_not(w.sizes())
 
 
-def raw_wgrads(
-    wgrads: Sequence[RawWgrad], tiles: Sequence[tuple[int, int]] | None = None, blocks: int = 0
-) -> list[Tensor]:
+def raw_wgrads(wgrads: Sequence[RawWgrad], tiles: Sequence[tuple[int, int]] | None = None) -> list[Tensor]:
     """dw[co, tap, ci] = sum_p g[p, co] x[p * stride + tap, ci] of up to five gradients in one launch, each in parts.
 
     What `conv_wgrad` and `spatial_wgrad` do, for raw operands of 128 channels and more. Together they need fewer parts
-    each to fill the card. float32 accumulation. `tiles`: (channels, 128 or 256 and the same of all, and parts) of each,
-    `blocks` of a cluster, 1 or 2; 0: any.
+    each to fill the card. float32 accumulation. `tiles`: (channels, 128 or 256 and the same of all, and parts) of each;
+    0: any.
 
     Returns:
         of each, float32 [R, Co * taps * Ci], each row [Co, taps, Ci], the sum over a part of the positions. Runs of the
@@ -79,14 +77,12 @@ def raw_wgrads(
     def build() -> NativePlan:
         native = _native()
         with torch.cuda.device(device):
-            chosen, pair = native.raw_wgrad_plan(sizes, tiles, blocks)
-        plan = NativePlan(
-            lambda stream, *addresses: native.raw_wgrad(addresses, sizes, chosen, pair, _DTYPES[dtype], stream)
-        )
+            chosen = native.raw_wgrad_plan(sizes, tiles)
+        plan = NativePlan(lambda stream, *addresses: native.raw_wgrad(addresses, sizes, chosen, _DTYPES[dtype], stream))
         plan.rows = [splits for _, splits in chosen]
         return plan
 
-    plan = plan_for(("raw_wgrads", *sizes, *tiles, blocks, dtype, device), build)
+    plan = plan_for(("raw_wgrads", *sizes, *tiles, dtype, device), build)
     parts = [alloc((rows, w.g.size(1) * math.prod(w.taps) * w.x.size(1)), device) for rows, w in zip(plan.rows, wgrads)]
     plan(*[tensor for w, part in zip(wgrads, parts) for tensor in (w.g, w.x, part)])
     return parts
