@@ -2,8 +2,9 @@
 
 Clips are cut from one real video at random places and played at one of four speeds, forwards or backwards: the label
 is which. Plain PyTorch trains from three seeds (weights and clips), ours from the first of them with the same initial
-weights and clips, in float32 and with AMP in bfloat16. Ours is as good as plain if its smoothed curve is no farther
-from plain's of the same seed than plain's seeds are from one another, and all curves fall.
+weights and clips, in float32 and with AMP in bfloat16. Ours is as good as plain if its smoothed curve is on average no
+farther from plain's than plain's are from one another, and falls. The curve of the same seed is one among these: cuDNN
+sums in another order each run, and after some steps plain is as far from itself as from another seed.
 
 Writes curves.csv beside the other results of the card, and a plot.
 """
@@ -74,12 +75,12 @@ def smoothed(losses: list[float]) -> Tensor:
 
 
 def verdict(plain: list[list[float]], ours: list[float]) -> dict[str, float]:
-    """apart: mean distance of our smoothed curve from plain's of the same seed. spread: the mean distance of two of
-    plain's seeds. first, last: ours, and plain_last: the largest of plain's, over a window."""
+    """apart: mean distance of our smoothed curve from plain's. spread: the mean distance of two of plain's.
+    first, last: ours, and plain_last: the largest of plain's, over a window."""
     curves, mine = [smoothed(p) for p in plain], smoothed(ours)
     pairs = [(a - b).abs().mean() for i, a in enumerate(curves) for b in curves[:i]]
     return {
-        "apart": float((mine - curves[0]).abs().mean()),
+        "apart": float(sum((mine - c).abs().mean() for c in curves) / len(curves)),
         "spread": float(sum(pairs) / len(pairs)),
         "first": float(mine[0]),
         "last": float(mine[-1]),
@@ -157,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         good &= found["apart"] <= found["spread"] and found["last"] < found["first"]
         print(
             f"{precision}: ours falls from {found['first']:.3f} to {found['last']:.3f} (plain at most to "
-            f"{found['plain_last']:.3f}); {found['apart']:.4f} from plain of the same seed, whose seeds are "
-            f"{found['spread']:.4f} apart"
+            f"{found['plain_last']:.3f}); {found['apart']:.4f} from plain's seeds, "
+            f"which are {found['spread']:.4f} apart"
         )
     return 0 if good else 1
 

@@ -30,8 +30,10 @@ def test_verdict():
     fall = torch.linspace(2, 1, 100)
     plain = [(fall + shift).tolist() for shift in (0.0, 0.1, -0.1)]
     found = curves.verdict(plain, (fall + 0.05).tolist())
-    assert found["apart"] == pytest.approx(0.05) and found["spread"] == pytest.approx((0.1 + 0.1 + 0.2) / 3)
+    assert found["apart"] == pytest.approx((0.05 + 0.05 + 0.15) / 3)
+    assert found["spread"] == pytest.approx((0.1 + 0.1 + 0.2) / 3)
     assert found["last"] < found["first"]
+    assert curves.verdict(plain, (fall + 0.15).tolist())["apart"] > found["spread"]
 
 
 @needs_decoder
@@ -39,7 +41,7 @@ def test_a_toy_run(tmp_path, capsys):
     video = write_video(tmp_path / "v.avi", frames=20, noise=True)
     arguments = f"--video {video} --depths 1 1 1 1 --steps 2 --batch 2 --frames 2 --size 16 --out {tmp_path}"
     curves.main(arguments.split())
-    assert "plain of the same seed" in capsys.readouterr().out
+    assert "from plain's seeds" in capsys.readouterr().out
     with open(tmp_path / "curves.csv") as file:
         rows = list(csv.reader(file))
     assert len(rows) == 3 and len(rows[0]) == 9 and (tmp_path / "curves.png").stat().st_size > 1000

@@ -96,7 +96,7 @@ def test_an_engine_takes_them_where_it_may(device, monkeypatch):
     net = p3d.models.P3D((1, 1, 1, 1), 10).eval().to(device)
     x = torch.randn(1, 3, 2, 16, 16, device=device)
     assert p3d.freeze(net)(x).shape == (1, 10) and len(taken) == 1
-    net.fc = torch.nn.Sequential(torch.nn.Linear(2048, 7))
+    net.fc = torch.nn.Sequential(torch.nn.Linear(2048, 7)).to(device)
     assert p3d.freeze(net)(x).shape == (1, 7) and len(taken) == 1
     net.fc = torch.nn.Linear(2048, 7, dtype=torch.float64)
     assert p3d.freeze(net, torch.float32)(x).dtype == torch.float64 and len(taken) == 1
