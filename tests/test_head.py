@@ -98,5 +98,5 @@ def test_an_engine_takes_them_where_it_may(device, monkeypatch):
     assert p3d.freeze(net)(x).shape == (1, 10) and len(taken) == 1
     net.fc = torch.nn.Sequential(torch.nn.Linear(2048, 7)).to(device)
     assert p3d.freeze(net)(x).shape == (1, 7) and len(taken) == 1
-    net.fc = torch.nn.Linear(2048, 7, dtype=torch.float64)
+    net.fc = torch.nn.Linear(2048, 7, dtype=torch.float64, device=device)
     assert p3d.freeze(net, torch.float32)(x).dtype == torch.float64 and len(taken) == 1
