@@ -1,8 +1,8 @@
 """summary.csv and the results table of README.md, made from it: `python -m benchmarks.report [--check]`.
 
 `write` appends the rows of a run to benchmarks/results/<card>/summary.csv, and its ceilings to ceilings.csv beside it.
-The table shows, for each case, pass, launch and batch, the latest run that timed this package, and nothing from others:
-a ratio is made of rows of one run only.
+The tables show, for each case, pass, launch and batch, the latest run that timed this package, and nothing from others:
+a ratio is made of rows of one run only. The floor is what bytes and flops allow at the ceilings of that run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import uuid
 from pathlib import Path
 
 import torch
+
+from .cases import CASES, PASSES
 
 OURS = "p3d_kernels"
 COLUMNS = (
@@ -118,7 +120,7 @@ def match(rows: list[dict], row: dict, implementation: str) -> dict | None:
 
 
 def markdown(results: Path = RESULTS) -> str:
-    """The results of every card as Markdown, each table under its card, versions and command."""
+    """The results of every card as Markdown: a table for each pass, then the runs that they are of."""
     blocks = []
     for path in sorted(results.glob("*/summary.csv")):
         rows = read(path)
@@ -127,40 +129,59 @@ def markdown(results: Path = RESULTS) -> str:
         for row in rows:  # later rows replace earlier ones
             if row["implementation"] == OURS:
                 latest[tuple(row[k] for k in ("case", "pass", "launch", "batch", "dtype"))] = row
-        runs = {}
-        for row in latest.values():
-            runs.setdefault(row["run"], []).append(row)
-        for run, mine in sorted(runs.items(), reverse=True):
-            blocks.append(_block(names.get(run, path.parent.name), rows, mine))
+        mine = sorted(latest.values(), key=_place)
+        runs = sorted({r["run"] for r in mine}, reverse=True)
+        name = names.get(runs[0], path.parent.name) if runs else path.parent.name
+        blocks.append(
+            f"{name}. Milliseconds (peak MiB), of others also how many times ours. The floor is what bytes and flops "
+            "allow, in percent of our time."
+        )
+        for pass_ in dict.fromkeys(r["pass"] for r in mine):
+            blocks.append(_table(rows, [r for r in mine if r["pass"] == pass_], runs))
+        blocks.append(_notes([[r for r in mine if r["run"] == run] for run in runs]))
     return "\n\n".join(blocks) if blocks else "Nothing has been measured yet."
 
 
-def _block(name: str, rows: list[dict], mine: list[dict]) -> str:
-    row = mine[0]
-    others = [r for r in rows if r["run"] == row["run"] and r["implementation"] != OURS]
-    rivals = list(dict.fromkeys(r["implementation"] for r in others))
-    cases = ",".join(dict.fromkeys(r["case"] for r in mine))
-    passes = ",".join(dict.fromkeys(r["pass"] for r in mine))
-    batches = ",".join(dict.fromkeys(r["batch"] for r in mine))
+def _place(row: dict) -> tuple:
+    """Where a row stands: passes and cases in the order that `cases.py` has them."""
+    orders = [(list(PASSES), row["pass"]), (list(CASES), row["case"])]
+    at = [order.index(name) if name in order else len(order) for order, name in orders]
+    return at[0], row["launch"] != "graph", at[1], -int(row["batch"]), row["dtype"]
+
+
+def _table(rows: list[dict], mine: list[dict], runs: list[str]) -> str:
+    matched = {r["implementation"] for row in mine for r in rows if match([r], row, r["implementation"])} - {OURS}
+    rivals = list(dict.fromkeys(r["implementation"] for r in rows if r["implementation"] in matched))
     lines = [
-        f"{name}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}, cuDNN {row['cudnn']}, commit "
-        f"`{row['commit']}`, {row['date']}, run `{row['run']}`:",
-        f"`python -m benchmarks.run --cases {cases} --passes {passes} --batch {batches} --dtype {row['dtype']}`",
-        "",
-        "Milliseconds (peak MiB); the floor is what bytes and flops allow at the ceilings of that run.",
-        "",
-        "| case | pass | launch | N | clips/s | floor | **p3d_kernels** | " + " | ".join(rivals) + " |",
-        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * len(rivals),
+        f"| {mine[0]['pass']} | launch | N | clips/s | floor | **{OURS}** | " + " | ".join([*rivals, "run"]) + " |",
+        "| --- | --- | --- | --- | --- | --- |" + " --- |" * (len(rivals) + 1),
     ]
     for r in mine:
-        cells = [r["case"], r["pass"], r["launch"], r["batch"], f"{float(r['clips_per_s']):.0f}"]
-        cells += [_ms(r["floor_ms"]), f"**{_ms(r['median_ms'])}** ({float(r['peak_mib']):.0f})"]
+        share = 100 * float(r["floor_ms"]) / float(r["median_ms"])
+        cells = [r["case"], r["launch"], r["batch"], f"{float(r['clips_per_s']):.0f}"]
+        cells += [f"{_ms(r['floor_ms'])} ({share:.0f} %)", f"**{_ms(r['median_ms'])}** ({float(r['peak_mib']):.0f})"]
         for rival in rivals:
             other = match(rows, r, rival)
             ratio = f" x{float(other['median_ms']) / float(r['median_ms']):.2f}" if other else ""
             cells.append(f"{_ms(other['median_ms'])} ({float(other['peak_mib']):.0f}){ratio}" if other else "")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([*cells, str(runs.index(r["run"]) + 1)]) + " |")
     return "\n".join(lines)
+
+
+def _notes(runs: list[list[dict]]) -> str:
+    lines = []
+    for number, mine in enumerate(runs, 1):
+        row = mine[0]
+        chosen = (
+            f"--{option} {','.join(dict.fromkeys(r[column] for r in mine))}"
+            for option, column in (("cases", "case"), ("passes", "pass"), ("launches", "launch"), ("batch", "batch"))
+        )
+        lines += [
+            f"{number}. {row['date']}, commit `{row['commit']}`, driver {row['driver']}, torch {row['torch']}, triton "
+            f"{row['triton']}, cuDNN {row['cudnn']}, run `{row['run']}`:",
+            f"   `python -m benchmarks.run {' '.join(chosen)} --dtype {row['dtype']}`",
+        ]
+    return "\n".join(["<details><summary>The runs</summary>", "", *lines, "", "</details>"])
 
 
 def _ms(value: str) -> str:

@@ -296,11 +296,16 @@ def test_a_ratio_is_made_of_one_run(tmp_path):
     assert report.match(old + new, old[0], "compile")["median_ms"] == "90.0"
 
 
-def test_case_of_an_older_run_stands_in_its_own_table(tmp_path):
-    report.write(tmp_path / "card", [row("p3d_kernels", 9.0, "old", case="stem")], "old", (1.0, 1.0))
-    report.write(tmp_path / "card", [row("p3d_kernels", 4.0, "new")], "new", (1.0, 1.0))
-    tables = report.markdown(tmp_path).split("run `")[1:]
-    assert {t[:3]: ("| stem" in t, "| p3d63" in t) for t in tables} == {"old": (True, False), "new": (False, True)}
+def test_rows_name_their_runs(tmp_path):
+    report.write(tmp_path / "card", [row("p3d_kernels", 9.0, "a", case="stem")], "a", (1.0, 1.0))
+    mine = [row("p3d_kernels", 4.0, "b"), row("eager", 8.0, "b"), row("p3d_kernels", 2.0, "b", **{"pass": "infer"})]
+    report.write(tmp_path / "card", mine, "b", (1.0, 1.0))
+    lines = report.markdown(tmp_path).splitlines()
+    infer, train, stem = (line for line in lines if line.startswith(("| p3d63", "| stem")))  # in the order of cases.py
+    assert infer.startswith("| p3d63 |") and infer.endswith("(1) | 1 |")
+    assert train.startswith("| p3d63 |") and "(25 %)" in train and "x2.00" in train and train.endswith("| 1 |")
+    assert stem.startswith("| stem |") and stem.endswith(" |  | 2 |")
+    assert [line[:2] for line in lines if "run `" in line] == ["1.", "2."] and "run `b`" in "".join(lines)
 
 
 def test_readme_table_is_made_and_checked(tmp_path, capsys):
