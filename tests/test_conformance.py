@@ -165,7 +165,7 @@ def refusals():
     """(case, argument, what is wrong, its value from a good one, the error)."""
 
     def norm_of(**fields):
-        return lambda norm: Norm(**{**vars(norm), **fields})
+        return lambda norm: norm._replace(**fields)
 
     wrong = {
         "activation": [
