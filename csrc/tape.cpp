@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kMostParameters = 128;
 
-// A graph costs about as much to make as three runs of its launches, and memory.
+// A graph costs some runs of its launches to make, and memory.
 constexpr size_t kLeastSteps = 8;    // of a tape that is worth one
 constexpr size_t kSeen = 3;          // runs with equal bases before it is made
 constexpr size_t kReplays = 4;       // bases that a tape remembers
