@@ -33,6 +33,14 @@ def _conv_train_sizes(
     return n, t, size[0] * size[1], ci, w.size(2 if transposed else 0), w.size(1), transposed, x.read, loads, sums
 
 
+def _operand_why_not(kernel: str, x: Operand) -> str | None:
+    if x.a.dtype not in _DTYPES:
+        return f"{kernel}: dtype {x.a.dtype} (expected bfloat16 or float16)"
+    if x.read not in _TRAIN_READS:
+        return f"{kernel}: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    return None
+
+
 def conv_train_why_not(
     x: Operand,
     w: Tensor,
@@ -43,10 +51,8 @@ def conv_train_why_not(
     stats: bool = False,
 ) -> str | None:
     """Why `conv_train` cannot run these, or None."""
-    if x.a.dtype not in _DTYPES:
-        return f"conv_train: dtype {x.a.dtype} (expected bfloat16 or float16)"
-    if x.read not in _TRAIN_READS:
-        return f"conv_train: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    if why := _operand_why_not("conv_train", x):
+        return why
     native = _backends.native()
     if isinstance(native, str):
         return native
@@ -76,10 +82,8 @@ def conv_tiles_why_not(
     dims: Sequence[int] | None = None,
 ) -> str | None:
     """Why `conv_train` has no kernel by tiles for these, or None."""
-    if x.a.dtype not in _DTYPES:
-        return f"conv_tiles: dtype {x.a.dtype} (expected bfloat16 or float16)"
-    if x.read not in _TRAIN_READS:
-        return f"conv_tiles: read {x.read} (expected one of {', '.join(_TRAIN_READS)})"
+    if why := _operand_why_not("conv_tiles", x):
+        return why
     if transposed and stride != 1 and (o_mask is not None or below is not None):
         return "conv_tiles: o_mask or below with a stride (expected neither in the gradient)"
     native = _backends.native()
