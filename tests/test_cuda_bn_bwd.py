@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from operands import activation, record
+from operands import DTYPES, activation, assert_replays, record
 from p3d_kernels.ops import _apply, _cuda
 from tolerance import check
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
-DTYPES = (torch.bfloat16, torch.float16)
 # C, (N, T, H, W): one position, which leaves a block without any; fewer and more positions than a block has threads,
 # odd ones; rows of 16, 32 and 64 channels by clusters of one and two blocks; the most that there is room for.
 SIZES = [
@@ -112,13 +111,7 @@ def test_a_nan_stays_in_its_channel(channels, size):
 @pytest.mark.parametrize("channels, size", SIZES[4:9], ids=str)
 def test_runs_are_equal_and_a_graph_replays_them(channels, size):
     arguments = _arguments(channels, size)
-    first = _cuda.bn_bwd(*arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        again = _cuda.bn_bwd(*arguments)
-    for _ in range(3):
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert_replays(lambda: _cuda.bn_bwd(*arguments))
 
 
 @pytest.mark.gpu
