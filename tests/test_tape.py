@@ -120,6 +120,9 @@ def test_what_is_kept_lies_in_one_buffer():
 
         return pass_
 
+    def pieces():
+        return [(0, 1, 2), (1, 3, 1)]
+
     for _ in range(3):
         a, b = torch.randn(4), torch.randn(4)
         (out,), kept, layout = taped(("kept", CPU), pass_of(a, b), [a, b])
@@ -128,7 +131,8 @@ def test_what_is_kept_lies_in_one_buffer():
         assert torch.equal(out, a + (a + b))
         assert torch.equal(left.flatten()[:4], a + b)
         assert torch.equal(right.permute(0, 2, 3, 4, 1).flatten()[:4], (a + b) + b)
-        second, fourth = layout.cut(kept, lambda: [(0, 1, 2), (1, 3, 1)])
+        second, fourth = layout.cut(kept, pieces)
+        assert layout.addresses(kept, pieces) == [second.data_ptr(), fourth.data_ptr()]
         assert torch.equal(second, (a + b)[1:3]) and torch.equal(fourth, (a + b + b)[3:4])
 
 
@@ -474,9 +478,7 @@ def test_runs_with_equal_addresses_become_a_graph(kinds, channels, monkeypatch):
 def test_runs_with_other_addresses_each_time_do_not(monkeypatch):
     net = row("ABC", 64).cuda()
     want, _ = loop_of(net, monkeypatch, False)
-    got, tapes = loop_of(
-        net, monkeypatch, True, held=lambda: [torch.empty(n << 9, device="cuda") for n in range(1, 64)]
-    )
+    got, tapes = loop_of(net, monkeypatch, True, lambda: [torch.empty(n << 9, device="cuda") for n in range(1, 64)])
     assert not any(tape.graph_runs for tape in tapes)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
