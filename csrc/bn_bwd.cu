@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(kThreads, 1) bn_bwd_kernel(const __grid_consta
         if (thread == 0) {
             barrier_init(received, 1);
             barrier_init_fence();
-            barrier_expect(received, 8 * width);
         }
         __syncthreads();
+        if (thread == 0) barrier_expect(received, 8 * width);
         cluster_sync();  // the other block's barrier is there
     }
     dependency_wait();

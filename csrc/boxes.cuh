@@ -15,12 +15,6 @@ __device__ __forceinline__ int cluster_rank() {
     return int(rank);
 }
 
-// Of all threads of all blocks of the cluster; orders no memory but barriers that are fenced.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // The address of the same place in another block of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
     uint32_t there;

@@ -739,10 +739,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
         barrier_init(place.staged(), Shape::kSplit ? 1 : 32);
         for (int c = 0; !Shape::kSplit && c < Shape::kChunks; ++c) barrier_init(place.made(c), place.makers(c));
         barrier_init_fence();
-        if (Shape::kSplit) barrier_expect(place.staged(), Shape::kRows * Shape::kColumns * 4);
     }
     __syncthreads();
-    if (Shape::kSplit) cluster_sync();                 // the other blocks' barriers are there
+    if (Shape::kSplit) {
+        if (threadIdx.x == 0) barrier_expect(place.staged(), Shape::kRows * Shape::kColumns * 4);
+        cluster_sync();  // the other blocks' barriers are there
+    }
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     int lane = threadIdx.x % 32, warpgroup = warp / 4;
     Ring ring = place.steps();

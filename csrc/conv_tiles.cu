@@ -538,14 +538,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidents)
         }
         barrier_init(received, 1);
         barrier_init_fence();
-        if (a.splits > 1) barrier_expect(received, Shape::kRows * Shape::kColumns * 4);
     }
     if (threadIdx.x == 32) {
         prefetch_map(maps.a[0]), prefetch_map(maps.w[0]);
         if (two_tensors(a.x[0].read)) prefetch_map(maps.b[0]);
     }
     __syncthreads();
-    if (a.splits > 1) cluster_sync();  // the other blocks' barriers are there
+    if (a.splits > 1) {
+        if (threadIdx.x == 0) barrier_expect(received, Shape::kRows * Shape::kColumns * 4);
+        cluster_sync();  // the other blocks' barriers are there
+    }
     dependency_wait();
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same register for the warp, as the compiler can tell
     int lane = threadIdx.x % 32;

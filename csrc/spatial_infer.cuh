@@ -61,12 +61,6 @@ struct BoxShared {
     __device__ __forceinline__ uint32_t weights_empty(int i) const { return weights_full(i) + 8; }
 };
 
-// The two blocks of a cluster wait for each other, all threads.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // Arrives at the same barrier of block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
     asm volatile(
