@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._norm import Norm
 from . import _cuda
-from ._conv import Epilogue, Geometry, conv, cuda_allowed, spatial, spatial_dgrad, spatial_fwd, tap_row
+from ._conv import cuda_allowed, tap_row
 from ._tape import Plan, alloc, cdiv, plan_for
 from ._triton import (
     _UNALIGNED,
@@ -367,28 +367,6 @@ def bn_bwd_open(
         return
     for z, record, part in zip(zs, records, bn_sums(g, g_mask, zs, records, step)):
         yield bn_bwd_apply(g, z, record, part, "bn_bwd_open", g_mask, step)
-
-
-def conv_bn(x: Operand, w: Tensor, geometry: Geometry, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, a, record) of z = W x, raw, and a = relu(norm(z)), `norm` in training."""
-    stats = Epilogue(stats=True)
-    z, part = spatial_fwd(x, w, stats) if geometry == spatial() else conv(x, w, geometry, stats)
-    return z, *bn_apply(norm, z, part)
-
-
-def conv_bn_dgrad(
-    dz: Operand, w: Tensor, geometry: Geometry, below: tuple[Tensor, Tensor], o: Tensor | None = None
-) -> tuple[Operand, Tensor]:
-    """(dz, stored, sums [4, C]) of the raw tensor `below`, whose relu(norm(..)) W, of stride 1, was applied to.
-
-    below: with its record. o: added to the gradient of what W reads.
-    """
-    epilogue, dims = Epilogue(join="none" if o is None else "add", o=o, below=below), tuple(below[0].shape[2:])
-    if geometry == spatial():
-        g, part = spatial_dgrad(dz, w, epilogue, dims)
-    else:
-        g, part = conv(dz, w, geometry, epilogue, dims)
-    return bn_bwd_apply(g, *below, part)
 
 
 TWICE = 1 << 22  # elements beyond which the programs of a forward pass are too many to combine statistics each

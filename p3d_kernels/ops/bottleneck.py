@@ -22,14 +22,14 @@ from .. import _backends, reference
 from .._checks import check_activation, check_choice, check_positive, check_weight
 from .._norm import Norm, check_norm
 from . import _cuda
-from ._apply import applied, bn_applied, bn_apply, bn_bwd_open, conv_bn
+from ._apply import applied, bn_applied, bn_apply, bn_bwd_apply, bn_bwd_open
 from ._conv import Epilogue, WeightGrad, conv, conv_wgrads, cuda_allowed, pointwise, taps_of
 from ._fused import MEMORY, SCHEDULES, Config, Schedule, dispatch
 from ._gram import gram, gram_bwd
 from ._tape import taped
 from ._triton import Operand, Splits, bn_bwd_finalise, bn_finalise, cdiv, empty_ndhwc, input_precision, summed
 from .max_pool import pool_fwd
-from .pseudo3d import check_st, join_of, s_infer, st_bwd, st_bwd_stored, st_fwd, st_fwd_stored, t_infer, t_operands
+from .pseudo3d import check_st, join_dgrad, join_of, s_infer, st_bwd, st_fwd, t_infer, t_operands
 
 # --- schedule --------------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def _fwd(x, weights, norms, config, thin=False):
     z_r, part = conv(source, w_r, stride, Epilogue(stats=norm_r.training))
     record_r = bn_finalise(norm_r, z_r.size(1), part, x.device)
     a_r = Operand("bn_relu", z_r, record_a=record_r)
-    join, records_st, raws_st = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
+    join, records_st, raws_st, _ = st_fwd(a_r, w_st, norm_st, config, centred=norm_e.training)
     kept = []
     record_e = _wide_record(join, w_e, norm_e, kept)
     record_d = [_wide_record(source, w, norm, kept, config.stride) for w, norm in zip(w_d, norm_d)]
@@ -101,13 +101,14 @@ def _fwd_stored(x, weights, norms, config, thin):
     (w_r,), w_st, (w_e,), w_d = _split(weights, config)
     (norm_r,), norm_st, (norm_e,), norm_d = _split(norms, config)
     stride, source, stats = pointwise(config.stride), Operand("raw", x), Epilogue(stats=True)
-    z_r, a_r, record_r = conv_bn(source, w_r, stride, norm_r)
-    records_st, raws_st, finished = st_fwd_stored(a_r, w_st, norm_st, config)
+    z_r, part = conv(source, w_r, stride, stats)
+    a_r, record_r = bn_apply(norm_r, z_r, part)
+    join, records_st, raws_st, finished = st_fwd(Operand("raw", a_r), w_st, norm_st, config, stored=True)
     residual, record_d, z_d = x, [], []
     if w_d:
         residual, part = conv(source, w_d[0], stride, stats)
         record_d, z_d = [bn_finalise(norm_d[0], residual.size(1), part, x.device)], [residual]
-    z_e, part = conv(Operand("raw", finished[-1]), w_e, pointwise(), stats)
+    z_e, part = conv(join, w_e, pointwise(), stats)
     y, record_e = bn_apply(norm_e, z_e, part, "add_relu", residual, *record_d, step=2 if thin else 1)
     return y, [record_r, *records_st, record_e, *record_d], [z_r, *raws_st, a_r, *finished, z_e, *z_d]
 
@@ -183,6 +184,7 @@ def _inner(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, th
 
 def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w, thin) -> Inner:
     _, w_st, (w_e,), w_d = _split(weights, config)
+    _, norm_st, _, _ = _split(norms, config)
     (record_r,), records_st, (record_e,), record_d = _split(records, config)
     _, needs_st, (needs_e,), needs_d = _split(needs_w, config)
     z_r, *rest = raws
@@ -191,8 +193,12 @@ def _inner_stored(dy, x, y, weights, norms, records, raws, config, needs_x, need
     of_wide = bn_bwd_open(dy, y, [z_e, *z_d], [record_e, *record_d], 2 if thin else 1)
     dz_e, sums_e = next(of_wide)
     dw_e = WeightGrad(dz_e, Operand("raw", finished[-1]), pointwise()) if needs_e else None
-    of_st = w_st, records_st, raws_st, finished, config, (z_r, record_r), needs_st
-    dz_r, sums_r, dw_st, sums_st = st_bwd_stored(dz_e, w_e, a_r, *of_st)
+    v, parts = join_dgrad(dz_e, w_e, join_of(records_st, raws_st, config), config.kind)
+    below = z_r, record_r
+    da, part, dw_st, sums_st = st_bwd(
+        v, parts, Operand("raw", a_r), w_st, norm_st, records_st, raws_st, config, below, True, needs_st, finished
+    )
+    dz_r, sums_r = bn_bwd_apply(da, *below, part)
     o, dws, sums = None, [*dw_st, dw_e], [sums_r, *sums_st, sums_e]
     if w_d:
         dz_d, sums_d = next(of_wide)

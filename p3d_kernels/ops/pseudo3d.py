@@ -23,7 +23,7 @@ from .._checks import check_activation, check_choice, check_weight
 from .._norm import Norm, check_norm
 from ..reference import KINDS, WIRINGS
 from . import _cuda
-from ._apply import bn_apply, bn_bwd_apply, conv_bn, conv_bn_dgrad
+from ._apply import bn_apply, bn_bwd_apply
 from ._conv import (
     Epilogue,
     Geometry,
@@ -158,47 +158,32 @@ def join_bwd_kernel(
 
 
 def st_fwd(
-    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config, centred: bool = False
-) -> tuple[Operand, list[Tensor], list[Tensor]]:
-    """(join, records, raws) of S and, unless kind is "2d", T; weights and norms in that order.
+    x: Operand, weights: list[Tensor], norms: list[Norm], config: Config, centred: bool = False, stored: bool = False
+) -> tuple[Operand, list[Tensor], list[Tensor], list[Tensor]]:
+    """(join, records, raws, finished) of S and, unless kind is "2d", T; weights and norms in that order.
 
-    centred: the join gets a centre.
+    centred: the join gets a centre. stored: what S and T read, and the join, are stored, the latter `finished`: what T
+    reads of S, if it does, and the join.
     """
     (w_s, *w_t), (norm_s, *norm_t) = weights, norms
     z_s, part = spatial_fwd(x, w_s, Epilogue(stats=norm_s.training))
-    a_s, alone = Operand("bn_relu", z_s), config.kind == "2d"
-    a_s.record_a = bn_finalise(norm_s, z_s.size(1), part, z_s.device, a_s if centred and alone else None)
+    a_s, alone, finished = Operand("bn_relu", z_s), config.kind == "2d", []
+    if stored and config.kind != "B":
+        a, a_s.record_a = bn_apply(norm_s, z_s, part)
+        finished.append(a)
+    else:
+        a_s.record_a = bn_finalise(norm_s, z_s.size(1), part, z_s.device, a_s if centred and alone else None)
+    read_s = Operand("raw", finished[0]) if finished else a_s
     if alone:
-        return a_s, [a_s.record_a], [z_s]
-    z_t, part = conv(x if config.kind == "B" else a_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
+        return read_s, [a_s.record_a], [z_s], finished
+    z_t, part = conv(x if config.kind == "B" else read_s, w_t[0], temporal(), Epilogue(stats=norm_t[0].training))
     join = join_of([a_s.record_a, None], [z_s, z_t], config)
+    if stored:
+        a, record_t = bn_apply(norm_t[0], z_t, part, join.read, *(() if join.b is None else (z_s, a_s.record_a)))
+        return Operand("raw", a), [a_s.record_a, record_t], [z_s, z_t], [*finished, a]
     record_t = bn_finalise(norm_t[0], z_t.size(1), part, z_t.device, join if centred else None)
     records, raws = [a_s.record_a, record_t], [z_s, z_t]
-    return dataclasses.replace(join_of(records, raws, config), centre=join.centre), records, raws
-
-
-def st_fwd_stored(
-    x: Tensor, weights: list[Tensor], norms: list[Norm], config: Config
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(records, raws, finished) of `st_fwd` in training where all tensors are stored.
-
-    finished: what T reads of S, if it does, and the join.
-    """
-    (w_s, *w_t), (norm_s, *norm_t), source = weights, norms, Operand("raw", x)
-    if config.kind == "B":
-        z_s, part = spatial_fwd(source, w_s, Epilogue(stats=True))
-        finished, record_s = [], bn_finalise(norm_s, z_s.size(1), part, z_s.device)
-    else:
-        z_s, a_s, record_s = conv_bn(source, w_s, spatial(), norm_s)
-        finished, source = [a_s], Operand("raw", a_s)
-    if config.kind == "2d":
-        return [record_s], [z_s], finished
-    if config.kind == "A":
-        z_t, a, record_t = conv_bn(source, w_t[0], temporal(), norm_t[0])
-    else:
-        z_t, part = conv(source, w_t[0], temporal(), Epilogue(stats=True))
-        a, record_t = bn_apply(norm_t[0], z_t, part, join_read(config), z_s, record_s)
-    return [record_s, record_t], [z_s, z_t], [*finished, a]
+    return dataclasses.replace(join_of(records, raws, config), centre=join.centre), records, raws, finished
 
 
 def join_of(records: list[Tensor], raws: list[Tensor], config: Config) -> Operand:
@@ -230,10 +215,12 @@ def st_bwd(
     below: tuple[Tensor, Tensor] | None,
     needs_x: bool,
     needs_w: list[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Splits | None], list[Tensor]]:
+    finished: list[Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None, list[Splits | WeightGrad | None], list[Tensor]]:
     """(dx, its partial sums for the layer `below`, dws, sums) from the gradient v of the join and its `parts`.
 
-    dws are still to be summed over splits.
+    dws are still to be summed over splits. finished: of a stored `st_fwd`; then the gradients are stored, too, and dws
+    still to be made of them.
     """
     positions = v.numel() // v.size(1)
     dims = tuple(v.shape[2:])
@@ -241,12 +228,15 @@ def st_bwd(
     dws, sums = [None] * len(weights), [None] * len(weights)
 
     def gradient(g, part, i, read="bn_bwd"):
-        sums[i] = bn_bwd_finalise(part, records[i], positions, norms[i].training)
-        return Operand(read, g, raws[i], record_b=records[i], sums=sums[i])
+        if finished is None:
+            sums[i] = bn_bwd_finalise(part, records[i], positions, norms[i].training)
+            return Operand(read, g, raws[i], record_b=records[i], sums=sums[i])
+        dz, sums[i] = bn_bwd_apply(g, raws[i], records[i], part, read)
+        return dz
 
-    a_s = Operand("bn_relu", raws[0], record_a=records[0])
+    a_s = Operand("bn_relu", raws[0], record_a=records[0]) if finished is None else Operand("raw", finished[0])
     g_s, o = v, None  # gradient of relu(bn_s(z_s)); what T adds to dx
-    needs_t = any(needs_w[1:])
+    needs_t = finished is None and any(needs_w[1:])
     if config.kind != "2d":
         outer = join_read(config) in ("join_b", "join_c")
         dz_t = gradient(v, part_t, 1, "bn_bwd_open" if outer else "bn_bwd")
@@ -256,8 +246,12 @@ def st_bwd(
             join, o_c = ("add", v) if config.kind == "C" else ("none", None)
             epilogue = Epilogue(join=join, o=o_c, below=(raws[0], records[0]))
             g_s, part_s, dws[1] = _t_bwd(dz_t, a_s, weights[1], epilogue, dims, True, needs_t)
+        if needs_w[1] and finished is not None:
+            dws[1] = WeightGrad(dz_t, x if config.kind == "B" else a_s, temporal())
     dz_s = gradient(g_s, part_s, 0)
-    if needs_w[0]:
+    if needs_w[0] and finished is not None:
+        dws[0] = WeightGrad(dz_s, x, spatial())
+    elif needs_w[0]:
         room = spatial_finished(dz_s, x) if needs_x else None
         dws[0] = spatial_wgrad(dz_s, x, room)
         dz_s = dz_s if room is None else Operand("raw", room)
@@ -266,48 +260,6 @@ def st_bwd(
         epilogue = Epilogue(join="none" if o is None else "add", o=o, below=below)
         dx, part = spatial_dgrad(dz_s, weights[0], epilogue, dims)
     return dx, part, dws, sums
-
-
-def st_bwd_stored(
-    dz: Operand,
-    w: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    records: list[Tensor],
-    raws: list[Tensor],
-    finished: list[Tensor],
-    config: Config,
-    below: tuple[Tensor, Tensor],
-    needs_w: list[bool],
-) -> tuple[Operand, Tensor, list[WeightGrad | None], list[Tensor]]:
-    """(dz of the raw tensor `below`, its sums, dws, sums of S and T) where all tensors are stored, as all dz then are.
-
-    dz: the gradient of w a, w of 1x1x1, a the join. x: relu(norm(below)). finished: of `st_fwd_stored`. dws are still
-    to be made.
-    """
-    o, dws, of_s = None, [None] * len(weights), (raws[0], records[0])
-    if config.kind == "2d":
-        dz_s, sums_s = conv_bn_dgrad(dz, w, pointwise(), of_s)
-        sums = [sums_s]
-    else:
-        if config.kind == "A":
-            dz_t, sums_t = conv_bn_dgrad(dz, w, pointwise(), (raws[1], records[1]))
-        else:
-            join = join_of(records, raws, config)
-            v, (part_s, part_t) = join_grad(conv(dz, w, pointwise(), None, tuple(x.shape[2:]))[0], join, config.kind)
-            read = "bn_bwd_open" if join.read in ("join_b", "join_c") else "bn_bwd"
-            dz_t, sums_t = bn_bwd_apply(v, raws[1], records[1], part_t, read)
-        if config.kind == "B":
-            o, _ = conv(dz_t, weights[1], temporal(), None, tuple(x.shape[2:]))
-            dz_s, sums_s = bn_bwd_apply(v, *of_s, part_s)
-        else:
-            dz_s, sums_s = conv_bn_dgrad(dz_t, weights[1], temporal(), of_s, v if config.kind == "C" else None)
-        sums = [sums_s, sums_t]
-        if needs_w[1]:
-            dws[1] = WeightGrad(dz_t, Operand("raw", x if config.kind == "B" else finished[0]), temporal())
-    if needs_w[0]:
-        dws[0] = WeightGrad(dz_s, Operand("raw", x), spatial())
-    return *conv_bn_dgrad(dz_s, weights[0], spatial(), below, o), dws, sums
 
 
 def _t_bwd(
@@ -382,7 +334,7 @@ def _join_plan(kernel, join: Operand, kind: str) -> Plan:
 
 
 def _fwd(x, weights, norms, config):
-    join, records, raws = st_fwd(Operand("raw", x), weights, norms, config)
+    join, records, raws, _ = st_fwd(Operand("raw", x), weights, norms, config)
     y = empty_ndhwc(join.a.shape, x)
     _join_plan(join_fwd_kernel, join, config.kind)(*join.args()[:4], y)
     return y, records, raws
@@ -394,6 +346,15 @@ def join_grad(g: Tensor, join: Operand, kind: str) -> tuple[Tensor, tuple[Tensor
     parts, v = join_parts(join, kind, plan.rows), empty_ndhwc(g.shape, g)
     plan(g, v, *join.args()[:4], *parts)
     return v, parts
+
+
+def join_dgrad(dz: Operand, w: Tensor, join: Operand, kind: str) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """`join_grad` of the input gradient dz W of a 1x1x1 convolution of the join, W packed."""
+    dims = tuple(join.a.shape[2:])
+    if join.b is None:
+        v, part = conv(dz, w, pointwise(), Epilogue(below=(join.a, join.record_a)), dims)
+        return v, (part, None)
+    return join_grad(conv(dz, w, pointwise(), None, dims)[0], join, kind)
 
 
 def _bwd(dy, x, y, weights, norms, records, raws, config, needs_x, needs_w):
